@@ -1,0 +1,74 @@
+# Make orders set-up, stages and reports. Whether a stage is up to date is its manifest's business, so stages are phony here.
+PYTHON ?= python3
+VENV ?= .venv
+OPTIONS := PROFILE DATA RUN PROTOCOL STYLE CAPS SEED CODES WORKERS
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+.PHONY: help env reproduce hospital trajectories index samples baselines scores reports test lab docs notebooks readme lock hooks clean
+
+BIN := $(abspath $(VENV))/bin
+STAMP := $(VENV)/installed
+export PATH := $(BIN):$(PATH)
+# name=value words for the command line, from the variables that are set; SET adds any other profile field as it stands
+lower = $(shell echo $1 | tr A-Z a-z)
+words = $(foreach v,$(OPTIONS),$(if $($v),$(call lower,$v)='$($v)')) $(SET)
+stage = $(BIN)/ehr_r1 $@ $(words)
+
+help: ## this list
+	@echo 'make TARGET [NAME=value ...], NAME one of: $(OPTIONS)'
+	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  %-14s%s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+
+reproduce: reports ## everything: set-up, stages, reports (PROFILE=smoke|demo|study|paper, DATA=folder with MIMIC-IV)
+
+env: ## Python environment in .venv, exactly as requirements.lock says (PYTHON=python3.12 takes another Python)
+	@cat requirements.lock pyproject.toml | cmp -s - $(STAMP) || { set -e; \
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "ehr_r1 needs Python 3.11 or newer; $(PYTHON) is $$($(PYTHON) --version 2>&1). Name one: make PYTHON=/path/to/python3.12"; exit 1; }; \
+	$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV); \
+	$(BIN)/python -m pip install --quiet --no-deps -r requirements.lock; \
+	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation -e .; \
+	cat requirements.lock pyproject.toml > $(STAMP); }
+
+hospital: env ## stage 1: the synthetic hospital (not needed with DATA)
+	$(stage)
+trajectories: $(if $(DATA),env,hospital) ## stage 2: tables to patient trajectories
+	$(stage)
+index: trajectories ## stage 3: every trigger of the 45 tasks, with labels
+	$(stage)
+samples: index ## stage 4: EHR-Ins and EHR-Bench
+	$(stage)
+baselines: samples ## stage 5: predictions of the systems that need no language model
+	$(stage)
+scores: baselines ## stage 6: F1, AUROC, AUPRC, Brier with intervals
+	$(stage)
+reports: scores ## stage 7: report notebooks, tables and figures
+	$(stage)
+
+test: env ## notebooks, tests, library and notebooks in step, smoke profile end to end
+	$(BIN)/python .ci/test.py
+
+lab: env ## JupyterLab on nbs/
+	$(BIN)/jupyter lab --notebook-dir=nbs
+
+docs: env ## site of notebooks, API and executed reports, into _docs/
+	$(BIN)/python docs/pages.py
+
+notebooks: env ## re-execute and clean the notebooks, export the library, write README.md (NB=nbs/x.ipynb for one)
+	$(BIN)/nbdev_export
+	$(BIN)/python .ci/execute.py $(NB)
+	$(BIN)/nbdev_clean
+	$(BIN)/nbdev_export
+	$(BIN)/python docs/readme.py
+
+readme: env ## README.md from nbs/index.ipynb
+	$(BIN)/python docs/readme.py
+
+lock: env ## pyproject.toml, requirements.lock and environment.yml from settings.ini (needs the network)
+	$(BIN)/python .ci/lock.py
+
+hooks: env ## git hooks that refuse uncleaned notebooks and data files
+	$(BIN)/pre-commit install
+
+clean: ## remove what was built, but not the environment, runs and reports
+	rm -rf _docs _proc .pytest_cache .hypothesis build *.egg-info .ipynb_checkpoints nbs/.ipynb_checkpoints nbs/*/.ipynb_checkpoints
+	find ehr_r1 tests docs .ci -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,64 @@
+"""Fixtures for all tests: where the real demo is, no network, and no silent skip where the shared data must be there."""
+import importlib.util, os, re, socket
+from pathlib import Path
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+REQUIRED = os.environ.get('EHR_R1_REQUIRE_SHARED') == '1'   # set by .ci/run where ../shared exists
+
+def existing(path, what):
+    "The path, or a skip that says what is missing."
+    if not path.is_dir(): pytest.skip(f'shared data missing: {what}')
+    return path
+
+@pytest.fixture(scope='session')
+def root(): return ROOT
+
+@pytest.fixture(scope='session')
+def shared(): return existing(ROOT.parent/'shared', 'the folder shared/ beside the repository')
+
+@pytest.fixture(scope='session')
+def demo():
+    "The MIMIC-IV demo, version 2.2."
+    named = os.environ.get('EHR_R1_DEMO')
+    return existing(Path(named) if named else ROOT.parent/'shared'/'data'/'mimic-iv-demo-2.2', 'the MIMIC-IV demo (or name it in EHR_R1_DEMO)')
+
+@pytest.fixture(scope='session')
+def script():
+    "Loads a script of .ci/ or docs/ as a module."
+    def load(path):
+        spec = importlib.util.spec_from_file_location(Path(path).stem + '_script', ROOT/path)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return module
+    return load
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):
+    "Where the shared data are required, a skip for want of them is a failure."
+    report = yield
+    if REQUIRED and report.skipped and not hasattr(report, 'wasxfail'):
+        reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
+        if re.search('shared|demo', reason, re.I): report.outcome, report.longrepr = 'failed', f'must not be skipped here: {reason}'
+    return report
+
+def local(family, address):
+    "Does the address stay on this computer?"
+    return family == getattr(socket, 'AF_UNIX', None) or str(address[0]) in ('localhost', '::1', '', '0.0.0.0') or str(address[0]).startswith('127.')
+
+@pytest.fixture(autouse=True, scope='session')
+def no_network():
+    "Any connection that leaves this computer is an error."
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ('connect', 'connect_ex', 'sendto'):
+            def guarded(self, *args, original=getattr(socket.socket, name)):
+                address = args[-1]
+                if not local(self.family, address): raise PermissionError(f'tests must not use the network: {address}')
+                return original(self, *args)
+            patch.setattr(socket.socket, name, guarded)
+        def lookup(host, *args, original=socket.getaddrinfo, **kwargs):
+            if not local(None, (host.decode() if isinstance(host, bytes) else host or '',)):
+                raise PermissionError(f'tests must not use the network: {host}')
+            return original(host, *args, **kwargs)
+        patch.setattr(socket, 'getaddrinfo', lookup)
+        yield
