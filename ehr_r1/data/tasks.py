@@ -6,15 +6,16 @@
 __all__ = ['TASKS', 'BEFORE_ADMISSION', 'PLANNED', 'DAY', 'INDEX', 'Task', 'Events', 'decision_labels', 'decision_index',
            'official_risks', 'strict_risks', 'index_rows', 'build_index', 'task_table']
 
-# %% ../../nbs/data/05_tasks.ipynb #02b75798
+# %% ../../nbs/data/05_tasks.ipynb #2a2bd804
 from dataclasses import dataclass
 from pathlib import Path
 import numpy as np, polars as pl
+from joblib import Parallel, delayed
 from tqdm import tqdm
 from ..config import Profile, Run, build, read_manifest, writing
 from .trajectories import DISPLAY, FIELD, ITEM, store_files
 
-# %% ../../nbs/data/05_tasks.ipynb #c36dac50
+# %% ../../nbs/data/05_tasks.ipynb #9bb5f000
 @dataclass(frozen=True)
 class Task:
     "One task of EHR-Bench."
@@ -33,7 +34,7 @@ class Task:
     @property
     def metric(self): return 'F1' if self.family == 'decision' else 'AUROC'
 
-# %% ../../nbs/data/05_tasks.ipynb #7af57504
+# %% ../../nbs/data/05_tasks.ipynb #4c6b4605
 _DECISIONS = """
 admissions         | admissions         | admission_type | 100 | type of admission
 transfers          | transfers          | careunit       | 100 | care unit the patient moves to
@@ -77,7 +78,7 @@ def _decisions():
                    ('discharge',) if name in _DIAGNOSES else (), ('pharmacy',) if name in _PHARMACY else (),
                    f'Given the record above, what comes next? Name the {asked}, one per line.', caveat)
 
-# %% ../../nbs/data/05_tasks.ipynb #efb5dc91
+# %% ../../nbs/data/05_tasks.ipynb #3b3c66be
 _RISKS = """
 ED_Hospitalization     | ed_hospitalization     | edstays    | nan | 40 | the patient will be admitted to the hospital from this emergency department stay
 ED_Inpatient_Mortality | ed_inpatient_mortality | edstays    | nan | 40 | the patient will die in the hospital stay that follows this emergency department stay
@@ -107,11 +108,11 @@ def _risks():
 
 TASKS = {t.name: t for t in (*_decisions(), *_risks())}
 
-# %% ../../nbs/data/05_tasks.ipynb #28792773
+# %% ../../nbs/data/05_tasks.ipynb #bbf28219
 BEFORE_ADMISSION = ('edstays', 'triage', 'medrecon', 'pyxis', 'vitalsign', 'diagnosis', 'labevents', 'microbiologyevents', 'radiology', 'omr')
 PLANNED = ('ELECTIVE', 'SURGICAL SAME DAY ADMISSION')
 
-# %% ../../nbs/data/05_tasks.ipynb #39ea5df0
+# %% ../../nbs/data/05_tasks.ipynb #d292c355
 DAY = 86_400
 _FAR = 2**33 # seconds; more than the years 2100 to 2300
 
@@ -125,7 +126,7 @@ class Events:
         sec = lambda c: f[c].dt.epoch('s').cast(pl.Float64).to_numpy() # nan where null
         self.start, self.end, self.until, self.died = (sec(c) for c in ('start', 'end', 'until', 'died'))
         self.event, self.table, self.subject = f['event'].to_numpy(), f['table'].to_numpy(), f['subject_id'].to_numpy()
-        self.hadm = f['hadm_id'].fill_null(-1).to_numpy()
+        self.hadm, self.stay = (f[c].fill_null(-1).to_numpy() for c in ('hadm_id', 'stay_id'))
         self.n, self.seen = len(f), {}
         self.patient = np.unique(self.subject, return_inverse=True)[1]
         self.admission = np.unique(np.where(self.hadm < 0, -self.subject, self.hadm), return_inverse=True)[1] # rows without one match each other
@@ -169,7 +170,7 @@ class Events:
 
     def at(self, values, i): "values[i], nan where i is -1."; return np.where(i >= 0, values[np.clip(i, 0, None)], np.nan)
 
-# %% ../../nbs/data/05_tasks.ipynb #fc930bb7
+# %% ../../nbs/data/05_tasks.ipynb #8f90a586
 def decision_labels(e:Events, # the events of a shard
                     task:Task # a decision task
 )->pl.DataFrame: # j (number of the event in the shard), label (distinct non-empty values, in the order of the record)
@@ -189,30 +190,30 @@ def decision_labels(e:Events, # the events of a shard
     first = np.sort(np.unique(values['j'].to_numpy()*(code.max(initial=0) + 1) + code, return_index=True)[1]) # first row of each (trigger, label)
     return values[first].with_columns(pl.col('label').cast(pl.String)).group_by('j', maintain_order=True).agg('label')
 
-# %% ../../nbs/data/05_tasks.ipynb #938ade6c
+# %% ../../nbs/data/05_tasks.ipynb #d86fa7e2
 INDEX = pl.Schema(dict(sample_id=pl.String, subject_id=pl.Int64, hadm_id=pl.Int64, stay_id=pl.Int64, task=pl.String, family=pl.String, protocol=pl.String,
                        prediction_time=pl.Datetime('us'), trigger=pl.Int32, begin=pl.Int32, end=pl.Int32, admissions_event=pl.Int32, discharge_event=pl.Int32,
                        label=pl.List(pl.String), patient_events=pl.Int32))
 
+_ORDER = {t: i for i, t in enumerate(TASKS)}
+
 def _rows(e, task, protocol, j, begin, end, time, label):
     "Index rows from arrays; `begin` and `end` are event numbers of the patient, `time` is in seconds."
     adm, dis = e.latest('admissions', j), e.latest('discharge', j)
-    adm = np.where((adm >= 0) & (e.hadm[adm] == e.hadm[j]) & (e.hadm[j] >= 0), adm, -1)
-    dis = np.where((dis >= 0) & ((e.hadm[dis] != e.hadm[j]) | (e.hadm[j] < 0)), dis, -1)
-    position = lambda i: pl.Series(np.where(i >= 0, e.event[i], -1)).cast(pl.Int32).replace(-1, None)
-    f = e.frame[j] if len(j) else e.frame.head(0)
-    label = label if isinstance(label, pl.Series) else pl.Series(np.where(label, 'yes', 'no'), dtype=pl.String).to_frame('x').select(pl.concat_list('x'))['x'] if len(j) else pl.Series([], dtype=pl.List(pl.String))
-    return pl.DataFrame(dict(
-        sample_id=f.select(pl.format('{}-{}-{}', 'subject_id', pl.lit(task.id), 'event')).to_series(), subject_id=f['subject_id'], hadm_id=f['hadm_id'],
-        stay_id=f['stay_id'] if task.family == 'risk' else pl.Series([None]*len(f), dtype=pl.Int64), task=pl.repeat(task.name, len(f), eager=True), family=pl.repeat(task.family, len(f), eager=True),
-        protocol=pl.repeat(protocol, len(f), eager=True), prediction_time=pl.Series((np.asarray(time)*1e6).astype(np.int64)).cast(pl.Datetime('us')) if len(f) else pl.Series([], dtype=pl.Datetime('us')),
-        trigger=f['event'], begin=pl.Series(begin).cast(pl.Int32), end=pl.Series(end).cast(pl.Int32), admissions_event=position(adm), discharge_event=position(dis),
-        label=label, patient_events=pl.Series(e.events_of_patient[j]).cast(pl.Int32))).cast(INDEX)
+    adm = np.where((adm >= 0) & (e.hadm[adm] == e.hadm[j]) & (e.hadm[j] >= 0), e.event[adm], -1)
+    dis = np.where((dis >= 0) & ((e.hadm[dis] != e.hadm[j]) | (e.hadm[j] < 0)), e.event[dis], -1)
+    if not isinstance(label, pl.Series): label = pl.Series(np.where(label, 'yes', 'no'), dtype=pl.String).reshape((len(j), 1)).cast(pl.List(pl.String))
+    known = lambda c: pl.when(pl.col(c) >= 0).then(pl.col(c))
+    return pl.DataFrame(dict(key=j*64 + _ORDER[task.name], subject_id=e.subject[j], hadm_id=e.hadm[j], stay_id=e.stay[j] if task.family == 'risk' else np.full(len(j), -1),
+                             time=(np.asarray(time)*1e6).astype(np.int64), trigger=e.event[j], begin=begin, end=end, adm=adm, dis=dis, label=label, n=e.events_of_patient[j])).select(
+        'key', pl.format('{}-{}-{}', 'subject_id', pl.lit(task.id), 'trigger').alias('sample_id'), 'subject_id', known('hadm_id'), known('stay_id'), pl.lit(task.name).alias('task'),
+        pl.lit(task.family).alias('family'), pl.lit(protocol).alias('protocol'), pl.col('time').cast(pl.Datetime('us')).alias('prediction_time'), pl.col('trigger', 'begin', 'end').cast(pl.Int32),
+        known('adm').cast(pl.Int32).alias('admissions_event'), known('dis').cast(pl.Int32).alias('discharge_event'), 'label', pl.col('n').cast(pl.Int32).alias('patient_events'))
 
-# %% ../../nbs/data/05_tasks.ipynb #8d292f8b
+# %% ../../nbs/data/05_tasks.ipynb #125e7e58
 def decision_index(e:Events,    # the events
                    protocol:str # strict or official
-)->pl.DataFrame: # `INDEX` rows of all decision tasks
+)->list: # frames of index rows, one a task
     "All samples of the decision tasks."
     previous = np.maximum(np.arange(e.n) - 1, 0)
     diagnoses = e.table == 'diagnoses_icd'
@@ -224,20 +225,20 @@ def decision_index(e:Events,    # the events
     known = np.where(diagnoses, e.at(e.end, previous), e.start) if protocol == 'strict' else start
     first = e.first_after(e.by_admission, every, start - DAY)
     ok = (first >= 0) & (first < every)
-    out, tables = [pl.DataFrame(schema=INDEX)], {'any', *e.table}
+    out, tables = [], {'any', *e.table}
     for task in TASKS.values():
         if task.family != 'decision' or task.trigger not in tables: continue
         labels = decision_labels(e, task)
         labels = labels.filter(pl.Series(ok[labels['j'].to_numpy()], dtype=pl.Boolean))
         j = labels['j'].to_numpy()
         out.append(_rows(e, task, protocol, j, e.event[first[j]], e.event[j], known[j], labels['label']))
-    return pl.concat(out)
+    return out
 
-# %% ../../nbs/data/05_tasks.ipynb #9040e47b
+# %% ../../nbs/data/05_tasks.ipynb #e5a4a007
 def official_risks(e:Events # the events
-)->pl.DataFrame: # `INDEX` rows of all risk tasks
+)->list: # frames of index rows, one a task
     "All samples of the risk tasks as the published code finds them."
-    out = [pl.DataFrame(schema=INDEX)]
+    out = []
     def emit(name, keep, j, begin, last, yes):
         k = np.flatnonzero(keep)
         if not len(k): return
@@ -272,13 +273,13 @@ def official_risks(e:Events # the events
     begin = e.first_after(e.by_admission, j, e.start[j] - DAY); keep = (begin >= 0) & (begin < j)
     then = e.following('admissions', e.patient, j)
     for days in (30, 60): emit(f'Readmission_{days}day', keep, j, begin, j, (then >= 0) & (e.at(e.start, then) - e.start[j] < days*DAY))
-    return pl.concat(out)
+    return out
 
-# %% ../../nbs/data/05_tasks.ipynb #4f4fd8fc
+# %% ../../nbs/data/05_tasks.ipynb #d3f8b086
 def strict_risks(e:Events # the events
-)->pl.DataFrame: # `INDEX` rows of all risk tasks
+)->list: # frames of index rows, one a task
     "All samples of the risk tasks without look-ahead."
-    out = [pl.DataFrame(schema=INDEX)]
+    out = []
     def emit(name, keep, j, begin, last, now, yes):
         k = np.flatnonzero(keep & (last >= j))
         if not len(k): return
@@ -324,20 +325,19 @@ def strict_risks(e:Events # the events
     then = e.at(e.start, e.following('unplanned', e.patient, j, np.where(np.isnan(left), e.origin, left)))
     e.table = table
     for days in (30, 60): emit(f'Readmission_{days}day', known & ~(then <= now), j, begin, j, now, then - left < days*DAY)
-    return pl.concat(out)
+    return out
 
-# %% ../../nbs/data/05_tasks.ipynb #90570f81
+# %% ../../nbs/data/05_tasks.ipynb #dae4567d
 def index_rows(rows:pl.DataFrame, # rows of a trajectory store, patients whole
                protocol:str       # strict or official
 )->pl.DataFrame: # `INDEX` rows, by patient, trigger and task
     "Every sample of every task."
     if not len(rows): return pl.DataFrame(schema=INDEX)
     e = Events(rows)
-    risks = strict_risks(e) if protocol == 'strict' else official_risks(e)
-    order = {t: i for i, t in enumerate(TASKS)}
-    return pl.concat([decision_index(e, protocol), risks]).sort('subject_id', 'trigger', pl.col('task').replace_strict(order, return_dtype=pl.Int32), maintain_order=True)
+    parts = decision_index(e, protocol) + (strict_risks(e) if protocol == 'strict' else official_risks(e))
+    return pl.concat(parts).sort('key').select(list(INDEX)) if parts else pl.DataFrame(schema=INDEX)
 
-# %% ../../nbs/data/05_tasks.ipynb #7a509657
+# %% ../../nbs/data/05_tasks.ipynb #682aec1b
 def _index_shard(file, out, protocol):
     path = out/file.name
     if path.exists(): return
@@ -351,13 +351,13 @@ def build_index(run:Run,  # the run; its trajectories must stand
     if upstream['params']['protocol'] != p.protocol: raise ValueError(f"trajectories are {upstream['params']['protocol']}, the index shall be {p.protocol}: build them again")
     def make(out):
         files = store_files(run.trajectories)
-        for f in tqdm(files, desc='index', unit='shard'): _index_shard(f, out, p.protocol)
+        for _ in tqdm(Parallel(p.workers, return_as='generator')(delayed(_index_shard)(f, out, p.protocol) for f in files), desc='index', unit='shard', total=len(files)): pass
         count = pl.scan_parquet(sorted(out.glob('shard-*.parquet'))).group_by('task').agg(pl.len().alias('n'), yes=(pl.col('label').list.first() == 'yes').sum()).collect(engine='streaming')
         by = {r['task']: r for r in count.iter_rows(named=True)}
         return dict(rows=int(count['n'].sum()), tasks={t: dict(rows=by[t]['n'] if t in by else 0) | (dict(yes=by[t]['yes'] if t in by else 0) if TASKS[t].family == 'risk' else {}) for t in TASKS})
     return build(run.index, make, dict(trajectories=upstream['key']), dict(protocol=p.protocol), 'data.tasks')
 
-# %% ../../nbs/data/05_tasks.ipynb #4a72a429
+# %% ../../nbs/data/05_tasks.ipynb #c2df7259
 def task_table(protocol:str='strict' # strict or official
 )->pl.DataFrame: # one row a task
     "The 45 tasks as a table for people."

@@ -7,16 +7,17 @@ __all__ = ['DISPLAY', 'HIDDEN', 'FIELD', 'ITEM', 'MODULES_IN_ORDER', 'TIE', 'TAB
            'UNTIL', 'DIED', 'KEYED', 'Display', 'python_floats', 'stream_table', 'order_rows', 'number_events',
            'source_files', 'build_trajectories', 'count_rows', 'store_files', 'scan_store', 'read_patient']
 
-# %% ../../nbs/data/03_trajectories.ipynb #e6319108
+# %% ../../nbs/data/03_trajectories.ipynb #78b64957
 import json, shutil
 from dataclasses import dataclass
 from pathlib import Path
 import numpy as np, polars as pl
+from joblib import Parallel, delayed
 from tqdm import tqdm
 from ..config import Profile, Run, build, fingerprint, read_manifest, writing
 from .tables import Source, TableError, code_map
 
-# %% ../../nbs/data/03_trajectories.ipynb #90620424
+# %% ../../nbs/data/03_trajectories.ipynb #51d1cc53
 @dataclass(frozen=True)
 class Display:
     "How a table appears in a record."
@@ -68,7 +69,7 @@ icu  | procedureevents    | Procedure Events | +item_name, value, valueuom, loca
 HIDDEN = ('hcpcsevents', 'drgcodes') # placed in the trajectory, never shown
 FIELD, ITEM = '\x1f', '\x1e'         # between cells; between the items of one cell
 
-# %% ../../nbs/data/03_trajectories.ipynb #966e08fc
+# %% ../../nbs/data/03_trajectories.ipynb #21072c8c
 MODULES_IN_ORDER = ('hosp', 'note', 'ed', 'icu')
 TIE = {t: i for i, t in enumerate(DISPLAY)}
 TABLE = pl.Enum(list(DISPLAY))
@@ -77,7 +78,7 @@ MERGED = pl.Schema(dict(subject_id=pl.Int64, table=TABLE, time=pl.Datetime('us')
 STORE = pl.Schema(dict(subject_id=pl.Int64, event=pl.Int32, table=TABLE, time=pl.Datetime('us'), start=pl.Datetime('us'), end=pl.Datetime('us'),
                        hadm_id=pl.Int64, stay_id=pl.Int64, cells=pl.String, until=pl.Datetime('us'), died=pl.Datetime('us')))
 
-# %% ../../nbs/data/03_trajectories.ipynb #0fbf2481
+# %% ../../nbs/data/03_trajectories.ipynb #e1bb07c0
 TIMES = dict(patients=None, admissions='admittime', transfers='intime', services='transfertime', omr='chartdate', poe='ordertime',
              labevents='charttime', microbiologyevents='charttime,chartdate', pharmacy='entertime', prescriptions='starttime', emar='charttime',
              procedures_icd='chartdate', hcpcsevents='chartdate', diagnoses_icd=None, drgcodes=None, radiology='charttime', discharge='charttime',
@@ -93,7 +94,7 @@ def _time(table, times):
     if times == 'available' and table in STORED: names = ['storetime', *names]
     return [n for n in names if n]
 
-# %% ../../nbs/data/03_trajectories.ipynb #3a085afd
+# %% ../../nbs/data/03_trajectories.ipynb #3dfeabc8
 def python_floats(s:pl.Series # Float64
 )->pl.Series: # String
     "Numbers as Python's `repr` writes them; Polars differs below 1e-4 and from 1e16 on."
@@ -106,7 +107,7 @@ def _text(column, dtype):
     if dtype.is_numeric(): c = c.cast(pl.Float64).map_batches(python_floats, return_dtype=pl.String, is_elementwise=True)
     return c.fill_null('')
 
-# %% ../../nbs/data/03_trajectories.ipynb #ab32dabb
+# %% ../../nbs/data/03_trajectories.ipynb #8aac253f
 _ARRIVAL = r'(?is)((?:allergies|chief complaint):.*?)\n\s*(?:discharge |admission )?physical exam'
 
 _OVERWRITTEN = {('pharmacy', 'status')}
@@ -133,12 +134,12 @@ def _lookups(source, table, protocol):
         return [(d.select('hadm_id', admission_info=pl.col('text').str.extract(_ARRIVAL).str.strip_chars()).unique('hadm_id', keep='first', maintain_order=True), ['hadm_id'], 'admission_info')]
     return []
 
-# %% ../../nbs/data/03_trajectories.ipynb #2aaa6738
+# %% ../../nbs/data/03_trajectories.ipynb #566a2e4b
 def stream_table(source:Source, # where the tables are
                  table:str,     # an event table
                  protocol:str,  # strict or official
                  times:str      # available or charttime
-)->tuple: # (LazyFrame of `MERGED` columns, LazyFrame of column statistics or None)
+)->tuple: # (LazyFrame of `MERGED` columns; function that says of each numeric column whether it holds whole numbers without gaps, or None)
     "The rows of one table as trajectory rows, and what its numeric columns are."
     shown = DISPLAY[table].columns
     lf = source.scan(table, row_index='row')
@@ -162,10 +163,11 @@ def stream_table(source:Source, # where the tables are
     rows = lf.select(pl.col('subject_id'), pl.lit(table).cast(TABLE).alias('table'), time=instant, order=order.cast(pl.Int64),
                      hadm_id=column('hadm_id').cast(pl.Int64), stay_id=column('stay_id').cast(pl.Int64), cells=cells,
                      until=column(UNTIL.get(table, '')).cast(pl.Datetime('us')), died=column(DIED.get(table, '')).cast(pl.Datetime('us')))
-    stats = lf.select([(pl.col(c).is_not_null().all() & (pl.col(c).cast(pl.Float64).floor() == pl.col(c)).all()).alias(c) for c in numeric]) if numeric else None
+    whole = [(pl.col(c).is_not_null().all() & (pl.col(c).cast(pl.Float64).floor() == pl.col(c)).all()).alias(c) for c in numeric]
+    stats = (lambda first=None: (lf.head(first) if first else lf).select(whole)) if numeric else None
     return rows, stats
 
-# %% ../../nbs/data/03_trajectories.ipynb #78ccca02
+# %% ../../nbs/data/03_trajectories.ipynb #d88e4066
 _LATE = {'diagnoses_icd': 0, 'drgcodes': 1}
 
 def order_rows(rows:pl.DataFrame, # `MERGED` rows of some patients
@@ -189,7 +191,7 @@ def order_rows(rows:pl.DataFrame, # `MERGED` rows of some patients
     place = np.concatenate([timed['at'].to_numpy().astype(np.int64)*2, loose['at'].to_numpy().astype(np.int64)*2 + 1])
     return both[np.argsort(place, kind='stable')].drop('at')
 
-# %% ../../nbs/data/03_trajectories.ipynb #e1bfeac7
+# %% ../../nbs/data/03_trajectories.ipynb #de1e1ddd
 def number_events(rows:pl.DataFrame, # `MERGED` rows in trajectory order
                   protocol:str       # strict or official
 )->pl.DataFrame: # `STORE` rows
@@ -203,7 +205,7 @@ def number_events(rows:pl.DataFrame, # `MERGED` rows in trajectory order
     at = rows['run']
     return rows.with_columns(runs['event'].gather(at), runs['start'].gather(at), runs['end'].gather(at)).select(list(STORE))
 
-# %% ../../nbs/data/03_trajectories.ipynb #403d68f2
+# %% ../../nbs/data/03_trajectories.ipynb #3936fbc2
 def _stream_to_parts(source, table, protocol, times, shards, folder):
     "Stream one table into one Parquet file a shard; returns what its numeric columns are."
     done = folder/f'{table}.json'
@@ -213,6 +215,9 @@ def _stream_to_parts(source, table, protocol, times, shards, folder):
         rows, stats = stream_table(source, table, protocol, times)
         rows = rows.with_columns(shard=pl.col('subject_id') % shards)
         sink = rows.sink_parquet(pl.PartitionBy(part, key='shard', include_key=False), compression='lz4', statistics=False, mkdir=True, lazy=True)
+        if stats is not None: # a gap or a fraction in the first rows settles it for most columns
+            head = stats(10_000).collect(engine='streaming')
+            stats = stats().select(settled) if (settled := [c for c in head.columns if head[c][0] is not False]) else None
         out = pl.collect_all([sink] + ([stats] if stats is not None else []), engine='streaming')
     whole = [c for c, v in (out[1].row(0, named=True) if stats is not None and len(out[1]) else {}).items() if v]
     with writing(done) as f: f.write_text(json.dumps(dict(integers=whole)))
@@ -231,7 +236,7 @@ def _assemble(shard, parts, out, protocol):
     with writing(parts/f'lost-{shard:05d}.json') as f: f.write_text(json.dumps({str(t): n for t, n in lost.rows()}))
     with writing(path) as tmp: store.write_parquet(tmp, compression='zstd', compression_level=1, row_group_size=250_000)
 
-# %% ../../nbs/data/03_trajectories.ipynb #67b0a914
+# %% ../../nbs/data/03_trajectories.ipynb #f8a50c07
 KEYED = ('patients', 'admissions', 'edstays', 'icustays', 'd_items', 'd_labitems', 'd_icd_diagnoses', 'd_icd_procedures') # a duplicate key here would spoil what is joined to it
 
 def source_files(source:Source # the tables
@@ -258,7 +263,7 @@ def build_trajectories(source:Source,      # the tables
         for t in (bar := tqdm(tables, desc='tables', unit='table')):
             bar.set_postfix_str(t)
             if whole := _stream_to_parts(source, t, p.protocol, p.times, shards, parts)['integers']: integers[t] = whole
-        for s in tqdm(range(shards), desc='shards', unit='shard'): _assemble(s, parts, out, p.protocol)
+        for _ in tqdm(Parallel(p.workers, return_as='generator')(delayed(_assemble)(s, parts, out, p.protocol) for s in range(shards)), desc='shards', unit='shard', total=shards): pass
         lost = [json.loads(f.read_text()) for f in sorted(parts.glob('lost-*.json'))]
         counts = count_rows(out)
         shutil.rmtree(parts)
