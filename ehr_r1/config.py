@@ -6,7 +6,7 @@
 __all__ = ['PROFILES', 'STAGES', 'MODULES', 'Profile', 'profile', 'seed_of', 'uniform', 'Run', 'demo_folder', 'code_version',
            'fingerprint', 'writing', 'read_manifest', 'build']
 
-# %% ../nbs/00_config.ipynb #e0c9c588
+# %% ../nbs/00_config.ipynb #9fdadd32
 import hashlib, json, os, platform, resource, shutil, subprocess, time
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import ehr_r1
 
-# %% ../nbs/00_config.ipynb #04a5dabd
+# %% ../nbs/00_config.ipynb #676844dc
 @dataclass(frozen=True)
 class Profile:
     "The settings of one reproduction; see `PROFILES` for the four that exist."
@@ -51,7 +51,7 @@ class Profile:
         "The time policy in force."
         return self.time_policy or ('available' if self.protocol == 'strict' else 'charttime')
 
-# %% ../nbs/00_config.ipynb #1132e9ac
+# %% ../nbs/00_config.ipynb #85258af4
 PROFILES = {p.name: p for p in [
     Profile('smoke', patients=300, ins_per_task=300, bench_per_task=100, replicates=200, shard_patients=50),
     Profile('demo', patients=3_000, ins_per_task=2_000, shard_patients=50),
@@ -71,7 +71,7 @@ def profile(name:str='demo', # one of `PROFILES`
     try: return replace(base, **{k: known[k](v) for k, v in overrides.items()})
     except ValueError as e: raise ValueError(f"profile {name}: {e}") from None
 
-# %% ../nbs/00_config.ipynb #e487dda3
+# %% ../nbs/00_config.ipynb #cad925ba
 def seed_of(seed:int, # the run's seed
             *item     # what the draw is for, e.g. 'split', subject_id
 )->int: # 64 bits, the same on every machine
@@ -92,7 +92,7 @@ def uniform(seed:int, # from `seed_of`: names the purpose of the draw
         for a in ids: state = mix(state + np.uint64(0x9e3779b97f4a7c15) + mix(np.asarray(a).astype(np.int64).view(np.uint64)))
     return (state >> np.uint64(11)).astype(float) * 2**-53
 
-# %% ../nbs/00_config.ipynb #afc4fd3a
+# %% ../nbs/00_config.ipynb #2bcea174
 STAGES = ('hospital', 'trajectories', 'index', 'samples', 'predictions', 'scores')
 
 class Run:
@@ -115,10 +115,10 @@ def demo_folder()->Path|None: # the folder, or None where it is not
         if (up/'settings.ini').exists() and (p := up.parent/'shared'/'data'/'mimic-iv-demo-2.2').exists(): return p
     return None
 
-# %% ../nbs/00_config.ipynb #7142113a
-MODULES = ('config', 'data.tables', 'data.conditions', 'data.courses', 'data.charting', 'data.orders', 'data.intensive', 'data.notes', 'data.hospital',
-           'data.trajectories', 'data.timeline', 'data.serialize', 'data.tasks', 'data.samples', 'data.official', 'evaluation.scoring',
-           'evaluation.baselines', 'evaluation.benchmark', 'evaluation.reporting', 'pipeline')
+# %% ../nbs/00_config.ipynb #ecec4035
+MODULES = ('config', 'data.tables', 'data.conditions', 'data.courses', 'data.visits', 'data.emergency', 'data.laboratory', 'data.orders', 'data.intensive',
+           'data.notes', 'data.hospital', 'data.trajectories', 'data.timeline', 'data.serialize', 'data.tasks', 'data.samples', 'data.official',
+           'evaluation.scoring', 'evaluation.baselines', 'evaluation.benchmark', 'evaluation.reporting', 'pipeline')
 
 def code_version(module:str # a name of `MODULES`
 )->str: # 16 hex digits
@@ -131,7 +131,7 @@ def code_version(module:str # a name of `MODULES`
     for p in sorted([*here.rglob('*.toml'), *here.rglob('*.csv')]): h.update(p.read_bytes())
     return h.hexdigest()
 
-# %% ../nbs/00_config.ipynb #d680bedd
+# %% ../nbs/00_config.ipynb #30afb1df
 def fingerprint(files:dict, # name -> Path
                 memory:Path|None=None # JSON file that remembers digests by size and modification time
 )->dict: # name -> digest of the content
@@ -158,7 +158,7 @@ def writing(path:str|Path # where the file shall be
         os.replace(tmp, path)
     finally: tmp.unlink(missing_ok=True)
 
-# %% ../nbs/00_config.ipynb #d1fd7fb1
+# %% ../nbs/00_config.ipynb #f9a3b459
 def _commit()->str:
     try: out = subprocess.run(['git', 'describe', '--always', '--dirty', '--abbrev=12'], capture_output=True, text=True, timeout=10, cwd=Path(ehr_r1.__file__).parent)
     except (OSError, subprocess.SubprocessError): return 'unknown'

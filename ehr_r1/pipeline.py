@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ORDER', 'Reproduction', 'main']
 
-# %% ../nbs/50_pipeline.ipynb #7fd84846
+# %% ../nbs/50_pipeline.ipynb #9b9e5fb2
 import sys, time
 from pathlib import Path
 from .config import PROFILES, Run, build, profile, read_manifest
@@ -17,7 +17,7 @@ from .data.trajectories import build_trajectories
 from .evaluation.benchmark import build_predictions, build_scores
 from .evaluation.reporting import run_reports
 
-# %% ../nbs/50_pipeline.ipynb #b505adba
+# %% ../nbs/50_pipeline.ipynb #3a776cf0
 class Reproduction:
     "One profile on one data set."
     def __init__(self, profile_name:str='demo', # smoke, demo, study or paper
@@ -67,7 +67,7 @@ class Reproduction:
 
 ORDER = ('hospital', 'trajectories', 'index', 'samples', 'baselines', 'scores', 'reports')
 
-# %% ../nbs/50_pipeline.ipynb #5412db1c
+# %% ../nbs/50_pipeline.ipynb #0b8c95ed
 def main(args:list|None=None # words after `ehr_r1`; default: the command line's
 )->int: # exit code
     "`ehr_r1 STAGE... [name=value ...]`: run stages of a reproduction; `reproduce` runs them all."

@@ -1,6 +1,6 @@
 """Baselines: what they may look at, what they fall back to, and that they find a signal that is there."""
 import numpy as np, polars as pl, pytest
-from ehr_r1.config import Run
+from ehr_r1.config import Run, profile
 from ehr_r1.data.samples import SAMPLES
 from ehr_r1.data.trajectories import DISPLAY
 from ehr_r1.evaluation.baselines import (COUNTED, MEASURED, SYSTEMS, WORDS, best_cut, count_matrix, dense_features, f1_at_k, fit_task, learn_vocabulary,
@@ -150,7 +150,7 @@ def test_a_run_from_samples_to_scores(data, tmp_path):
     for name, part in (('ehr_ins', pl.col('split') != 'held_out'), ('ehr_bench', pl.col('split') == 'held_out')):
         (run.samples/name).mkdir(parents=True)
         samples.filter(part).write_parquet(run.samples/name/'shard-00000.parquet')
-    read = read_samples(run)
+    read = read_samples(run, profile('smoke'))
     assert read.height == samples.height and not {'messages', 'candidates'} & set(read.columns)
     held = read.filter(pl.col('split') == 'held_out')
     truth = held.filter(pl.col('family') == 'risk').select('task', 'subject_id', 'hadm_id', 'stay_id', risk=(pl.col('label').list.first() == 'yes').cast(pl.Float64))

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LIBRARY', 'VITALS', 'NUMBERS', 'Library', 'matrix', 'arrays_of', 'read_library']
 
-# %% ../../nbs/data/02a_conditions.ipynb #85ace5c3
+# %% ../../nbs/data/02a_conditions.ipynb #e43cddca
 import tomllib
 from dataclasses import dataclass
 from functools import cache
@@ -13,11 +13,11 @@ from pathlib import Path
 import numpy as np, polars as pl
 import ehr_r1
 
-# %% ../../nbs/data/02a_conditions.ipynb #f2d2d1f6
+# %% ../../nbs/data/02a_conditions.ipynb #93c16670
 LIBRARY = Path(ehr_r1.__file__).parent/'data'/'library'
 VITALS = ('heartrate', 'resprate', 'o2sat', 'sbp', 'temperature')
 
-# %% ../../nbs/data/02a_conditions.ipynb #e303908d
+# %% ../../nbs/data/02a_conditions.ipynb #3385aebe
 @dataclass(frozen=True)
 class Library:
     "The condition library, checked."
@@ -54,7 +54,7 @@ class Library:
         names = list(dict.fromkeys(self.labs['family']))
         return np.array([names.index(x) for x in self.labs['family']])
 
-# %% ../../nbs/data/02a_conditions.ipynb #9ba52bbc
+# %% ../../nbs/data/02a_conditions.ipynb #0a9edd89
 def matrix(entries:dict,  # name to entry
            field:str,     # a field that maps names to numbers, or lists names
            columns:list   # the names it may use
@@ -69,7 +69,7 @@ def matrix(entries:dict,  # name to entry
             out[row, place[key]] = value if np.isscalar(value) else value[0]
     return out
 
-# %% ../../nbs/data/02a_conditions.ipynb #00116b06
+# %% ../../nbs/data/02a_conditions.ipynb #b3af1e4d
 NUMBERS = ('weight', 'planned', 'admit', 'icu', 'days', 'icu_days', 'death', 'back', 'vent', 'pressor')
 
 def arrays_of(k:dict,       # acute conditions
@@ -84,11 +84,12 @@ def arrays_of(k:dict,       # acute conditions
     return dict({f: column(k, f) for f in NUMBERS}, **{f: column(c, f) for f in ('at60', 'decade', 'burden')},
         age=np.array([e['age'] for e in k.values()], float), sex=np.array([e.get('sex', '') for e in k.values()]),
         likelier=np.log(np.where(likelier > 0, likelier, 1)), vitals=matrix(k, 'vitals', list(VITALS)), labs=matrix(k, 'labs', labs),
-        tests=matrix(k, 'tests', panels), daily=matrix(k, 'daily', panels), drugs=matrix(k, 'drugs', drugs), ed_drugs=matrix(k, 'ed_drugs', drugs),
+        tests=matrix(k, 'tests', panels), daily=matrix(k, 'daily', panels), drugs=matrix(k, 'drugs', drugs),
+        ed_drugs=matrix(k, 'ed_drugs', drugs),
         chronic_sex=np.array([e.get('sex', '') for e in c.values()]), home=matrix(c, 'home', drugs), chronic_labs=matrix(c, 'labs', labs),
         chronic_vitals=matrix(c, 'vitals', list(VITALS)))
 
-# %% ../../nbs/data/02a_conditions.ipynb #3b4e5d5e
+# %% ../../nbs/data/02a_conditions.ipynb #985efbd7
 @cache
 def read_library(folder:Path=LIBRARY # where conditions.toml and its CSV files are
                 )->Library: # checked: every name used is defined
@@ -105,6 +106,7 @@ def read_library(folder:Path=LIBRARY # where conditions.toml and its CSV files a
         for name, e in table.items():
             for code in (e['icd10'], e.get('symptom', e['icd10'])):
                 if code not in diagnoses: raise ValueError(f"conditions.toml, {name}: {code} is not in diagnoses.csv. Add it there.")
-    for field, known in (('procedures', procedures), ('cultures', toml['specimen']), ('organisms', toml['organism'])): matrix(k, field, list(known))
+    for field, known in (('procedures', procedures), ('cultures', toml['specimen']), ('organisms', toml['organism'])): matrix(k, field,
+        list(known))
     arrays = arrays_of(k, c, labs['lab'].to_list(), list(dict.fromkeys(labs['panel'])), drugs['drug'].to_list())
     return Library(k, c, toml['specimen'], toml['organism'], toml['antibiotic'], labs, drugs, text('items.csv'), diagnoses, procedures, arrays)

@@ -4,19 +4,19 @@
 
 # %% auto #0
 __all__ = ['DAY', 'KNOTS', 'LEVELS', 'SUMS', 'WARD_SPREAD', 'ICU_SPREAD', 'AGAIN_SPREAD', 'AFTER_ICU', 'NODES', 'QMC', 'RACES',
-           'ALLERGIES', 'SHORT', 'SAME', 'RECENT', 'DIRECT', 'ICU_SOON', 'ROUNDS', 'HOME_GAP', 'EARLY_GAP', 'GH_X',
-           'GH_W', 'alive', 'death_hour', 'sigmoid', 'lognormal', 'longer', 'patients', 'case_mix', 'admission_odds',
-           'revisit_odds', 'return_odds', 'icu_odds', 'again_odds', 'short_odds', 'hazard', 'ward_days', 'icu_days',
-           'arrive', 'stay', 'midnight', 'day_of', 'leave', 'courses', 'dying', 'stay_nodes', 'emergency_risks',
-           'admission_risks', 'admitted_on_return', 'discharge_risks', 'icu_risks', 'next_admission', 'outcomes',
-           'icu_outcomes', 'true_risks']
+           'ALLERGIES', 'FRAIL', 'SHORT', 'SAME', 'RECENT', 'DIRECT', 'ICU_SOON', 'ROUNDS', 'HOME_GAP', 'EARLY_GAP',
+           'GH_X', 'GH_W', 'alive', 'death_hour', 'sigmoid', 'lognormal', 'longer', 'patients', 'case_mix',
+           'admission_odds', 'revisit_odds', 'return_odds', 'icu_odds', 'again_odds', 'short_odds', 'hazard',
+           'ward_days', 'icu_days', 'arrive', 'stay', 'midnight', 'day_of', 'leave', 'courses', 'dying', 'stay_nodes',
+           'emergency_risks', 'admission_risks', 'admitted_on_return', 'discharge_risks', 'icu_risks', 'next_admission',
+           'outcomes', 'icu_outcomes', 'true_risks']
 
-# %% ../../nbs/data/02b_courses.ipynb #904acc06
+# %% ../../nbs/data/02b_courses.ipynb #ca8d9126
 import numpy as np
 from scipy.special import ndtr, ndtri
 from .conditions import Library
 
-# %% ../../nbs/data/02b_courses.ipynb #6467cf29
+# %% ../../nbs/data/02b_courses.ipynb #5ede6756
 DAY = 24.                                                   # courses count in hours
 KNOTS = np.array([0, 2, 4, 8, 15, 60, 20_000])*DAY
 LEVELS = np.array([2.2, 1.0, .75, .45, .08, .004])/DAY
@@ -34,7 +34,7 @@ def death_hour(u,    # uniform draws
     "The hour of death: the inverse of `1 - alive`."
     return np.interp(-np.log1p(-u)/scale, SUMS, KNOTS)
 
-# %% ../../nbs/data/02b_courses.ipynb #87a01b8b
+# %% ../../nbs/data/02b_courses.ipynb #a88bbd26
 WARD_SPREAD, ICU_SPREAD, AGAIN_SPREAD = .55, .85, .6        # of the logarithm
 AFTER_ICU = .75                                             # ward days after intensive care, of those without
 NODES = 48
@@ -53,11 +53,14 @@ def longer(days, mu, spread)->np.ndarray: # probability
     "Probability that a log-normal duration is longer than so many days."
     return np.where(days > 0, ndtr((mu - np.log(np.maximum(days, 1e-9)))/spread), 1.)
 
-# %% ../../nbs/data/02b_courses.ipynb #b0d05795
-RACES = {'WHITE': 62, 'BLACK/AFRICAN AMERICAN': 14, 'HISPANIC/LATINO - PUERTO RICAN': 4, 'WHITE - OTHER EUROPEAN': 3, 'ASIAN - CHINESE': 3, 'ASIAN': 2,
+# %% ../../nbs/data/02b_courses.ipynb #321b85f4
+RACES = {'WHITE': 62, 'BLACK/AFRICAN AMERICAN': 14, 'HISPANIC/LATINO - PUERTO RICAN': 4, 'WHITE - OTHER EUROPEAN': 3, 'ASIAN - CHINESE': 3,
+         'ASIAN': 2,
          'HISPANIC/LATINO - DOMINICAN': 2, 'OTHER': 4, 'UNKNOWN': 4, 'PORTUGUESE': 2}
-ALLERGIES = {'No Known Allergies / Adverse Drug Reactions': 58, 'Penicillins': 14, 'Sulfa (Sulfonamide Antibiotics)': 10, 'Codeine': 7, 'Lisinopril': 6,
+ALLERGIES = {'No Known Allergies / Adverse Drug Reactions': 58, 'Penicillins': 14, 'Sulfa (Sulfonamide Antibiotics)': 10, 'Codeine': 7,
+             'Lisinopril': 6,
              'Iodinated Contrast Media - IV Dye': 5}
+FRAIL = dict(albumin=-.9, red_cells=-.5, rdw=.8)    # how frailty shows in tests, in spreads
 
 def patients(lib:Library, # the condition library
              rng,         # a numpy generator
@@ -71,7 +74,8 @@ def patients(lib:Library, # the condition library
     p['has'] = (rng.random(odds.shape) < sigmoid(odds)) & ((a['chronic_sex'] == '') | (a['chronic_sex'] == p['sex'][:, None]))
     p['burden'] = p['has']@a['burden']
     p['home'] = rng.random((n, len(lib.drugs))) < 1 - np.exp(p['has']@np.log1p(-a['home'].clip(0, .99)))
-    p['labs'] = p['has']@a['chronic_labs'] + rng.normal(0, .5, (n, len(lib.labs)))[:, lib.family] - .5*p['frail'][:, None]*lib.labs['family'].is_in(['albumin', 'red_cells']).to_numpy()
+    p['labs'] = p['has']@a['chronic_labs'] + rng.normal(0, .5, (n, len(lib.labs)))[:, lib.family]
+    p['labs'] += p['frail'][:, None]*np.array([FRAIL.get(x, 0) for x in lib.labs['family']])
     p['vitals'] = p['has']@a['chronic_vitals'] + rng.normal(0, 1, (n, 5))*[5, 1, .6, 8, .15]
     p['height'] = np.round(np.where(p['sex'] == 'F', 63.5, 69.2) + rng.normal(0, 2.7, n)).astype(int)
     obese = p['has'][:, lib.chronic_at('obesity')]
@@ -84,7 +88,7 @@ def patients(lib:Library, # the condition library
     p['start'] = rng.integers(0, 84*365, n)*DAY + 8 + 14*rng.random(n)   # first visit, hours since the beginning of 2111
     return p
 
-# %% ../../nbs/data/02b_courses.ipynb #4155c4fa
+# %% ../../nbs/data/02b_courses.ipynb #17f55f32
 SHORT = np.log(.72)                     # log of the median days of an observation stay
 SAME, RECENT, DIRECT = .35, .6, .22     # on an early return: share with the same condition, extra severity; share of visits without an emergency stay
 ICU_SOON = .87                          # share of ICU stays that begin less than 12 hours after the emergency stay
@@ -134,7 +138,7 @@ def icu_days(lib, p, who, k, s):
     "Log of the median days of a first ICU stay."
     return np.log(lib.arrays['icu_days'][k]) + .6*s - .72 + .05*p['burden'][who]
 
-# %% ../../nbs/data/02b_courses.ipynb #320885d9
+# %% ../../nbs/data/02b_courses.ipynb #dfae4722
 ROUNDS = 9
 HOME_GAP, EARLY_GAP = 61*DAY, 24*DAY # earliest late return; mean of an early one
 
@@ -151,7 +155,7 @@ def arrive(lib, p, who, kind, k_last, now, u, z)->dict: # one row a visit
     admit = np.where(ed, out - np.minimum(.5 + 1.5*u[:, 4], hours*.3), now)
     return dict(patient=who, ed=ed, k=k, s=s, t=now, out=out, admitted=admitted, admit=admit)
 
-# %% ../../nbs/data/02b_courses.ipynb #4331e2f6
+# %% ../../nbs/data/02b_courses.ipynb #07c5dfea
 def stay(lib, p, v, u)->dict: # further columns
     "Intensive care, length of stay and death of a visit; times in hours since admission unless their name says otherwise."
     who, k, s, ed = v['patient'], v['k'], v['s'], v['ed']
@@ -175,11 +179,12 @@ def stay(lib, p, v, u)->dict: # further columns
     begin2 = start + first + gap
     again &= begin2 < end
     clock = lambda h: v['admit'] + np.minimum(h, end)
-    return dict(icu=icu, short=short, start=start, first=first, again=again, begin2=begin2, second=second, p_again=p_again, mu_w=mu_w, mu_i=mu_i, scale=scale,
+    return dict(icu=icu, short=short, start=start, first=first, again=again, begin2=begin2, second=second, p_again=p_again, mu_w=mu_w, mu_i=mu_i,
+                scale=scale,
                 death=death, died=died, end=end, disch=np.where(v['admitted'], v['admit'] + end, v['out']), vent=u[:, 20], pressor=u[:, 21],
                 icu_in=v['admit'] + start, icu_out=clock(start + first), icu_in2=v['admit'] + begin2, icu_out2=clock(begin2 + second))
 
-# %% ../../nbs/data/02b_courses.ipynb #fe12eaa9
+# %% ../../nbs/data/02b_courses.ipynb #357cc442
 def midnight(hours): return np.ceil(hours/DAY - 1e-9)*DAY
 def day_of(hours): return np.floor(hours/DAY)*DAY
 
@@ -201,10 +206,11 @@ def leave(lib, p, v, u, prior, last:bool)->dict: # further columns
     death = np.where(v['died'], death, np.maximum(death, midnight(v['disch']) + 3))
     dies = v['died'] | (adm & (death < np.where(has_next, nxt, np.inf)) & (death < v['disch'] + 365*DAY))
     has_next &= ~dies
-    return dict(p_return=p_return, p_revisit=p_revisit, kind_next=np.where(early, 1, np.where(revisit, 2, 0)), has_next=has_next, next=np.where(has_next, nxt, np.inf),
+    return dict(p_return=p_return, p_revisit=p_revisit, kind_next=np.where(early, 1, np.where(revisit, 2, 0)), has_next=has_next,
+                next=np.where(has_next, nxt, np.inf),
                 dod=np.where(dies, day_of(death), np.inf))
 
-# %% ../../nbs/data/02b_courses.ipynb #8bbb8681
+# %% ../../nbs/data/02b_courses.ipynb #9d04d2be
 def courses(lib:Library, # the condition library
             p:dict,      # patients, from `patients`
             rng          # a numpy generator
@@ -227,7 +233,7 @@ def courses(lib:Library, # the condition library
     order = np.lexsort((v['round'], v['patient']))
     return {key: x[order] for key, x in v.items()}
 
-# %% ../../nbs/data/02b_courses.ipynb #d23c4378
+# %% ../../nbs/data/02b_courses.ipynb #8a16c552
 def dying(scale,   # of the hazard, one a patient
           d,       # hours of discharge: patients x nodes
           weight,  # of each node
@@ -252,11 +258,12 @@ def emergency_risks(lib, p, who, k, s)->dict: # task to probability
     on_ward = short*dying(calm, ward(SHORT + 0*mu_w), ones) + (1 - short)*dying(calm, ward(mu_w), ones)
     d = 3 + stay_nodes(DAY*lognormal(u[..., 0], mu_i[:, None], ICU_SPREAD), mu_i, again) + ward(mu_w + np.log(AFTER_ICU))
     in_icu = dying(hazard(lib, p, who, k, s, 1), d, ones)
-    return dict(ED_Hospitalization=admitted, ED_Inpatient_Mortality=admitted*((1 - icu)*on_ward + icu*in_icu), ED_ICU_Tranfer_12hour=admitted*icu*ICU_SOON,
+    return dict(ED_Hospitalization=admitted, ED_Inpatient_Mortality=admitted*((1 - icu)*on_ward + icu*in_icu),
+                ED_ICU_Tranfer_12hour=admitted*icu*ICU_SOON,
                 ED_Critical_Outcomes=admitted*(icu*(ICU_SOON + (1 - ICU_SOON)*in_icu) + (1 - icu)*on_ward),
                 ED_Reattendance_3day=(1 - admitted)*sigmoid(revisit_odds(lib, p, who, k, s)))
 
-# %% ../../nbs/data/02b_courses.ipynb #f1c20632
+# %% ../../nbs/data/02b_courses.ipynb #a0abd96e
 def admission_risks(v)->dict: # task to probability; v holds admissions
     "Risks one day after admission."
     inside, icu, scale = v['end'] > DAY, v['icu'], v['scale']
@@ -266,12 +273,13 @@ def admission_risks(v)->dict: # task to probability; v holds admissions
     base = np.where(icu[:, None], v['start'][:, None] + stay_nodes(first, v['mu_i'], v['p_again']), 0)
     mu = np.where(icu, v['mu_w'] + np.log(AFTER_ICU), v['mu_w'])[:, None]
     stays = lambda h: longer((h - base)/DAY, mu, WARD_SPREAD)
-    out = {f'LengthOfStay_{days}day': np.where(inside, alive(days*DAY, scale)*stays(days*DAY).mean(1)/(alive(DAY, scale)*stays(DAY).mean(1)), 0) for days in (3, 7)}
+    out = {f'LengthOfStay_{days}day': np.where(inside, alive(days*DAY, scale)*stays(days*DAY).mean(1)/(alive(DAY, scale)*stays(DAY).mean(1)),
+        0) for days in (3, 7)}
     rest = stays(DAY)
     d = base + DAY*lognormal(1 - rest + rest*QMC[None, :, 4], mu, WARD_SPREAD)
     return out | dict(Inpatient_Mortality=np.where(inside, dying(scale, d, rest, DAY), v['died']))
 
-# %% ../../nbs/data/02b_courses.ipynb #531606a0
+# %% ../../nbs/data/02b_courses.ipynb #9dcbb743
 GH_X, GH_W = np.polynomial.hermite_e.hermegauss(9)
 GH_W = GH_W/GH_W.sum()
 
@@ -308,14 +316,15 @@ def icu_risks(v, second:bool)->dict: # task to probability; v holds ICU stays
     for days in (1, 2, 3, 7, 14):
         until = midnight(v['admit'] + begin + (days + 1)*DAY) - v['admit']
         out[f'ICU_Mortality_{days}day'] = np.where(dead, 1, 1 - S(until)/now)
-    for days in (7, 14): out[f'ICU_Stay_{days}day'] = np.where(there, longer(float(days), mu, spread)/longer(1., mu, spread)*S(begin + days*DAY)/now, 0)
+    for days in (7, 14): out[f'ICU_Stay_{days}day'] = np.where(there,
+        longer(float(days), mu, spread)/longer(1., mu, spread)*S(begin + days*DAY)/now, 0)
     low = np.where(length > DAY, 1 - longer(1., mu, spread), 0)[:, None]
     ends = np.where(length[:, None] > DAY, DAY*lognormal(low + (1 - low)*QMC[None, :, 0], mu[:, None], spread), length[:, None])
     back = begin[:, None] + ends + DAY*(1 + 3*QMC[None, :, 2])
     lives = (alive(back, v['scale'][:, None])/now[:, None]).mean(1)
     return out | dict(ICU_Readmission=np.where(dead | second, 0, v['p_again']*lives))
 
-# %% ../../nbs/data/02b_courses.ipynb #6a3e065b
+# %% ../../nbs/data/02b_courses.ipynb #627aebc0
 def next_admission(v)->np.ndarray: # hours, inf if none
     "Start of the patient's next admission after each visit."
     out, t = np.full(len(v['patient']), np.inf), np.inf
@@ -328,7 +337,8 @@ def outcomes(v)->dict: # task to (which visits, which ICU stay of the visit, yes
     "What happened, for every yes/no question."
     e, a = np.flatnonzero(v['ed']), np.flatnonzero(v['admitted'])
     soon = (v['icu'] & (v['icu_in'] - v['out'] < 12))[e]
-    out = dict(ED_Hospitalization=v['admitted'][e], ED_Inpatient_Mortality=v['died'][e], ED_ICU_Tranfer_12hour=soon, ED_Critical_Outcomes=v['died'][e] | soon,
+    out = dict(ED_Hospitalization=v['admitted'][e], ED_Inpatient_Mortality=v['died'][e], ED_ICU_Tranfer_12hour=soon,
+               ED_Critical_Outcomes=v['died'][e] | soon,
                ED_Reattendance_3day=(v['next'] - v['out'] < 72)[e] & ~v['admitted'][e])
     out = {task: (e, 0, yes) for task, yes in out.items()}
     for days in (3, 7): out[f'LengthOfStay_{days}day'] = (a, 0, v['end'][a] > days*DAY)

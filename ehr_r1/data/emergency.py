@@ -6,13 +6,13 @@
 __all__ = ['DRGS', 'NORMAL', 'SICK', 'NOISE', 'LOWEST', 'HIGHEST', 'coded', 'diagnoses', 'procedures', 'billing', 'vital_signs',
            'vital_columns', 'pain', 'stays', 'vitalsign', 'medrecon', 'pyxis', 'ed_diagnosis', 'chart_emergency']
 
-# %% ../../nbs/data/02d_emergency.ipynb #0e0736be
+# %% ../../nbs/data/02d_emergency.ipynb #0a344e78
 import numpy as np, polars as pl
 from .conditions import matrix
 from .courses import sigmoid
 from .visits import DAYS, HOUR, Block, date, gaps, nullable, repeat, same, stack, take, when, within, words
 
-# %% ../../nbs/data/02d_emergency.ipynb #a6c31370
+# %% ../../nbs/data/02d_emergency.ipynb #a798d508
 def coded(b:Block,       # the block
           table:dict,    # lib.diagnoses or lib.procedures
           codes:list,    # ICD-10 codes
@@ -27,7 +27,7 @@ def coded(b:Block,       # the block
     out = dict(icd_code=words(both('icd10', 'icd9'), at), icd_version=np.where(nine, 9, 10))
     return out | ({title: words(both('title10', 'title9'), at)} if title else {})
 
-# %% ../../nbs/data/02d_emergency.ipynb #b50ab95f
+# %% ../../nbs/data/02d_emergency.ipynb #f07ca165
 def diagnoses(b:Block)->dict: # columns
     "The diagnoses_icd table."
     lib, a = b.lib, b.adm
@@ -37,7 +37,8 @@ def diagnoses(b:Block)->dict: # columns
     chronic = matrix(lib.chronic, 'also', codes)
     chronic[np.arange(len(chronic)), [at[c['icd10']] for c in lib.chronic.values()]] = .97
     failing = np.zeros_like(acute); failing[:, at['J9601']] = .5*b.ventilated[a]
-    quiet = (1 - (acute*np.clip(.6 + .4*b.severity[a], .3, 1.6)[:, None]).clip(0, .98))*(1 - failing)*np.exp(b.p['has'][b.who[a]]@np.log1p(-chronic.clip(0, .99)))
+    quiet = (1 - (acute*np.clip(.6 + .4*b.severity[a], .3, 1.6)[:, None]).clip(0,
+        .98))*(1 - failing)*np.exp(b.p['has'][b.who[a]]@np.log1p(-chronic.clip(0, .99)))
     has = b.rng.random(quiet.shape) > quiet
     has[np.arange(len(a)), own] = True
     r, c = np.nonzero(has)
@@ -65,13 +66,16 @@ def procedures(b:Block)->dict: # columns
     chart = np.minimum(b.admit[visit]//DAYS + later, b.disch[visit]//DAYS)*DAYS
     b.done = take(dict(visit=visit, code=code, chart=chart), np.lexsort((code, chart, visit)))
     visit = b.done['visit']
-    return dict(**b.row(visit), seq_num=within(visit) + 1, chartdate=date(b.done['chart']), **coded(b, lib.procedures, codes, b.done['code'], visit))
+    return dict(**b.row(visit), seq_num=within(visit) + 1, chartdate=date(b.done['chart']),
+        **coded(b, lib.procedures, codes, b.done['code'], visit))
 
-# %% ../../nbs/data/02d_emergency.ipynb #218eb37b
+# %% ../../nbs/data/02d_emergency.ipynb #e89b9913
 DRGS = {'CMED': ('291', 'HEART FAILURE & SHOCK W MCC'), 'MED': ('871', 'SEPTICEMIA OR SEVERE SEPSIS W/O MV >96 HOURS W MCC'),
         'SURG': ('418', 'LAPAROSCOPIC CHOLECYSTECTOMY W/O C.D.E. W CC'), 'NMED': ('065', 'INTRACRANIAL HEMORRHAGE OR CEREBRAL INFARCTION W CC'),
-        'NSURG': ('064', 'INTRACRANIAL HEMORRHAGE OR CEREBRAL INFARCTION W MCC'), 'OMED': ('847', 'CHEMOTHERAPY W/O ACUTE LEUKEMIA AS SECONDARY DIAGNOSIS W CC'),
-        'CSURG': ('236', 'CORONARY BYPASS W/O CARDIAC CATH W/O MCC'), 'ORTHO': ('470', 'MAJOR JOINT REPLACEMENT OR REATTACHMENT OF LOWER EXTREMITY W/O MCC')}
+        'NSURG': ('064', 'INTRACRANIAL HEMORRHAGE OR CEREBRAL INFARCTION W MCC'),
+        'OMED': ('847', 'CHEMOTHERAPY W/O ACUTE LEUKEMIA AS SECONDARY DIAGNOSIS W CC'),
+        'CSURG': ('236', 'CORONARY BYPASS W/O CARDIAC CATH W/O MCC'),
+        'ORTHO': ('470', 'MAJOR JOINT REPLACEMENT OR REATTACHMENT OF LOWER EXTREMITY W/O MCC')}
 
 def billing(b:Block)->dict: # columns by table
     "drgcodes (one group a service: nothing is learned from it) and hcpcsevents (observation hours)."
@@ -79,18 +83,21 @@ def billing(b:Block)->dict: # columns by table
     drg = b.of_condition(lambda c: list(DRGS).index(c['service']))[visit]
     level = nullable(np.where(apr, np.clip(np.round(1 + 1.2*b.severity[visit]), 1, 4), -1))
     o = np.flatnonzero(b.v['short']); n = len(o)
-    return dict(drgcodes=dict(**b.row(visit), drg_type=words(['HCFA', 'APR'], apr), drg_code=words([x for x, _ in DRGS.values()], drg), description=words([x for _, x in DRGS.values()], drg),
+    return dict(drgcodes=dict(**b.row(visit), drg_type=words(['HCFA', 'APR'], apr), drg_code=words([x for x, _ in DRGS.values()], drg),
+                              description=words([x for _, x in DRGS.values()], drg),
                               drg_severity=level, drg_mortality=level),
-                hcpcsevents=dict(**b.row(o), chartdate=date(np.minimum(b.admit[o] + 3*HOUR, b.disch[o] - 60)), hcpcs_cd=same('G0378', n), seq_num=np.ones(n, int),
+                hcpcsevents=dict(**b.row(o), chartdate=date(np.minimum(b.admit[o] + 3*HOUR, b.disch[o] - 60)), hcpcs_cd=same('G0378', n),
+                seq_num=np.ones(n, int),
                                  short_description=same('Hospital observation per hr', n)))
 
-# %% ../../nbs/data/02d_emergency.ipynb #e7c9635b
+# %% ../../nbs/data/02d_emergency.ipynb #095d5b02
 NORMAL, SICK, NOISE = np.array([80, 17, 97.5, 130, 98.1]), np.array([2.4, .9, -.55, -1.8, .08]), np.array([6, 1.4, .9, 9, .25])
 LOWEST, HIGHEST = np.array([30, 6, 70, 55, 93.]), np.array([190, 48, 100, 245, 105.5])
 
 def vital_signs(b:Block, visit, fade, rng_scale=1.)->np.ndarray: # rows x heart rate, breaths, saturation, systolic pressure, temperature
     "Vital signs of visits; `fade` is what remains of the illness."
-    x = NORMAL + b.p['vitals'][b.who[visit]] + b.lib.arrays['vitals'][b.k[visit]]*(b.severity[visit]*fade)[:, None] + SICK*(b.s[visit]*fade)[:, None]
+    x = NORMAL + b.p['vitals'][b.who[visit]] + b.lib.arrays['vitals'][b.k[visit]]*(b.severity[visit]*fade)[:, None] + SICK*(b.s[visit]*fade)[:,
+        None]
     return (x + b.rng.normal(0, 1, x.shape)*NOISE*rng_scale).clip(LOWEST, HIGHEST)
 
 def vital_columns(b:Block, x, missing:float)->dict: # columns
@@ -98,7 +105,8 @@ def vital_columns(b:Block, x, missing:float)->dict: # columns
     gone = b.rng.random(x.shape) < missing
     column = lambda j, digits=0: gaps(np.where(gone[:, j], np.nan, np.round(x[:, j], digits)))
     low = np.round(x[:, 3]*.42 + 18 + b.rng.normal(0, 6, len(x)))
-    return dict(temperature=column(4, 1), heartrate=column(0), resprate=column(1), o2sat=column(2), sbp=column(3), dbp=gaps(np.where(gone[:, 3], np.nan, low)))
+    return dict(temperature=column(4, 1), heartrate=column(0), resprate=column(1), o2sat=column(2), sbp=column(3),
+        dbp=gaps(np.where(gone[:, 3], np.nan, low)))
 
 def pain(b:Block, visit, missing:float)->pl.Series: # text
     "Pain scores: high where the complaint is pain."
@@ -106,7 +114,7 @@ def pain(b:Block, visit, missing:float)->pl.Series: # text
     score = np.clip(np.round(6.*hurts + b.rng.normal(0, 2, len(visit))), 0, 10)
     return words(list(range(11)), np.where(b.rng.random(len(visit)) < missing, -1, score))
 
-# %% ../../nbs/data/02d_emergency.ipynb #12ddefdc
+# %% ../../nbs/data/02d_emergency.ipynb #fb99c421
 def stays(b:Block)->dict: # columns by table
     "edstays and triage."
     v, p, e = b.v, b.p, np.flatnonzero(b.v['ed'])
@@ -115,13 +123,17 @@ def stays(b:Block)->dict: # columns by table
     b.complaints = [c for x in entries for c in x['complaints']]
     many = np.array([len(x['complaints']) for x in entries]); first = np.cumsum(many) - many
     b.complaint = np.full(b.n, -1); b.complaint[e] = first[b.k[e]] + (u[:, 0]*many[b.k[e]]).astype(int)
-    said = words(b.complaints + [x if 'Transfer' in x else f'{x}, Transfer' for x in b.complaints], b.complaint[e] + np.where(b.outside[e], len(b.complaints), 0))
+    said = words(b.complaints + [x if 'Transfer' in x else f'{x}, Transfer' for x in b.complaints],
+        b.complaint[e] + np.where(b.outside[e], len(b.complaints), 0))
     came = np.where(u[:, 1] < sigmoid(-.4 + .7*b.s[e] + .025*(p['age'][who] - 60)), 0, np.where(u[:, 1] > .97, 2, 1))
     went = np.where(v['admitted'][e], 0, 1 + np.searchsorted([.93, .96, .98], u[:, 2]))
     acuity = np.clip(np.round(2.75 - .55*b.s[e] - .12*b.lib.arrays['admit'][b.k[e]] + b.rng.normal(0, .35, n)), 1, 5)
-    edstays = dict(**b.row(e), stay_id=b.stay[e], intime=when(b.t[e]), outtime=when(b.out[e]), gender=pl.Series(p['sex'][who]), race=pl.Series(p['race'][who]),
-                   arrival_transport=words(['AMBULANCE', 'WALK IN', 'UNKNOWN'], came), disposition=words(['ADMITTED', 'HOME', 'LEFT WITHOUT BEING SEEN', 'ELOPED', 'TRANSFER'], went))
-    triage = dict(subject_id=b.subject[who], stay_id=b.stay[e], **vital_columns(b, vital_signs(b, e, np.ones(n)), .04), pain=pain(b, e, .06), acuity=acuity, chiefcomplaint=said)
+    edstays = dict(**b.row(e), stay_id=b.stay[e], intime=when(b.t[e]), outtime=when(b.out[e]), gender=pl.Series(p['sex'][who]),
+                   race=pl.Series(p['race'][who]),
+                   arrival_transport=words(['AMBULANCE', 'WALK IN', 'UNKNOWN'], came),
+                   disposition=words(['ADMITTED', 'HOME', 'LEFT WITHOUT BEING SEEN', 'ELOPED', 'TRANSFER'], went))
+    triage = dict(subject_id=b.subject[who], stay_id=b.stay[e], **vital_columns(b, vital_signs(b, e, np.ones(n)), .04), pain=pain(b, e, .06),
+        acuity=acuity, chiefcomplaint=said)
     return dict(edstays=edstays, triage=triage)
 
 def vitalsign(b:Block)->dict: # columns
@@ -137,7 +149,7 @@ def vitalsign(b:Block)->dict: # columns
     return dict(subject_id=b.subject[b.who[visit]], stay_id=b.stay[visit], charttime=when(t), **vital_columns(b, x, .08),
                 rhythm=words(['Atrial Fibrillation', 'Sinus Tachycardia', 'Sinus Rhythm'], rhythm), pain=pain(b, visit, .15))
 
-# %% ../../nbs/data/02d_emergency.ipynb #af58a12d
+# %% ../../nbs/data/02d_emergency.ipynb #ad83b9f8
 def medrecon(b:Block)->dict: # columns
     "The medrecon table."
     e, drugs = np.flatnonzero(b.v['ed']), b.lib.drugs
@@ -146,7 +158,8 @@ def medrecon(b:Block)->dict: # columns
     column = lambda name: drugs[name].to_list()
     classes = list(dict.fromkeys(column('etc')))
     codes = [f'{classes.index(x) + 100:08d}' if x else '' for x in column('etc')]
-    return dict(subject_id=b.subject[b.who[e[r]]], stay_id=b.stay[e[r]], charttime=when(t[r]), name=words(column('home'), d), gsn=words(column('gsn'), d), ndc=words(column('ndc'), d),
+    return dict(subject_id=b.subject[b.who[e[r]]], stay_id=b.stay[e[r]], charttime=when(t[r]), name=words(column('home'), d),
+                gsn=words(column('gsn'), d), ndc=words(column('ndc'), d),
                 etc_rn=np.ones(len(r), int), etccode=words(codes, d), etcdescription=words(column('etc'), d))
 
 def pyxis(b:Block)->dict: # columns
@@ -163,7 +176,7 @@ def pyxis(b:Block)->dict: # columns
     return dict(subject_id=b.subject[b.who[x['visit']]], stay_id=b.stay[x['visit']], charttime=when(x['t']), med_rn=within(x['visit']) + 1,
                 name=words(drugs['pyxis'].to_list(), x['drug']), gsn_rn=np.ones(len(x['t']), int), gsn=words(drugs['gsn'].to_list(), x['drug']))
 
-# %% ../../nbs/data/02d_emergency.ipynb #6f521c32
+# %% ../../nbs/data/02d_emergency.ipynb #14541f6e
 def ed_diagnosis(b:Block)->dict: # columns
     "The ED diagnosis table: the condition, or at times only its symptom; rarely a chronic condition."
     lib, e = b.lib, np.flatnonzero(b.v['ed'])
@@ -173,13 +186,16 @@ def ed_diagnosis(b:Block)->dict: # columns
     second = np.flatnonzero(u[:, 1] < .4)
     r, c = np.nonzero(b.p['has'][b.who[e]] & (b.rng.random((len(e), len(lib.chronic))) < .06))
     x = stack([dict(r=np.arange(len(e)), seq=np.zeros(len(e), int), code=b.k[e] + np.where(sure, 0, K)),
-               dict(r=second, seq=np.ones(len(second), int), code=b.k[e[second]] + np.where(sure[second], K, 0)), dict(r=r, seq=np.full(len(r), 2), code=2*K + c)])
+               dict(r=second, seq=np.ones(len(second), int), code=b.k[e[second]] + np.where(sure[second], K, 0)),
+               dict(r=r, seq=np.full(len(r), 2), code=2*K + c)])
     _, unique = np.unique(x['r']*10_000 + np.array([codes.index(y) for y in codes])[x['code']], return_index=True)
     x = take(x, np.sort(unique)); x = take(x, np.lexsort((x['code'], x['seq'], x['r'])))
     visit = e[x['r']]
-    return dict(subject_id=b.subject[b.who[visit]], stay_id=b.stay[visit], seq_num=within(x['r']) + 1, **coded(b, lib.diagnoses, codes, x['code'], visit, 'icd_title'))
+    return dict(subject_id=b.subject[b.who[visit]], stay_id=b.stay[visit], seq_num=within(x['r']) + 1,
+        **coded(b, lib.diagnoses, codes, x['code'], visit, 'icd_title'))
 
-# %% ../../nbs/data/02d_emergency.ipynb #a2a42f7f
+# %% ../../nbs/data/02d_emergency.ipynb #a00ad2e1
 def chart_emergency(b:Block)->dict[str, dict]: # columns by table
     "The six ED tables, and the coded tables of admissions."
-    return stays(b) | dict(vitalsign=vitalsign(b), medrecon=medrecon(b), pyxis=pyxis(b), diagnosis=ed_diagnosis(b), diagnoses_icd=diagnoses(b), procedures_icd=procedures(b)) | billing(b)
+    return stays(b) | dict(vitalsign=vitalsign(b), medrecon=medrecon(b), pyxis=pyxis(b), diagnosis=ed_diagnosis(b), diagnoses_icd=diagnoses(b),
+        procedures_icd=procedures(b)) | billing(b)

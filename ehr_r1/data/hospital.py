@@ -6,7 +6,7 @@
 __all__ = ['STEPS', 'FORMATS', 'LICENSE', 'truth', 'block_tables', 'code_books', 'csv_bytes', 'packed', 'block_files', 'Writer',
            'write_hospital', 'build_hospital']
 
-# %% ../../nbs/data/02_hospital.ipynb #e1dc143c
+# %% ../../nbs/data/02_hospital.ipynb #e415b9a8
 import gzip, io, shutil, tempfile
 from pathlib import Path
 import numpy as np, polars as pl
@@ -23,7 +23,7 @@ from .orders import chart_orders
 from .tables import TABLES
 from .visits import BLOCK, PROVIDERS, Block, chart_visits, new_block, nullable, same
 
-# %% ../../nbs/data/02_hospital.ipynb #fab7ef0b
+# %% ../../nbs/data/02_hospital.ipynb #da2738f4
 STEPS = (chart_visits, chart_emergency, chart_laboratory, chart_orders, chart_intensive, chart_notes)
 
 def truth(b:Block)->pl.DataFrame: # task, subject_id, hadm_id, stay_id, risk, label
@@ -32,7 +32,8 @@ def truth(b:Block)->pl.DataFrame: # task, subject_id, hadm_id, stay_id, risk, la
     parts = []
     for task, visit, second, risk, label in true_risks(b.lib, b.p, b.v):
         stay = b.stay[visit] if task.startswith('ED') else icu[second, visit] if task.startswith('ICU') else np.full(len(visit), -1)
-        parts.append(pl.DataFrame(dict(task=same(task, len(visit)), subject_id=b.subject[b.who[visit]], hadm_id=nullable(b.hadm[visit]), stay_id=nullable(stay), risk=risk, label=label)))
+        parts.append(pl.DataFrame(dict(task=same(task, len(visit)), subject_id=b.subject[b.who[visit]], hadm_id=nullable(b.hadm[visit]),
+            stay_id=nullable(stay), risk=risk, label=label)))
     return pl.concat(parts)
 
 def block_tables(seed:int,        # of the hospital
@@ -44,19 +45,24 @@ def block_tables(seed:int,        # of the hospital
     tables = {}
     for step in STEPS: tables |= step(b)
     mine = pl.col('subject_id') < b.subject[0] + keep
-    return {name: pl.DataFrame(columns).select(list(TABLES[name].columns)).filter(mine) for name, columns in tables.items()}, truth(b).filter(mine)
+    return {name: pl.DataFrame(columns).select(list(TABLES[name].columns)).filter(mine) for name,
+        columns in tables.items()}, truth(b).filter(mine)
 
-# %% ../../nbs/data/02_hospital.ipynb #1b27b6a4
+# %% ../../nbs/data/02_hospital.ipynb #12e3f57c
 def code_books()->dict[str, pl.DataFrame]: # by table
     "Dictionary tables and code maps."
     lib = read_library()
     def icd(table): # both versions of every code
-        rows = [(r[f'icd{v}'], v, r[f'title{v}'], r['ccs' if v == 10 else 'ccs9'], r['ccs_name' if v == 10 else 'ccs9_name']) for r in table.values() for v in (10, 9)]
-        return pl.DataFrame(rows, schema=dict(icd_code=pl.String, icd_version=pl.Int64, long_title=pl.String, ccs_category=pl.String, name=pl.String), orient='row').unique(['icd_code', 'icd_version'], keep='first', maintain_order=True)
+        rows = [(r[f'icd{v}'], v, r[f'title{v}'], r['ccs' if v == 10 else 'ccs9'],
+            r['ccs_name' if v == 10 else 'ccs9_name']) for r in table.values() for v in (10, 9)]
+        return pl.DataFrame(rows, schema=dict(icd_code=pl.String, icd_version=pl.Int64, long_title=pl.String, ccs_category=pl.String,
+            name=pl.String), orient='row').unique(['icd_code', 'icd_version'], keep='first', maintain_order=True)
     items, null = lib.items, pl.lit(None, pl.Float64)
     out = dict(d_labitems=lib.labs.select('itemid', 'label', 'fluid', 'category'),
-               d_items=items.select(pl.col('itemid').cast(pl.Int64), 'label', 'abbreviation', 'linksto', 'category', unitname='unit', param_type='param_type', lownormalvalue=null, highnormalvalue=null),
-               d_hcpcs=pl.DataFrame(dict(code=['G0378'], category=[None], long_description=['Hospital observation service, per hour'], short_description=['Hospital observation per hr'])),
+               d_items=items.select(pl.col('itemid').cast(pl.Int64), 'label', 'abbreviation', 'linksto', 'category', unitname='unit',
+               param_type='param_type', lownormalvalue=null, highnormalvalue=null),
+               d_hcpcs=pl.DataFrame(dict(code=['G0378'], category=[None], long_description=['Hospital observation service, per hour'],
+               short_description=['Hospital observation per hr'])),
                provider=pl.DataFrame(dict(provider_id=PROVIDERS)), caregiver=pl.DataFrame(dict(caregiver_id=list(range(10_000, 10_900)))),
                d_atc_prescriptions=lib.drugs.select(ndc_code='ndc', atc_code='atc', atc_name='atc_name'))
     for name, table in (('diagnoses', icd(lib.diagnoses)), ('procedures', icd(lib.procedures))):
@@ -64,7 +70,7 @@ def code_books()->dict[str, pl.DataFrame]: # by table
         out[f'd_ccs_{name}'] = table.select('icd_code', 'icd_version', long_title='name', ccs_category='ccs_category')
     return out
 
-# %% ../../nbs/data/02_hospital.ipynb #856c81e4
+# %% ../../nbs/data/02_hospital.ipynb #106cb854
 FORMATS = ('csv.gz', 'csv', 'parquet')
 
 def csv_bytes(name:str, frame:pl.DataFrame, header:bool=False)->bytes:
@@ -84,7 +90,7 @@ def block_files(seed:int, number:int, keep:int, fmt:str)->tuple: # rows by table
     ready = {name: f.to_arrow() if fmt == 'parquet' else packed(csv_bytes(name, f), fmt) for name, f in frames.items()}
     return {name: len(f) for name, f in frames.items()}, ready, risks
 
-# %% ../../nbs/data/02_hospital.ipynb #1ae2fcca
+# %% ../../nbs/data/02_hospital.ipynb #87d7b151
 class Writer:
     "Files of a hospital in the making."
     def __init__(self, folder:Path, fmt:str): self.folder, self.fmt, self.files = folder, fmt, {}
@@ -114,7 +120,7 @@ class Writer:
         "Finish all files."
         for f in self.files.values(): f.close()
 
-# %% ../../nbs/data/02_hospital.ipynb #8f4b2f6b
+# %% ../../nbs/data/02_hospital.ipynb #b0b09960
 LICENSE = 'Synthetic data: no patient in these files ever existed. Dedicated to the public domain under CC0 1.0 Universal.\n'
 
 def write_hospital(folder:Path, patients:int, seed:int, fmt:str, workers:int, progress:bool)->dict[str, int]:

@@ -7,13 +7,13 @@ __all__ = ['AGAIN', 'HOME', 'WARD', 'ICU', 'MEASURES', 'DILUTIONS', 'arrival_cha
            'icu_draws', 'clinics', 'clinic_draws', 'omr', 'values', 'labevents', 'specimens', 'microbiologyevents',
            'chart_laboratory']
 
-# %% ../../nbs/data/02e_laboratory.ipynb #119658bc
+# %% ../../nbs/data/02e_laboratory.ipynb #7cf3db83
 import numpy as np, polars as pl
 from .conditions import matrix
 from .courses import sigmoid
 from .visits import DAYS, HOUR, PROVIDERS, Block, date, gaps, nullable, repeat, same, seconds, shown, stack, take, when, words
 
-# %% ../../nbs/data/02e_laboratory.ipynb #01d7a894
+# %% ../../nbs/data/02e_laboratory.ipynb #818bb2af
 AGAIN = ('troponin', 'lactate', 'gas')          # panels that are repeated within hours
 HOME, WARD, ICU = 0, 1, 2                       # where a draw is made: emergency department or clinic, ward, intensive care
 
@@ -43,13 +43,14 @@ def emergency_draws(b:Block)->list[dict]:
         mask = mask & (b.rng.random(mask.shape) < .5)
     return parts
 
-# %% ../../nbs/data/02e_laboratory.ipynb #23edfdf1
+# %% ../../nbs/data/02e_laboratory.ipynb #bc84c252
 def ward_draws(b:Block)->list[dict]:
     "On direct admission, each morning, some evenings."
     a, panels, rng = b.adm, b.lib.panels, b.rng
     at = panels.index
     d = a[~b.v['ed'][a]]; tests = arrival_chances(b)
-    parts = [dict(visit=d, t=b.admit[d] + 1500 + rng.integers(0, 40, len(d))*60, mask=rng.random((len(d), len(panels))) < tests[b.k[d]], where=np.full(len(d), WARD))]
+    parts = [dict(visit=d, t=b.admit[d] + 1500 + rng.integers(0, 40, len(d))*60, mask=rng.random((len(d), len(panels))) < tests[b.k[d]],
+        where=np.full(len(d), WARD))]
     first = (b.admit[a]//DAYS + 1)*DAYS
     r, i = repeat(np.minimum((b.disch[a] - first - 5*HOUR)//DAYS + 1, 40))
     visit = a[r]
@@ -57,14 +58,16 @@ def ward_draws(b:Block)->list[dict]:
     chance = .85*b.lib.arrays['daily'][b.k[visit]]
     minor = tests[b.k[visit], at('cbc')] < .5
     warfarin = b.p['home'][b.who[visit], b.lib.drugs['drug'].to_list().index('warfarin')]
-    for panel, least in (('cbc', np.where(minor, .4, .85)), ('chem', np.where(minor, .4, .92)), ('minerals', .4), ('coag', .9*warfarin), ('liver', .08)):
+    for panel, least in (('cbc', np.where(minor, .4, .85)), ('chem', np.where(minor, .4, .92)), ('minerals', .4), ('coag', .9*warfarin),
+        ('liver', .08)):
         chance[:, at(panel)] = np.maximum(chance[:, at(panel)], least)
     mask = rng.random(chance.shape) < chance*np.clip(1 - .03*i, .5, 1)[:, None]
     keep = t < b.disch[visit] - HOUR
     parts.append(dict(visit=visit[keep], t=t[keep], mask=mask[keep], where=np.full(keep.sum(), WARD)))
     late = np.array([{'chem': .9, 'minerals': .9, 'cbc': .4, 'lactate': .4}.get(x, 0) for x in panels])
     keep = (rng.random(len(r)) < sigmoid(b.s[visit] - 1.4 - .2*i)) & (t + 12*HOUR < b.disch[visit])
-    parts.append(dict(visit=visit[keep], t=t[keep] + 11*HOUR, mask=rng.random((keep.sum(), len(panels))) < late, where=np.full(keep.sum(), WARD)))
+    parts.append(dict(visit=visit[keep], t=t[keep] + 11*HOUR, mask=rng.random((keep.sum(), len(panels))) < late,
+        where=np.full(keep.sum(), WARD)))
     return parts
 
 def icu_draws(b:Block)->list[dict]:
@@ -74,12 +77,13 @@ def icu_draws(b:Block)->list[dict]:
     t = s['a'][r] + i*6*HOUR + 1200 + b.rng.integers(0, 50, len(r))*60
     visit = s['visit'][r]
     chance = np.zeros((len(r), len(panels)))
-    for panel, p in (('gas', np.where(b.ventilated[visit], .8, .2)), ('chem', np.where(i%2 == 0, .8, .35)), ('lactate', sigmoid(b.s[visit] - 1.2 - .1*i)),
+    for panel, p in (('gas', np.where(b.ventilated[visit], .8, .2)), ('chem', np.where(i%2 == 0, .8, .35)),
+                     ('lactate', sigmoid(b.s[visit] - 1.2 - .1*i)),
                      ('cbc', np.where(i%2 == 0, .6, .1)), ('minerals', .4)): chance[:, panels.index(panel)] = p
     keep = t < s['z'][r]
     return [dict(visit=visit[keep], t=t[keep], mask=(b.rng.random(chance.shape) < chance)[keep], where=np.full(keep.sum(), ICU))]
 
-# %% ../../nbs/data/02e_laboratory.ipynb #56721948
+# %% ../../nbs/data/02e_laboratory.ipynb #c4244d92
 def clinics(b:Block)->dict: # rows: visit (that it follows or precedes), day
     "Days of outpatient visits."
     u, v = b.rng.random((b.n, 4)), b.v
@@ -98,7 +102,8 @@ def clinic_draws(b:Block)->list[dict]:
     c = take(b.clinics, b.rng.random(len(b.clinics['visit'])) < .6)
     has = lambda x: b.has(x)[c['visit']]
     chance = np.zeros((len(c['visit']), len(b.lib.panels)))
-    for panel, p in (('cbc', .75), ('chem', .85), ('liver', .3), ('lipids', .2), ('tsh', .15), ('a1c', .1 + .6*has('diabetes')), ('coag', .05 + .5*has('atrial_fibrillation')),
+    for panel, p in (('cbc', .75), ('chem', .85), ('liver', .3), ('lipids', .2), ('tsh', .15), ('a1c', .1 + .6*has('diabetes')),
+                     ('coag', .05 + .5*has('atrial_fibrillation')),
                      ('diff', .1 + .7*has('cancer')), ('minerals', .1 + .6*has('kidney'))): chance[:, b.lib.panels.index(panel)] = p
     t = c['day'] + 9*HOUR + b.rng.integers(0, 360, len(c['day']))*60
     return [dict(visit=-1 - b.who[c['visit']], t=t, mask=b.rng.random(chance.shape) < chance, where=np.full(len(t), HOME))]
@@ -118,10 +123,12 @@ def omr(b:Block)->dict: # columns
     weight = np.round(p['weight'][who] + rng.normal(0, 3, len(r)), 1)
     values = np.select([j == 0, j == 2, j == 3], [weight, np.round(weight*703/p['height'][who]**2, 1), p['height'][who]], np.nan)
     col = pl.col
-    text = pl.DataFrame(dict(v=shown(values), s=systolic, d=diastolic)).select(pl.coalesce('v', pl.concat_str([col('s').cast(pl.String), col('d').cast(pl.String)], separator='/')))['v']
-    return dict(subject_id=b.subject[who], chartdate=date(c['day'][r]), seq_num=np.ones(len(r), int), result_name=words(MEASURES, j), result_value=text)
+    text = pl.DataFrame(dict(v=shown(values), s=systolic, d=diastolic)).select(pl.coalesce('v',
+        pl.concat_str([col('s').cast(pl.String), col('d').cast(pl.String)], separator='/')))['v']
+    return dict(subject_id=b.subject[who], chartdate=date(c['day'][r]), seq_num=np.ones(len(r), int), result_name=words(MEASURES, j),
+        result_value=text)
 
-# %% ../../nbs/data/02e_laboratory.ipynb #f37a721c
+# %% ../../nbs/data/02e_laboratory.ipynb #c725c34d
 def values(b:Block, row, visit, who, lab, t)->np.ndarray: # numbers, rounded as reported
     "Results of tests; `row` is the draw, within which tests of a family share their noise."
     labs, a = b.lib.labs, b.lib.arrays
@@ -136,7 +143,7 @@ def values(b:Block, row, visit, who, lab, t)->np.ndarray: # numbers, rounded as 
     digits = 10.**column('digits')
     return np.round(np.clip(x, column('min'), column('max'))*digits)/digits
 
-# %% ../../nbs/data/02e_laboratory.ipynb #689451dc
+# %% ../../nbs/data/02e_laboratory.ipynb #bfca0a5e
 def labevents(b:Block, d:dict)->dict: # columns
     "The labevents table."
     labs, rng = b.lib.labs, b.rng
@@ -153,13 +160,16 @@ def labevents(b:Block, d:dict)->dict: # columns
     tube = np.array([tubes.index(x) for x in tube])[lab]
     hurry = np.where(tube == tubes.index('Blood GasBlood'), -1, np.where(d['where'][row] == WARD, 0, 1))
     b.lab = dict(visit=visit, lab=lab, value=number, t=t, off=off)
-    return dict(labevent_id=b.first_id + np.arange(len(row)), subject_id=b.subject[who], hadm_id=nullable(np.where(visit >= 0, b.hadm[visit], -1)), specimen_id=b.first_id + row*4 + tube,
-                itemid=column('itemid'), order_provider_id=words(PROVIDERS, np.where(visit >= 0, b.provider[visit], -1)), charttime=when(t), storetime=when(store),
-                value=shown(number), valuenum=number, valueuom=words(labs['unit'].to_list(), lab), ref_range_lower=gaps(low), ref_range_upper=gaps(high),
+    return dict(labevent_id=b.first_id + np.arange(len(row)), subject_id=b.subject[who],
+                hadm_id=nullable(np.where(visit >= 0, b.hadm[visit], -1)), specimen_id=b.first_id + row*4 + tube,
+                itemid=column('itemid'), order_provider_id=words(PROVIDERS, np.where(visit >= 0, b.provider[visit], -1)), charttime=when(t),
+                storetime=when(store),
+                value=shown(number), valuenum=number, valueuom=words(labs['unit'].to_list(), lab), ref_range_lower=gaps(low),
+                ref_range_upper=gaps(high),
                 flag=words(['abnormal'], np.where(off, 0, -1)), priority=words(['ROUTINE', 'STAT'], hurry),
                 comments=words(['IF FASTING, 70-100 NORMAL, >125 PROVISIONAL DIABETES.'], np.where(column('lab') == 'glucose', 0, -1)))
 
-# %% ../../nbs/data/02e_laboratory.ipynb #79982066
+# %% ../../nbs/data/02e_laboratory.ipynb #78b03421
 def specimens(b:Block)->dict: # rows: visit, spec, t, positive, grown, org, store
     "Specimens sent, and what becomes of them."
     lib, v, rng = b.lib, b.v, b.rng
@@ -184,8 +194,9 @@ def specimens(b:Block)->dict: # rows: visit, spec, t, positive, grown, org, stor
     x = dict(visit=visit, spec=kind, t=t, positive=positive, grown=grown, org=org, store=t + hours.astype(np.int64)*HOUR)
     return take(x, np.lexsort((kind, t, b.who[visit])))
 
-# %% ../../nbs/data/02e_laboratory.ipynb #c08a4c51
-DILUTIONS = [('<=0.25', '<=', .25), ('<=1', '<=', 1), ('<=4', '<=', 4), ('2', '=', 2), ('=>8', '=>', 8), ('=>16', '=>', 16), ('=>32', '=>', 32), ('=>64', '=>', 64)] # four sensitive, four resistant
+# %% ../../nbs/data/02e_laboratory.ipynb #1ca77443
+DILUTIONS = [('<=0.25', '<=', .25), ('<=1', '<=', 1), ('<=4', '<=', 4), ('2', '=', 2), ('=>8', '=>', 8), ('=>16', '=>', 16), ('=>32', '=>', 32),
+    ('=>64', '=>', 64)] # four sensitive, four resistant
 
 def microbiologyevents(b:Block)->dict: # columns
     "The microbiologyevents table: a row a negative specimen, a row an antibiotic where something grew."
@@ -205,16 +216,21 @@ def microbiologyevents(b:Block)->dict: # columns
     t = x['t'][row]; timed = np.where(rng.random(len(x['t'])) < .04, -1, x['t'])[row]
     of = lambda field, i: np.array([y[field][i] for y in spec])[kind]
     n = len(row)
-    return dict(microevent_id=b.first_id + np.arange(n), **b.row(visit), micro_specimen_id=b.first_id + row, order_provider_id=words(PROVIDERS, b.provider[visit]), chartdate=date(t), charttime=when(timed),
-                spec_itemid=of('spec', 0), spec_type_desc=words([y['spec'][1] for y in spec], kind), test_seq=np.ones(n, int), storedate=date(x['store'][row]), storetime=when(x['store'][row]),
-                test_itemid=of('test', 0), test_name=words([y['test'][1] for y in spec], kind), org_itemid=nullable(np.where(grown, np.array([o['itemid'] for o in organisms])[org], -1)),
-                org_name=words(list(lib.organisms), np.where(grown, org, -1)), isolate_num=nullable(np.where(grown, 1, -1)), quantity=same('', n),
+    return dict(microevent_id=b.first_id + np.arange(n), **b.row(visit), micro_specimen_id=b.first_id + row,
+                order_provider_id=words(PROVIDERS, b.provider[visit]), chartdate=date(t), charttime=when(timed),
+                spec_itemid=of('spec', 0), spec_type_desc=words([y['spec'][1] for y in spec], kind), test_seq=np.ones(n, int),
+                storedate=date(x['store'][row]), storetime=when(x['store'][row]),
+                test_itemid=of('test', 0), test_name=words([y['test'][1] for y in spec], kind),
+                org_itemid=nullable(np.where(grown, np.array([o['itemid'] for o in organisms])[org], -1)),
+                org_name=words(list(lib.organisms), np.where(grown, org, -1)), isolate_num=nullable(np.where(grown, 1, -1)),
+                quantity=same('', n),
                 ab_itemid=nullable(np.where(drug >= 0, np.array(list(lib.antibiotics.values()))[drug], -1)), ab_name=words(drugs, drug),
                 dilution_text=words([y[0] for y in DILUTIONS], dilution), dilution_comparison=words([y[1] for y in DILUTIONS], dilution),
-                dilution_value=gaps(np.where(dilution >= 0, np.array([y[2] for y in DILUTIONS])[dilution], np.nan)), interpretation=words(['S', 'R'], np.where(drug >= 0, resistant.astype(int), -1)),
+                dilution_value=gaps(np.where(dilution >= 0, np.array([y[2] for y in DILUTIONS])[dilution], np.nan)),
+                interpretation=words(['S', 'R'], np.where(drug >= 0, resistant.astype(int), -1)),
                 comments=words([y['negative'] for y in spec] + [y.get('positive', '') for y in spec], said))
 
-# %% ../../nbs/data/02e_laboratory.ipynb #3d16f7ae
+# %% ../../nbs/data/02e_laboratory.ipynb #1f0697c1
 def chart_laboratory(b:Block)->dict[str, dict]: # columns by table
     "labevents, microbiologyevents, omr."
     b.clinics = clinics(b)

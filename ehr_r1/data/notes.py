@@ -6,13 +6,14 @@
 __all__ = ['TECHNIQUES', 'PEOPLE', 'SHOWN', 'SERVICE', 'OFTEN', 'SUMMARY', 'said', 'radiology', 'by_visit', 'numbered',
            'lab_blocks', 'culture_lines', 'medicines', 'titles', 'course_of', 'discharge', 'chart_notes']
 
-# %% ../../nbs/data/02h_notes.ipynb #b9a5db45
+# %% ../../nbs/data/02h_notes.ipynb #e0606d11
 import numpy as np, polars as pl
 from .orders import ILLNESS, FROM_HOME, SWITCH, modality
 from .visits import DAYS, HOMES, HOUR, Block, joined, nullable, same, when, within, words
 
-# %% ../../nbs/data/02h_notes.ipynb #54a59eba
-TECHNIQUES = dict(ct='Multidetector CT with multiplanar reformats.', mri='Multiplanar multisequence imaging.', us='Grey scale and color Doppler imaging.', xray='Standard views.')
+# %% ../../nbs/data/02h_notes.ipynb #acf18cda
+TECHNIQUES = dict(ct='Multidetector CT with multiplanar reformats.', mri='Multiplanar multisequence imaging.',
+    us='Grey scale and color Doppler imaging.', xray='Standard views.')
 PEOPLE = dict(F='woman', M='man')
 
 def said(b:Block, visit:int)->str: # a complaint
@@ -33,15 +34,19 @@ def radiology(b:Block)->dict: # columns by table
                      f"COMPARISON:  {'Prior examination of the same kind.' if key in seen else 'None.'}\n\nFINDINGS:\n\n{finding}\n\nIMPRESSION:\n\n{impression}\n")
         seen.add(key)
     ids = joined(subject, np.full(n, 'RR'), number)
-    note = dict(note_id=ids, subject_id=subject, hadm_id=nullable(b.hadm[visit]), note_type=same('RR', n), note_seq=number, charttime=when(m['t']), storetime=when(m['store']), text=pl.Series(texts, dtype=pl.String))
+    note = dict(note_id=ids, subject_id=subject, hadm_id=nullable(b.hadm[visit]), note_type=same('RR', n), note_seq=number,
+        charttime=when(m['t']), storetime=when(m['store']), text=pl.Series(texts, dtype=pl.String))
     kinds = list(dict.fromkeys(names)); codes = [f'R{kinds.index(x) + 100}' for x in names]
     both, j = np.repeat(np.arange(n), 2), np.tile([0, 1], n)
-    detail = dict(note_id=ids.gather(both), subject_id=subject[both], field_name=words(['exam_name', 'exam_code'], j), field_value=words(names + codes, exam[both] + j*len(names)), field_ordinal=np.ones(2*n, int))
+    detail = dict(note_id=ids.gather(both), subject_id=subject[both], field_name=words(['exam_name', 'exam_code'], j),
+        field_value=words(names + codes, exam[both] + j*len(names)), field_ordinal=np.ones(2*n, int))
     return dict(radiology=note, radiology_detail=detail)
 
-# %% ../../nbs/data/02h_notes.ipynb #a63786cf
-SHOWN = ['wbc', 'hgb', 'hct', 'platelets', 'glucose', 'urea', 'creatinine', 'sodium', 'potassium', 'chloride', 'bicarbonate', 'alt', 'ast', 'bilirubin', 'albumin', 'lactate', 'troponin', 'bnp', 'inr', 'lipase']
-SERVICE = dict(MED='MEDICINE', CMED='CARDIOLOGY', SURG='SURGERY', NMED='NEUROLOGY', OMED='ONCOLOGY', ORTHO='ORTHOPAEDICS', CSURG='CARDIOTHORACIC', NSURG='NEUROSURGERY')
+# %% ../../nbs/data/02h_notes.ipynb #2b0b5592
+SHOWN = ['wbc', 'hgb', 'hct', 'platelets', 'glucose', 'urea', 'creatinine', 'sodium', 'potassium', 'chloride', 'bicarbonate', 'alt', 'ast',
+    'bilirubin', 'albumin', 'lactate', 'troponin', 'bnp', 'inr', 'lipase']
+SERVICE = dict(MED='MEDICINE', CMED='CARDIOLOGY', SURG='SURGERY', NMED='NEUROLOGY', OMED='ONCOLOGY', ORTHO='ORTHOPAEDICS',
+    CSURG='CARDIOTHORACIC', NSURG='NEUROSURGERY')
 OFTEN = {0: 'as needed', 1: 'DAILY', 2: 'BID', 3: 'TID', 4: 'QID'}
 
 def by_visit(visit, n:int)->list: # row numbers of each visit
@@ -65,7 +70,8 @@ def lab_blocks(b:Block)->list[str]: # one a visit
         times = {}
         for i in rows.tolist(): times.setdefault(t[i], []).append(f"{label[lab[i]]}-{value[i]:.{digits[lab[i]]}f}{'*' if off[i] else ''}")
         blocks = list(times.values())
-        out.append('\n'.join(f'{name} LABS:\n' + ' '.join(x) for name, x in zip(('ADMISSION', 'DISCHARGE'), blocks[:1] + blocks[1:][-1:])) or 'None')
+        out.append('\n'.join(f'{name} LABS:\n' + ' '.join(x) for name,
+            x in zip(('ADMISSION', 'DISCHARGE'), blocks[:1] + blocks[1:][-1:])) or 'None')
     return out
 
 def culture_lines(b:Block)->list[str]: # one a visit
@@ -76,7 +82,7 @@ def culture_lines(b:Block)->list[str]: # one a visit
         return f"{s['test'][1]}: " + (organisms[c['org'][i]] if c['grown'][i] else s['positive' if c['positive'][i] else 'negative'].strip())
     return ['\n'.join(map(line, rows)) or 'None' for rows in by_visit(c['visit'], b.n)]
 
-# %% ../../nbs/data/02h_notes.ipynb #0ed47c43
+# %% ../../nbs/data/02h_notes.ipynb #6a4c2358
 def medicines(b:Block)->tuple: # lists a visit: treatment names, medicines at discharge; and a line a drug for those from home
     "Drug lists of the summaries."
     drugs, o = b.lib.drugs, b.plan
@@ -90,7 +96,8 @@ def medicines(b:Block)->tuple: # lists a visit: treatment names, medicines at di
     for rows in by_visit(o['visit'], b.n):
         rows = rows.tolist()
         treated.append(list(dict.fromkeys(name[drug[i]] for i in rows if source[i] in (ILLNESS, SWITCH))))
-        leaving.append(list(dict.fromkeys(on_leaving[drug[i]] for i in rows if lasts[i] and source[i] in (ILLNESS, FROM_HOME, SWITCH) and route[drug[i]] not in ('IV', 'IV DRIP', 'SC', 'IM'))))
+        leaving.append(list(dict.fromkeys(on_leaving[drug[i]] for i in rows if lasts[i] and source[i] in (ILLNESS, FROM_HOME,
+            SWITCH) and route[drug[i]] not in ('IV', 'IV DRIP', 'SC', 'IM'))))
     return treated, leaving, at_home
 
 def titles(b:Block, rows:dict, table:dict)->list[list[str]]: # titles a visit
@@ -109,7 +116,7 @@ def course_of(b:Block, i:int, c:dict, treated:list)->str:
     if treated: text += f" Treatment included {', '.join(treated[:8])}."
     return text + ' The patient died in hospital.'*bool(b.v['died'][i])
 
-# %% ../../nbs/data/02h_notes.ipynb #8c5fc053
+# %% ../../nbs/data/02h_notes.ipynb #606a72f5
 SUMMARY = """Name:  ___                    Unit No:   ___
 
 Admission Date:  ___              Discharge Date:   ___
@@ -187,19 +194,25 @@ def discharge(b:Block)->dict: # columns by table
     texts = []
     for i in a.tolist():
         w, c, died = b.who[i], entries[b.k[i]], b.v['died'][i]
-        texts.append(SUMMARY.format(sex=p['sex'][w], service=SERVICE[c['service']], allergy=p['allergy'][w], complaint=said(b, i), procedures='\n'.join(done[i]) or 'None', person=PEOPLE[p['sex'][w]],
+        texts.append(SUMMARY.format(sex=p['sex'][w], service=SERVICE[c['service']], allergy=p['allergy'][w], complaint=said(b, i),
+            procedures='\n'.join(done[i]) or 'None', person=PEOPLE[p['sex'][w]],
             background='with a history of ' + ', '.join(x if x.isupper() else x[0].lower() + x[1:] for x in past[w][:4]) if past[w] else 'without significant past medical history', history=c['history'], past=numbered(past[w]),
-            looks='ill appearing' if b.severity[i] > 1.4 else 'no acute distress', lungs='bilateral crackles' if c['vitals']['o2sat'] < -3 else 'clear to auscultation',
-            abdomen='tender' if any('bd pain' in x for x in c['complaints']) else 'soft, non-tender', labs=labs[i], cultures=cultures[i], images='\n'.join(images[i]) or 'None', course=course_of(b, i, c, treated[i]),
-            home=numbered(home[w]), leaving='None' if died else numbered(leaving[i]), disposition='Expired' if died else HOMES[b.home[i]].title(), diagnoses='\n'.join(coded[i]),
+            looks='ill appearing' if b.severity[i] > 1.4 else 'no acute distress',
+            lungs='bilateral crackles' if c['vitals']['o2sat'] < -3 else 'clear to auscultation',
+            abdomen='tender' if any('bd pain' in x for x in c['complaints']) else 'soft, non-tender', labs=labs[i], cultures=cultures[i],
+            images='\n'.join(images[i]) or 'None', course=course_of(b, i, c, treated[i]),
+            home=numbered(home[w]), leaving='None' if died else numbered(leaving[i]),
+            disposition='Expired' if died else HOMES[b.home[i]].title(), diagnoses='\n'.join(coded[i]),
             condition='Expired' if died else 'Mental Status: Clear and coherent.\nActivity Status: ' + ('Out of Bed with assistance.' if b.home[i] in (2, 3, 6) else 'Ambulatory - Independent.')))
     who = b.who[a]; subject, number = b.subject[who], within(who) + 1
     ids = joined(subject, np.full(n, 'DS'), number)
     store = b.disch[a] + ((2 + 60*b.rng.random(n)**2)*HOUR).astype(np.int64)//60*60
-    note = dict(note_id=ids, subject_id=subject, hadm_id=b.hadm[a], note_type=same('DS', n), note_seq=number, charttime=when(b.disch[a]//DAYS*DAYS), storetime=when(store), text=pl.Series(texts, dtype=pl.String))
-    return dict(discharge=note, discharge_detail=dict(note_id=ids, subject_id=subject, field_name=same('author', n), field_value=same('___', n), field_ordinal=np.ones(n, int)))
+    note = dict(note_id=ids, subject_id=subject, hadm_id=b.hadm[a], note_type=same('DS', n), note_seq=number,
+        charttime=when(b.disch[a]//DAYS*DAYS), storetime=when(store), text=pl.Series(texts, dtype=pl.String))
+    return dict(discharge=note, discharge_detail=dict(note_id=ids, subject_id=subject, field_name=same('author', n), field_value=same('___', n),
+        field_ordinal=np.ones(n, int)))
 
-# %% ../../nbs/data/02h_notes.ipynb #567f56ad
+# %% ../../nbs/data/02h_notes.ipynb #76fb3232
 def chart_notes(b:Block)->dict[str, dict]: # columns by table
     "The four tables of notes."
     return radiology(b) | discharge(b)

@@ -6,9 +6,10 @@
 __all__ = ['SYSTEM', 'SETS', 'SAMPLES', 'split_of', 'filters', 'choose', 'Record', 'Candidates', 'render', 'build_samples',
            'scan_samples', 'window_facts']
 
-# %% ../../nbs/data/06_samples.ipynb #53e45cc3
+# %% ../../nbs/data/06_samples.ipynb #0b3cf625
 import gzip, json, random
 from collections.abc import Iterator
+from datetime import timedelta
 from functools import cache, partial
 from pathlib import Path
 import numpy as np, polars as pl
@@ -17,12 +18,12 @@ from tqdm import tqdm
 from ..config import Profile, Run, build, read_manifest, seed_of, uniform, writing
 from .trajectories import DISPLAY, store_files
 from .serialize import estimate_tokens, event_text, prompt
-from .tasks import BEFORE_ADMISSION, INDEX, TASKS, _REACH_BACK
+from .tasks import BEFORE_ADMISSION, DATE_ONLY, INDEX, TASKS, _REACH_BACK
 
 SYSTEM = 'You are a helpful assistant.'
 SETS = ('ehr_ins', 'ehr_bench')
 
-# %% ../../nbs/data/06_samples.ipynb #515aa63a
+# %% ../../nbs/data/06_samples.ipynb #f0ed1e14
 def split_of(subject_id:np.ndarray, # patients
              seed:int               # the run's seed
 )->np.ndarray: # 'train', 'tuning' or 'held_out' for each
@@ -30,7 +31,7 @@ def split_of(subject_id:np.ndarray, # patients
     u = uniform(seed_of(seed, 'split'), subject_id)
     return np.select([u < .8, u < .9], ['train', 'tuning'], 'held_out')
 
-# %% ../../nbs/data/06_samples.ipynb #352b055c
+# %% ../../nbs/data/06_samples.ipynb #6a856232
 def filters(p:Profile # limits
 )->dict: # reason -> expression that is true for rows to drop
     "The filters of EHR-R1, in order."
@@ -72,7 +73,7 @@ def choose(index:pl.DataFrame, # index rows of one task
     if task.family == 'risk': counts['ehr_bench_yes'] = int(((index['set'] == 'ehr_bench') & (index['label'].list.first() == 'yes')).sum())
     return index.drop('draw'), counts
 
-# %% ../../nbs/data/06_samples.ipynb #98a95f06
+# %% ../../nbs/data/06_samples.ipynb #fa367abf
 class Record:
     "One patient's events, ready to be shown."
     def __init__(self, rows:pl.DataFrame, # rows of one patient from the trajectory store
@@ -101,9 +102,10 @@ class Record:
             if not strict: yield i, None; continue
             if ed and self.table[i] not in BEFORE_ADMISSION: continue
             if not ed and self.hadm[i] is not None and self.hadm[i] != hadm: continue
-            if self.end[i] is None or self.start[i] > now: continue
-            if self.end[i] <= now and None not in self.times[i]: yield i, None; continue
-            rows = [k for k, t in enumerate(self.times[i]) if t is not None and t <= now]
+            known = now - timedelta(days=1) if self.table[i] in DATE_ONLY else now
+            if self.end[i] is None or self.start[i] > known: continue
+            if self.end[i] <= known and None not in self.times[i]: yield i, None; continue
+            rows = [k for k, t in enumerate(self.times[i]) if t is not None and t <= known]
             if rows: yield i, rows
 
     def head(self, s:dict # an index row
@@ -119,7 +121,7 @@ class Record:
         window = [self.text(i, None if rows is None else [self.cells[i][k] for k in rows]) for i, rows in self.window(s)]
         return prompt(head, window, TASKS[s['task']].instruction, self.style, budget, self.count)
 
-# %% ../../nbs/data/06_samples.ipynb #97350ef5
+# %% ../../nbs/data/06_samples.ipynb #ffcafae0
 class Candidates:
     "The candidate lists of one task."
     def __init__(self, labels:list, # the label set
@@ -152,7 +154,7 @@ class Candidates:
         out = sorted(out); random.Random(seed_of(self.seed, 'candidates', sample_id)).shuffle(out)
         return out
 
-# %% ../../nbs/data/06_samples.ipynb #acd6f650
+# %% ../../nbs/data/06_samples.ipynb #7abbd89b
 SAMPLES = pl.Schema({k: v for k, v in INDEX.items()} | dict(split=pl.String, weight=pl.Float64, messages=pl.List(pl.Struct(dict(role=pl.String, content=pl.String))),
                                                           candidates=pl.List(pl.String), tokens=pl.Int32, dropped_events=pl.Int32))
 
@@ -174,7 +176,7 @@ def render(chosen:pl.DataFrame, # chosen index rows of the patients of one shard
         extra = pl.DataFrame(out, schema={k: SAMPLES[k] for k in ('messages', 'candidates', 'tokens', 'dropped_events')})
         yield samples.select(list(INDEX) + ['split', 'weight']).hstack(extra).select(list(SAMPLES))
 
-# %% ../../nbs/data/06_samples.ipynb #6dd92974
+# %% ../../nbs/data/06_samples.ipynb #6c2d6f97
 def _write_shard(file, chosen, out, p, integers, labels):
     "Render the samples of one shard into both sets."
     import pyarrow.parquet as pq
@@ -230,7 +232,7 @@ def scan_samples(run:Run, # the run
     "The samples of one set, lazily."
     return pl.scan_parquet(sorted((run.samples/name).glob('shard-*.parquet')), schema=SAMPLES)
 
-# %% ../../nbs/data/06_samples.ipynb #abdc79a9
+# %% ../../nbs/data/06_samples.ipynb #ba155cef
 def window_facts(run:Run,             # the run
                  samples:pl.DataFrame # `SAMPLES` rows (messages are not needed)
 )->pl.DataFrame: # sample_id, table, time, cells: one row a shown row

@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['TITLES', 'STYLES', 'official_event', 'short_number', 'compact_event', 'event_text', 'estimate_tokens', 'prompt']
 
-# %% ../../nbs/data/04_serialize.ipynb #ffc76ddf
+# %% ../../nbs/data/04_serialize.ipynb #2305c0d9
 import re
 from collections.abc import Callable
 from datetime import datetime
 from .trajectories import DISPLAY, FIELD, HIDDEN, ITEM
 
-# %% ../../nbs/data/04_serialize.ipynb #6ae8dea0
+# %% ../../nbs/data/04_serialize.ipynb #3981c815
 def _official_value(cell, column, looked_up, integer):
     if not cell: return 'None' if looked_up else 'nan'
     if column == 'exam_name': return str(cell.split(ITEM))
@@ -32,7 +32,7 @@ def official_event(table:str,             # table of the event
         body = [line([c.title() for c in d.columns]), line(['------']*len(d.columns)), *(line(values(r)) for r in rows)]
     return f'## {d.title} [{start}]\n' + '\n'.join(body)
 
-# %% ../../nbs/data/04_serialize.ipynb #b9c081c1
+# %% ../../nbs/data/04_serialize.ipynb #f638fdab
 TITLES = dict(patients='Patient', admissions='Admission', diagnoses_icd='Diagnoses', emar='Medication given', labevents='Labs', microbiologyevents='Microbiology',
               omr='Measurements', pharmacy='Pharmacy', poe='Orders', prescriptions='Prescriptions', procedures_icd='Procedures', services='Service',
               transfers='Transfer', radiology='Radiology', discharge='Discharge summary', edstays='ED stay', triage='Triage', medrecon='Home medicines',
@@ -75,7 +75,7 @@ def compact_event(table:str,           # table of the event
         if parts: lines.append('- '+(', ' if table in _PAIRS else ' ').join(parts))
     return '\n'.join([f'## {TITLES[table]}' + (f' [{start:%Y-%m-%d %H:%M}]' if start else ''), *lines])
 
-# %% ../../nbs/data/04_serialize.ipynb #8428558e
+# %% ../../nbs/data/04_serialize.ipynb #f8527d50
 STYLES = dict(official=official_event, compact=compact_event)
 
 def event_text(style:str,           # official or compact
@@ -87,7 +87,7 @@ def event_text(style:str,           # official or compact
     "An event as text in either style."
     return official_event(table, start, rows, integers.get(table, ())) if style == 'official' else compact_event(table, start, rows)
 
-# %% ../../nbs/data/04_serialize.ipynb #8e5727e0
+# %% ../../nbs/data/04_serialize.ipynb #a0bcd17a
 _PIECES = re.compile(r'\d|[^\W\d_]+|[^\w\s]+|_+|\n+')
 
 def estimate_tokens(text:str # any text

@@ -8,13 +8,13 @@ __all__ = ['HOUR', 'DAYS', 'EPOCH', 'BLOCK', 'PROVIDERS', 'GROUPS', 'KINDS', 'PL
            'new_block', 'people', 'planned', 'admission_kinds', 'homes', 'admissions', 'services', 'segments',
            'transfers', 'chart_visits']
 
-# %% ../../nbs/data/02c_visits.ipynb #1a2a6aa2
+# %% ../../nbs/data/02c_visits.ipynb #3bccc0ee
 import numpy as np, polars as pl
 from ..config import seed_of
 from .conditions import Library, read_library
 from .courses import courses, patients, sigmoid
 
-# %% ../../nbs/data/02c_visits.ipynb #87853c09
+# %% ../../nbs/data/02c_visits.ipynb #ec59bffe
 HOUR, DAYS = 3600, 86400                                       # rows count in seconds since 1970
 EPOCH = int(np.datetime64('2111-01-01', 's').astype(int))      # a course's hour 0
 BLOCK = 250                                                    # patients drawn together
@@ -63,7 +63,7 @@ def shown(numbers)->pl.Series: # text
     v = pl.col('v')
     return pl.DataFrame({'v': gaps(numbers)}).select(pl.when(v == v.round()).then(v.cast(pl.Int64).cast(pl.String)).otherwise(v.cast(pl.String)))['v']
 
-# %% ../../nbs/data/02c_visits.ipynb #ae521fd5
+# %% ../../nbs/data/02c_visits.ipynb #3ee28ddf
 def repeat(counts)->tuple[np.ndarray, np.ndarray]: # (which parent, 0-based number within it)
     "Rows that repeat each parent `counts` times."
     counts = np.maximum(np.asarray(counts, np.int64), 0)
@@ -82,7 +82,7 @@ def take(rows:dict, index)->dict:
     "Some of the rows, or all in another order."
     return {k: x[index] for k, x in rows.items()}
 
-# %% ../../nbs/data/02c_visits.ipynb #da0548a5
+# %% ../../nbs/data/02c_visits.ipynb #4c2bda69
 class Block:
     "Patients of one block, their visits, ids and the generator of all that is drawn for them."
     def __init__(self, lib:Library, p:dict, v:dict, rng, number:int):
@@ -138,19 +138,23 @@ def new_block(seed:int,  # of the hospital
     p = patients(lib, rng, BLOCK)
     return Block(lib, p, courses(lib, p, rng), rng, number)
 
-# %% ../../nbs/data/02c_visits.ipynb #ab530935
+# %% ../../nbs/data/02c_visits.ipynb #2dd7d2c1
 GROUPS = ['2008 - 2010', '2011 - 2013', '2014 - 2016', '2017 - 2019', '2020 - 2022']
 
 def people(b:Block)->dict: # columns
     "The patients table."
     first = b.t[np.searchsorted(b.who, np.arange(BLOCK))]
     dod = np.full(BLOCK, np.inf); np.minimum.at(dod, b.who, b.v['dod'])
-    return dict(subject_id=b.subject, gender=pl.Series(b.p['sex']), anchor_age=b.p['age'], anchor_year=first.astype('datetime64[s]').astype('datetime64[Y]').astype(int) + 1970,
-                anchor_year_group=words(GROUPS, b.p['group']), dod=date(np.where(np.isfinite(dod), seconds(np.where(np.isfinite(dod), dod, 0)), -1)))
+    return dict(subject_id=b.subject, gender=pl.Series(b.p['sex']), anchor_age=b.p['age'],
+                anchor_year=first.astype('datetime64[s]').astype('datetime64[Y]').astype(int) + 1970,
+                anchor_year_group=words(GROUPS, b.p['group']),
+                dod=date(np.where(np.isfinite(dod), seconds(np.where(np.isfinite(dod), dod, 0)), -1)))
 
-# %% ../../nbs/data/02c_visits.ipynb #0ba5fcac
-KINDS = ['EW EMER.', 'OBSERVATION ADMIT', 'EU OBSERVATION', 'URGENT', 'SURGICAL SAME DAY ADMISSION', 'ELECTIVE', 'DIRECT EMER.', 'DIRECT OBSERVATION', 'AMBULATORY OBSERVATION']
-PLACES = ['EMERGENCY ROOM', 'TRANSFER FROM HOSPITAL', 'PHYSICIAN REFERRAL', 'CLINIC REFERRAL', 'WALK-IN/SELF REFERRAL', 'PROCEDURE SITE', 'TRANSFER FROM SKILLED NURSING FACILITY']
+# %% ../../nbs/data/02c_visits.ipynb #dc7e88db
+KINDS = ['EW EMER.', 'OBSERVATION ADMIT', 'EU OBSERVATION', 'URGENT', 'SURGICAL SAME DAY ADMISSION', 'ELECTIVE', 'DIRECT EMER.',
+    'DIRECT OBSERVATION', 'AMBULATORY OBSERVATION']
+PLACES = ['EMERGENCY ROOM', 'TRANSFER FROM HOSPITAL', 'PHYSICIAN REFERRAL', 'CLINIC REFERRAL', 'WALK-IN/SELF REFERRAL', 'PROCEDURE SITE',
+    'TRANSFER FROM SKILLED NURSING FACILITY']
 HOMES = ['HOME', 'HOME HEALTH CARE', 'SKILLED NURSING FACILITY', 'REHAB', 'HOSPICE', 'DIED', 'CHRONIC/LONG TERM ACUTE CARE', 'AGAINST ADVICE']
 
 def planned(c:dict)->bool:
@@ -168,7 +172,8 @@ def admission_kinds(b:Block, u)->tuple: # kinds and places of the admissions
     direct = np.searchsorted([.35, .7, .85], u[:, 1])
     kind = np.where(ed, through_ed, np.where(surgery, 4, np.where(plan, 5, np.array([6, 3, 7, 8])[direct])))
     old = b.p['age'][b.who[a]] > 75
-    place = np.where(ed, np.where(outside, 1, np.where(u[:, 2] < .62, 0, np.where(u[:, 2] < .82, 2, np.where(u[:, 2] < .9, 4, np.where(old, 6, 0))))),
+    place = np.where(ed, np.where(outside, 1, np.where(u[:, 2] < .62, 0,
+                     np.where(u[:, 2] < .82, 2, np.where(u[:, 2] < .9, 4, np.where(old, 6, 0))))),
                      np.where(plan, 2, np.where(u[:, 2] < .4, 1, np.where(u[:, 2] < .8, 3, 5))))
     return kind, place
 
@@ -187,12 +192,15 @@ def admissions(b:Block)->dict: # columns
     kind, place = admission_kinds(b, u)
     b.home = np.full(b.n, -1); b.home[a] = homes(b, u)
     ed = lambda x: when(np.where(v['ed'][a], x[a], -1))
-    return dict(**b.row(a), admittime=when(b.admit[a]), dischtime=when(b.disch[a]), deathtime=when(np.where(v['died'][a], b.disch[a], -1)), admission_type=words(KINDS, kind),
-                admit_provider_id=words(PROVIDERS, b.provider[a]), admission_location=words(PLACES, place), discharge_location=words(HOMES, b.home[a]),
-                insurance=pl.Series(p['insurance'][who]), language=pl.Series(p['language'][who]), marital_status=pl.Series(p['marital'][who]), race=pl.Series(p['race'][who]),
+    return dict(**b.row(a), admittime=when(b.admit[a]), dischtime=when(b.disch[a]), deathtime=when(np.where(v['died'][a], b.disch[a], -1)),
+                admission_type=words(KINDS, kind),
+                admit_provider_id=words(PROVIDERS, b.provider[a]), admission_location=words(PLACES, place),
+                discharge_location=words(HOMES, b.home[a]),
+                insurance=pl.Series(p['insurance'][who]), language=pl.Series(p['language'][who]), marital_status=pl.Series(p['marital'][who]),
+                race=pl.Series(p['race'][who]),
                 edregtime=ed(b.t), edouttime=ed(b.out), hospital_expire_flag=v['died'][a].astype(int))
 
-# %% ../../nbs/data/02c_visits.ipynb #f31dc258
+# %% ../../nbs/data/02c_visits.ipynb #59b3c79a
 SERVICES = ['MED', 'CMED', 'SURG', 'OMED', 'CSURG', 'NSURG', 'NMED', 'ORTHO']
 
 def services(b:Block)->dict: # columns
@@ -207,12 +215,13 @@ def services(b:Block)->dict: # columns
     return dict(**b.row(visit), transfertime=when(np.r_[b.admit[a] + 60 + (u[:, 2]*60).astype(np.int64), later[change]]),
                 prev_service=words(SERVICES, np.r_[np.full(len(a), -1), first[change]]), curr_service=words(SERVICES, np.r_[first, own[change]]))
 
-# %% ../../nbs/data/02c_visits.ipynb #60c65773
+# %% ../../nbs/data/02c_visits.ipynb #653a2e09
 def segments(b:Block)->dict: # rows: visit, j (number within the visit), kind, unit, a, z
     "Where each patient was from when to when."
     v, n, u = b.v, b.n, b.rng.random((b.n, 4))
     unit = [c['unit'] for c in b.lib.conditions.values()]; icu_unit = [c['icu_unit'] for c in b.lib.conditions.values()]
-    b.units = list(dict.fromkeys(['Emergency Department', 'Emergency Department Observation', 'PACU', 'Med/Surg', 'Medicine/Cardiology Intermediate', *unit, *icu_unit]))
+    b.units = list(dict.fromkeys(['Emergency Department', 'Emergency Department Observation', 'PACU', 'Med/Surg',
+        'Medicine/Cardiology Intermediate', *unit, *icu_unit]))
     at = {x: i for i, x in enumerate(b.units)}
     ward, intensive = np.array([at[x] for x in unit])[b.k], np.array([at[x] for x in icu_unit])[b.k]
     adm, icu, again, ed = v['admitted'], v['icu'], v['again'], v['ed']
@@ -249,10 +258,11 @@ def segments(b:Block)->dict: # rows: visit, j (number within the visit), kind, u
 def transfers(b:Block)->dict: # columns
     "The transfers table."
     b.segments = s = segments(b)
-    return dict(**b.row(s['visit']), transfer_id=b.stay[s['visit']] + s['j'], eventtype=words(['ED', 'admit', 'transfer', 'discharge'], s['kind']),
+    return dict(**b.row(s['visit']), transfer_id=b.stay[s['visit']] + s['j'],
+                eventtype=words(['ED', 'admit', 'transfer', 'discharge'], s['kind']),
                 careunit=words(b.units, s['unit']), intime=when(s['a']), outtime=when(s['z']))
 
-# %% ../../nbs/data/02c_visits.ipynb #bbedf321
+# %% ../../nbs/data/02c_visits.ipynb #16548d94
 def chart_visits(b:Block)->dict[str, dict]: # columns by table
     "patients, admissions, services, transfers."
     return dict(patients=people(b), admissions=admissions(b), services=services(b), transfers=transfers(b))

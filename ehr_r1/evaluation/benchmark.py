@@ -6,8 +6,9 @@
 __all__ = ['read_samples', 'write_predictions', 'read_predictions', 'predict_ceiling', 'predict_baselines', 'task_facts',
            'write_facts', 'build_predictions', 'calibration_table', 'score_run', 'build_scores', 'published']
 
-# %% ../../nbs/evaluation/23_benchmark.ipynb #d9e71a5a
+# %% ../../nbs/evaluation/23_benchmark.ipynb #03830a98
 import shutil
+from dataclasses import replace
 from functools import partial
 from importlib.resources import files
 from itertools import combinations
@@ -15,16 +16,20 @@ from pathlib import Path
 import polars as pl
 from tqdm import tqdm
 from ..config import Profile, Run, build, fingerprint, read_manifest, writing
-from ..data.samples import SETS, scan_samples, window_facts
+from ..data.samples import SETS, choose, scan_samples, window_facts
 from ..data.tasks import TASKS
 from .baselines import PREDICTIONS, run_baselines
 from .scoring import COMPARISON, calibration, compare, evaluate, match_risk, score_table
 
-# %% ../../nbs/evaluation/23_benchmark.ipynb #8e6d5eff
-def read_samples(run:Run # samples must stand
+# %% ../../nbs/evaluation/23_benchmark.ipynb #e40da4ca
+def read_samples(run:Run,  # samples must stand
+                 p:Profile # filters and caps, where the run has none
 )->pl.DataFrame: # EHR-Ins and EHR-Bench without prompts
-    "The samples of a run, all splits."
-    return pl.concat([scan_samples(run, name).drop('messages', 'candidates').collect() for name in SETS])
+    "The samples of a run, all splits; a run without caps is fitted and scored on those that the caps would choose."
+    samples = pl.concat([scan_samples(run, name).drop('messages', 'candidates').collect() for name in SETS])
+    if p.caps == 'paper' or not len(samples): return samples
+    chosen = [choose(task.drop('split', 'weight'), replace(p, caps='paper'))[0] for task in samples.partition_by('task', maintain_order=True)]
+    return pl.concat(chosen).select(samples.columns)
 
 def write_predictions(folder:str|Path, # the run's predictions/
                       predictions:dict # system -> its predictions
@@ -40,7 +45,7 @@ def read_predictions(folder:str|Path # the run's predictions/
     "All predictions of a run."
     return {p.stem: pl.read_parquet(p) for p in sorted(Path(folder).glob('*.parquet'))}
 
-# %% ../../nbs/evaluation/23_benchmark.ipynb #55a7a9c9
+# %% ../../nbs/evaluation/23_benchmark.ipynb #02e6d28d
 def predict_ceiling(samples:pl.DataFrame, # EHR-Bench rows with hadm_id and stay_id
                     truth:pl.DataFrame    # task, subject_id, hadm_id, stay_id, risk
 )->pl.DataFrame: # predictions for the risk tasks that the truth knows
@@ -58,7 +63,7 @@ def predict_ceiling(samples:pl.DataFrame, # EHR-Bench rows with hadm_id and stay
     lack = pl.when(pl.col('risk').is_null()).then(pl.lit('not in truth'))
     return made.select('sample_id', 'task', pl.lit(None, PREDICTIONS['answer']).alias('answer'), 'risk', fallback=lack).sort('task', 'sample_id')
 
-# %% ../../nbs/evaluation/23_benchmark.ipynb #183714ff
+# %% ../../nbs/evaluation/23_benchmark.ipynb #a555ae1c
 def predict_baselines(samples:pl.DataFrame, # all splits, from `read_samples`
                       facts,                # function from a task's samples to their window facts (sample_id, table, time, cells), or all of them
                       folder:str|Path,      # predictions/
@@ -101,15 +106,15 @@ def build_predictions(run:Run,  # the run; its trajectories and samples must sta
     inputs = dict(trajectories=read_manifest(run.trajectories)['key'], samples=read_manifest(run.samples)['key'])
     if truth: inputs |= fingerprint(dict(truth=Path(truth)))
     def make(out):
-        samples, facts = read_samples(run), out/'facts'
+        samples, facts = read_samples(run, p), out/'facts'
         shutil.rmtree(facts, ignore_errors=True)
         write_facts(run, samples, facts)
         counts = predict_baselines(samples, partial(task_facts, folder=facts), out, pl.read_parquet(truth) if truth else None, p.seed, p.workers)
         shutil.rmtree(facts)
         return counts
-    return build(run.predictions, make, inputs, dict(seed=p.seed), 'evaluation.benchmark')
+    return build(run.predictions, make, inputs, dict(seed=p.seed, caps=p.caps), 'evaluation.benchmark')
 
-# %% ../../nbs/evaluation/23_benchmark.ipynb #3eff34c2
+# %% ../../nbs/evaluation/23_benchmark.ipynb #3dd2a1ec
 def calibration_table(samples:pl.DataFrame, # EHR-Bench rows
                       predictions:dict      # system -> its predictions
 )->pl.DataFrame: # system, task (and all together as 'overall'), and the columns of `calibration`
@@ -145,10 +150,10 @@ def build_scores(run:Run,  # the run; its samples and predictions must stand
     "The scores stage; the 42 tasks of the headline enter the overall rows."
     inputs = dict(samples=read_manifest(run.samples)['key'], **fingerprint({f.stem: f for f in run.predictions.glob('*.parquet')}))
     headline = {t for t, task in TASKS.items() if task.in_42}
-    def make(out): return score_run(read_samples(run).filter(pl.col('split') == 'held_out'), read_predictions(run.predictions), out, headline, p.seed, p.replicates)
+    def make(out): return score_run(read_samples(run, p).filter(pl.col('split') == 'held_out'), read_predictions(run.predictions), out, headline, p.seed, p.replicates)
     return build(run.scores, make, inputs, dict(seed=p.seed, replicates=p.replicates), 'evaluation.benchmark')
 
-# %% ../../nbs/evaluation/23_benchmark.ipynb #d909f709
+# %% ../../nbs/evaluation/23_benchmark.ipynb #6cabac17
 def published()->pl.DataFrame: # paper, item, system, metric, value, half_width_95, note
     "Results that others published."
     schema = dict(paper=pl.String, item=pl.String, system=pl.String, metric=pl.String, value=pl.Float64, half_width_95=pl.Float64, note=pl.String)

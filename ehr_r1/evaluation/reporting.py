@@ -69,11 +69,11 @@ class Report:
 
 def shown(table:pd.DataFrame # from `Report.table`
 )->HTML: # the same in every run
-    "A table as people read it: thousands marked, three decimals, nothing where nothing is known."
+    "A table as people read it: thousands marked, few decimals, nothing where nothing is known."
     def text(v):
         if isinstance(v, bool): return 'yes' if v else ''
         if pd.isna(v): return ''
-        if isinstance(v, float): return f'{v:,.0f}' if abs(v) >= 100 else f'{v:.3f}'
+        if isinstance(v, float): return f'{v:,.0f}' if abs(v) >= 100 else f'{v:.1f}' if abs(v) >= 10 else f'{v:.3f}'
         return str(v) if isinstance(v, str) else f'{v:,}'
     years = [c for c in table.columns if c.endswith('year')]
     words = table.astype(object).map(text).assign(**{c: table[c].astype('string').fillna('') for c in years})
@@ -94,15 +94,12 @@ def run_report(template:Path,   # a notebook with a cell tagged `parameters`
     known = {p for p in papermill.inspect_notebook(str(template))}
     _parameters(nbformat.read(template, 4))
     if unknown := set(parameters) - known: raise ValueError(f"{template.name}: no parameter {', '.join(sorted(unknown))}; its parameters cell has {', '.join(sorted(known))}")
-    done = folder/template.name
-    raw = folder/f'.{template.stem}.ipynb.tmp'
     old = os.environ.get('EHR_R1_HOME')
     os.environ['EHR_R1_HOME'] = str(Path(home).resolve())
-    try: papermill.execute_notebook(str(template), str(raw), parameters=parameters, cwd=str(folder), kernel_name='python3', progress_bar=False, log_output=False)
+    try: nb = papermill.execute_notebook(str(template), None, parameters=parameters, cwd=str(folder), kernel_name='python3', progress_bar=False, log_output=False)
     finally:
         if old is None: os.environ.pop('EHR_R1_HOME', None)
         else: os.environ['EHR_R1_HOME'] = old
-    nb = nbformat.read(raw, 4); raw.unlink()
     if not any('injected-parameters' in c.metadata.get('tags', []) for c in nb.cells): raise RuntimeError(f'{template.name}: the parameters did not arrive')
     nb.metadata.pop('papermill', None); nb.metadata.pop('widgets', None)
     for i, c in enumerate(nb.cells):
@@ -110,7 +107,7 @@ def run_report(template:Path,   # a notebook with a cell tagged `parameters`
         if c.cell_type == 'code': c.execution_count = None
         for o in c.get('outputs', []):
             if 'execution_count' in o: o['execution_count'] = None
-    with writing(done) as f: nbformat.write(nb, f)
+    with writing(folder/template.name) as f: nbformat.write(nb, f)
 
 def run_reports(run:Run,       # its scores must stand
                 templates:Path, # folder of report notebooks
