@@ -86,7 +86,3 @@ def test_rows_of_another_admission_are_not_shown():
 def test_a_days_procedures_show_from_the_next_day_on():
     rows = [row('patients', cells=['60.0', 'F']), row('admissions', at(1), 7, until=at(5)), row('procedures_icd', at(2), 7, ['Appendectomy']), row('labevents', at(2, 9), 7, ['Sodium']), row('poe', at(2, 10), 7, ['Lab']), row('services', at(2, 20), 7, ['MED'])]
     assert window_tables(rows, 'services') == [['labevents', 'poe']] and 'procedures_icd' in window_tables(rows, 'services', 'official')[0]
-    later = rows[:-1] + [row('labevents', at(3, 1), 7, ['Sodium']), row('services', at(3, 5), 7, ['MED'])]
-    assert window_tables(later, 'services')[0] == ['labevents', 'poe', 'labevents'] # 00:00 the day before is out of the 24 h
-    soon = [dict(r, time=at(3)) if r['table'] == 'services' else r for r in rows]
-    assert window_tables([dict(r, time=at(2, 0, 0)) if r['table'] == 'procedures_icd' else r for r in soon], 'services') == [['labevents', 'poe']]

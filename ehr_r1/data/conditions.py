@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LIBRARY', 'VITALS', 'NUMBERS', 'Library', 'matrix', 'arrays_of', 'read_library']
 
-# %% ../../nbs/data/02a_conditions.ipynb #e43cddca
+# %% ../../nbs/data/02a_conditions.ipynb #94adb9d3
 import tomllib
 from dataclasses import dataclass
 from functools import cache
@@ -13,11 +13,11 @@ from pathlib import Path
 import numpy as np, polars as pl
 import ehr_r1
 
-# %% ../../nbs/data/02a_conditions.ipynb #93c16670
+# %% ../../nbs/data/02a_conditions.ipynb #3acb403a
 LIBRARY = Path(ehr_r1.__file__).parent/'data'/'library'
 VITALS = ('heartrate', 'resprate', 'o2sat', 'sbp', 'temperature')
 
-# %% ../../nbs/data/02a_conditions.ipynb #3385aebe
+# %% ../../nbs/data/02a_conditions.ipynb #a598a024
 @dataclass(frozen=True)
 class Library:
     "The condition library, checked."
@@ -54,7 +54,7 @@ class Library:
         names = list(dict.fromkeys(self.labs['family']))
         return np.array([names.index(x) for x in self.labs['family']])
 
-# %% ../../nbs/data/02a_conditions.ipynb #0a9edd89
+# %% ../../nbs/data/02a_conditions.ipynb #c012b44c
 def matrix(entries:dict,  # name to entry
            field:str,     # a field that maps names to numbers, or lists names
            columns:list   # the names it may use
@@ -69,7 +69,7 @@ def matrix(entries:dict,  # name to entry
             out[row, place[key]] = value if np.isscalar(value) else value[0]
     return out
 
-# %% ../../nbs/data/02a_conditions.ipynb #b3af1e4d
+# %% ../../nbs/data/02a_conditions.ipynb #16ae934b
 NUMBERS = ('weight', 'planned', 'admit', 'icu', 'days', 'icu_days', 'death', 'back', 'vent', 'pressor')
 
 def arrays_of(k:dict,       # acute conditions
@@ -89,7 +89,7 @@ def arrays_of(k:dict,       # acute conditions
         chronic_sex=np.array([e.get('sex', '') for e in c.values()]), home=matrix(c, 'home', drugs), chronic_labs=matrix(c, 'labs', labs),
         chronic_vitals=matrix(c, 'vitals', list(VITALS)))
 
-# %% ../../nbs/data/02a_conditions.ipynb #985efbd7
+# %% ../../nbs/data/02a_conditions.ipynb #c18f46af
 @cache
 def read_library(folder:Path=LIBRARY # where conditions.toml and its CSV files are
                 )->Library: # checked: every name used is defined

@@ -11,12 +11,12 @@ __all__ = ['DAY', 'KNOTS', 'LEVELS', 'SUMS', 'WARD_SPREAD', 'ICU_SPREAD', 'AGAIN
            'emergency_risks', 'admission_risks', 'admitted_on_return', 'discharge_risks', 'icu_risks', 'next_admission',
            'outcomes', 'icu_outcomes', 'true_risks']
 
-# %% ../../nbs/data/02b_courses.ipynb #ca8d9126
+# %% ../../nbs/data/02b_courses.ipynb #076604bf
 import numpy as np
 from scipy.special import ndtr, ndtri
 from .conditions import Library
 
-# %% ../../nbs/data/02b_courses.ipynb #5ede6756
+# %% ../../nbs/data/02b_courses.ipynb #ee610de6
 DAY = 24.                                                   # courses count in hours
 KNOTS = np.array([0, 2, 4, 8, 15, 60, 20_000])*DAY
 LEVELS = np.array([2.2, 1.0, .75, .45, .08, .004])/DAY
@@ -34,7 +34,7 @@ def death_hour(u,    # uniform draws
     "The hour of death: the inverse of `1 - alive`."
     return np.interp(-np.log1p(-u)/scale, SUMS, KNOTS)
 
-# %% ../../nbs/data/02b_courses.ipynb #a88bbd26
+# %% ../../nbs/data/02b_courses.ipynb #d9541520
 WARD_SPREAD, ICU_SPREAD, AGAIN_SPREAD = .55, .85, .6        # of the logarithm
 AFTER_ICU = .75                                             # ward days after intensive care, of those without
 NODES = 48
@@ -53,7 +53,7 @@ def longer(days, mu, spread)->np.ndarray: # probability
     "Probability that a log-normal duration is longer than so many days."
     return np.where(days > 0, ndtr((mu - np.log(np.maximum(days, 1e-9)))/spread), 1.)
 
-# %% ../../nbs/data/02b_courses.ipynb #321b85f4
+# %% ../../nbs/data/02b_courses.ipynb #3af487ea
 RACES = {'WHITE': 62, 'BLACK/AFRICAN AMERICAN': 14, 'HISPANIC/LATINO - PUERTO RICAN': 4, 'WHITE - OTHER EUROPEAN': 3, 'ASIAN - CHINESE': 3,
          'ASIAN': 2,
          'HISPANIC/LATINO - DOMINICAN': 2, 'OTHER': 4, 'UNKNOWN': 4, 'PORTUGUESE': 2}
@@ -88,7 +88,7 @@ def patients(lib:Library, # the condition library
     p['start'] = rng.integers(0, 84*365, n)*DAY + 8 + 14*rng.random(n)   # first visit, hours since the beginning of 2111
     return p
 
-# %% ../../nbs/data/02b_courses.ipynb #17f55f32
+# %% ../../nbs/data/02b_courses.ipynb #17d2e4ca
 SHORT = np.log(.72)                     # log of the median days of an observation stay
 SAME, RECENT, DIRECT = .35, .6, .22     # on an early return: share with the same condition, extra severity; share of visits without an emergency stay
 ICU_SOON = .87                          # share of ICU stays that begin less than 12 hours after the emergency stay
@@ -138,7 +138,7 @@ def icu_days(lib, p, who, k, s):
     "Log of the median days of a first ICU stay."
     return np.log(lib.arrays['icu_days'][k]) + .6*s - .72 + .05*p['burden'][who]
 
-# %% ../../nbs/data/02b_courses.ipynb #dfae4722
+# %% ../../nbs/data/02b_courses.ipynb #6ccaa9d2
 ROUNDS = 9
 HOME_GAP, EARLY_GAP = 61*DAY, 24*DAY # earliest late return; mean of an early one
 
@@ -155,7 +155,7 @@ def arrive(lib, p, who, kind, k_last, now, u, z)->dict: # one row a visit
     admit = np.where(ed, out - np.minimum(.5 + 1.5*u[:, 4], hours*.3), now)
     return dict(patient=who, ed=ed, k=k, s=s, t=now, out=out, admitted=admitted, admit=admit)
 
-# %% ../../nbs/data/02b_courses.ipynb #07c5dfea
+# %% ../../nbs/data/02b_courses.ipynb #761e1ee4
 def stay(lib, p, v, u)->dict: # further columns
     "Intensive care, length of stay and death of a visit; times in hours since admission unless their name says otherwise."
     who, k, s, ed = v['patient'], v['k'], v['s'], v['ed']
@@ -184,7 +184,7 @@ def stay(lib, p, v, u)->dict: # further columns
                 death=death, died=died, end=end, disch=np.where(v['admitted'], v['admit'] + end, v['out']), vent=u[:, 20], pressor=u[:, 21],
                 icu_in=v['admit'] + start, icu_out=clock(start + first), icu_in2=v['admit'] + begin2, icu_out2=clock(begin2 + second))
 
-# %% ../../nbs/data/02b_courses.ipynb #357cc442
+# %% ../../nbs/data/02b_courses.ipynb #03e5d301
 def midnight(hours): return np.ceil(hours/DAY - 1e-9)*DAY
 def day_of(hours): return np.floor(hours/DAY)*DAY
 
@@ -210,7 +210,7 @@ def leave(lib, p, v, u, prior, last:bool)->dict: # further columns
                 next=np.where(has_next, nxt, np.inf),
                 dod=np.where(dies, day_of(death), np.inf))
 
-# %% ../../nbs/data/02b_courses.ipynb #9d04d2be
+# %% ../../nbs/data/02b_courses.ipynb #d9fe7d0d
 def courses(lib:Library, # the condition library
             p:dict,      # patients, from `patients`
             rng          # a numpy generator
@@ -233,7 +233,7 @@ def courses(lib:Library, # the condition library
     order = np.lexsort((v['round'], v['patient']))
     return {key: x[order] for key, x in v.items()}
 
-# %% ../../nbs/data/02b_courses.ipynb #8a16c552
+# %% ../../nbs/data/02b_courses.ipynb #6ba7a94f
 def dying(scale,   # of the hazard, one a patient
           d,       # hours of discharge: patients x nodes
           weight,  # of each node
@@ -263,7 +263,7 @@ def emergency_risks(lib, p, who, k, s)->dict: # task to probability
                 ED_Critical_Outcomes=admitted*(icu*(ICU_SOON + (1 - ICU_SOON)*in_icu) + (1 - icu)*on_ward),
                 ED_Reattendance_3day=(1 - admitted)*sigmoid(revisit_odds(lib, p, who, k, s)))
 
-# %% ../../nbs/data/02b_courses.ipynb #a0abd96e
+# %% ../../nbs/data/02b_courses.ipynb #a2f1db45
 def admission_risks(v)->dict: # task to probability; v holds admissions
     "Risks one day after admission."
     inside, icu, scale = v['end'] > DAY, v['icu'], v['scale']
@@ -279,7 +279,7 @@ def admission_risks(v)->dict: # task to probability; v holds admissions
     d = base + DAY*lognormal(1 - rest + rest*QMC[None, :, 4], mu, WARD_SPREAD)
     return out | dict(Inpatient_Mortality=np.where(inside, dying(scale, d, rest, DAY), v['died']))
 
-# %% ../../nbs/data/02b_courses.ipynb #9dcbb743
+# %% ../../nbs/data/02b_courses.ipynb #44728ac5
 GH_X, GH_W = np.polynomial.hermite_e.hermegauss(9)
 GH_W = GH_W/GH_W.sum()
 
@@ -324,7 +324,7 @@ def icu_risks(v, second:bool)->dict: # task to probability; v holds ICU stays
     lives = (alive(back, v['scale'][:, None])/now[:, None]).mean(1)
     return out | dict(ICU_Readmission=np.where(dead | second, 0, v['p_again']*lives))
 
-# %% ../../nbs/data/02b_courses.ipynb #627aebc0
+# %% ../../nbs/data/02b_courses.ipynb #01610779
 def next_admission(v)->np.ndarray: # hours, inf if none
     "Start of the patient's next admission after each visit."
     out, t = np.full(len(v['patient']), np.inf), np.inf

@@ -6,13 +6,13 @@
 __all__ = ['DRGS', 'NORMAL', 'SICK', 'NOISE', 'LOWEST', 'HIGHEST', 'coded', 'diagnoses', 'procedures', 'billing', 'vital_signs',
            'vital_columns', 'pain', 'stays', 'vitalsign', 'medrecon', 'pyxis', 'ed_diagnosis', 'chart_emergency']
 
-# %% ../../nbs/data/02d_emergency.ipynb #0a344e78
+# %% ../../nbs/data/02d_emergency.ipynb #f61745e1
 import numpy as np, polars as pl
 from .conditions import matrix
 from .courses import sigmoid
 from .visits import DAYS, HOUR, Block, date, gaps, nullable, repeat, same, stack, take, when, within, words
 
-# %% ../../nbs/data/02d_emergency.ipynb #a798d508
+# %% ../../nbs/data/02d_emergency.ipynb #4f0bbc99
 def coded(b:Block,       # the block
           table:dict,    # lib.diagnoses or lib.procedures
           codes:list,    # ICD-10 codes
@@ -27,7 +27,7 @@ def coded(b:Block,       # the block
     out = dict(icd_code=words(both('icd10', 'icd9'), at), icd_version=np.where(nine, 9, 10))
     return out | ({title: words(both('title10', 'title9'), at)} if title else {})
 
-# %% ../../nbs/data/02d_emergency.ipynb #f07ca165
+# %% ../../nbs/data/02d_emergency.ipynb #dd0973db
 def diagnoses(b:Block)->dict: # columns
     "The diagnoses_icd table."
     lib, a = b.lib, b.adm
@@ -69,7 +69,7 @@ def procedures(b:Block)->dict: # columns
     return dict(**b.row(visit), seq_num=within(visit) + 1, chartdate=date(b.done['chart']),
         **coded(b, lib.procedures, codes, b.done['code'], visit))
 
-# %% ../../nbs/data/02d_emergency.ipynb #e89b9913
+# %% ../../nbs/data/02d_emergency.ipynb #7edea99a
 DRGS = {'CMED': ('291', 'HEART FAILURE & SHOCK W MCC'), 'MED': ('871', 'SEPTICEMIA OR SEVERE SEPSIS W/O MV >96 HOURS W MCC'),
         'SURG': ('418', 'LAPAROSCOPIC CHOLECYSTECTOMY W/O C.D.E. W CC'), 'NMED': ('065', 'INTRACRANIAL HEMORRHAGE OR CEREBRAL INFARCTION W CC'),
         'NSURG': ('064', 'INTRACRANIAL HEMORRHAGE OR CEREBRAL INFARCTION W MCC'),
@@ -90,7 +90,7 @@ def billing(b:Block)->dict: # columns by table
                 seq_num=np.ones(n, int),
                                  short_description=same('Hospital observation per hr', n)))
 
-# %% ../../nbs/data/02d_emergency.ipynb #095d5b02
+# %% ../../nbs/data/02d_emergency.ipynb #751fe435
 NORMAL, SICK, NOISE = np.array([80, 17, 97.5, 130, 98.1]), np.array([2.4, .9, -.55, -1.8, .08]), np.array([6, 1.4, .9, 9, .25])
 LOWEST, HIGHEST = np.array([30, 6, 70, 55, 93.]), np.array([190, 48, 100, 245, 105.5])
 
@@ -114,7 +114,7 @@ def pain(b:Block, visit, missing:float)->pl.Series: # text
     score = np.clip(np.round(6.*hurts + b.rng.normal(0, 2, len(visit))), 0, 10)
     return words(list(range(11)), np.where(b.rng.random(len(visit)) < missing, -1, score))
 
-# %% ../../nbs/data/02d_emergency.ipynb #fb99c421
+# %% ../../nbs/data/02d_emergency.ipynb #eefc2806
 def stays(b:Block)->dict: # columns by table
     "edstays and triage."
     v, p, e = b.v, b.p, np.flatnonzero(b.v['ed'])
@@ -149,7 +149,7 @@ def vitalsign(b:Block)->dict: # columns
     return dict(subject_id=b.subject[b.who[visit]], stay_id=b.stay[visit], charttime=when(t), **vital_columns(b, x, .08),
                 rhythm=words(['Atrial Fibrillation', 'Sinus Tachycardia', 'Sinus Rhythm'], rhythm), pain=pain(b, visit, .15))
 
-# %% ../../nbs/data/02d_emergency.ipynb #ad83b9f8
+# %% ../../nbs/data/02d_emergency.ipynb #ef32ab43
 def medrecon(b:Block)->dict: # columns
     "The medrecon table."
     e, drugs = np.flatnonzero(b.v['ed']), b.lib.drugs
@@ -176,7 +176,7 @@ def pyxis(b:Block)->dict: # columns
     return dict(subject_id=b.subject[b.who[x['visit']]], stay_id=b.stay[x['visit']], charttime=when(x['t']), med_rn=within(x['visit']) + 1,
                 name=words(drugs['pyxis'].to_list(), x['drug']), gsn_rn=np.ones(len(x['t']), int), gsn=words(drugs['gsn'].to_list(), x['drug']))
 
-# %% ../../nbs/data/02d_emergency.ipynb #14541f6e
+# %% ../../nbs/data/02d_emergency.ipynb #eb1d4da5
 def ed_diagnosis(b:Block)->dict: # columns
     "The ED diagnosis table: the condition, or at times only its symptom; rarely a chronic condition."
     lib, e = b.lib, np.flatnonzero(b.v['ed'])
@@ -194,7 +194,7 @@ def ed_diagnosis(b:Block)->dict: # columns
     return dict(subject_id=b.subject[b.who[visit]], stay_id=b.stay[visit], seq_num=within(x['r']) + 1,
         **coded(b, lib.diagnoses, codes, x['code'], visit, 'icd_title'))
 
-# %% ../../nbs/data/02d_emergency.ipynb #a00ad2e1
+# %% ../../nbs/data/02d_emergency.ipynb #785c8825
 def chart_emergency(b:Block)->dict[str, dict]: # columns by table
     "The six ED tables, and the coded tables of admissions."
     return stays(b) | dict(vitalsign=vitalsign(b), medrecon=medrecon(b), pyxis=pyxis(b), diagnosis=ed_diagnosis(b), diagnoses_icd=diagnoses(b),

@@ -6,7 +6,7 @@
 __all__ = ['STEPS', 'FORMATS', 'LICENSE', 'truth', 'block_tables', 'code_books', 'csv_bytes', 'packed', 'block_files', 'Writer',
            'write_hospital', 'build_hospital']
 
-# %% ../../nbs/data/02_hospital.ipynb #e415b9a8
+# %% ../../nbs/data/02_hospital.ipynb #0fadfe90
 import gzip, io, shutil, tempfile
 from pathlib import Path
 import numpy as np, polars as pl
@@ -23,7 +23,7 @@ from .orders import chart_orders
 from .tables import TABLES
 from .visits import BLOCK, PROVIDERS, Block, chart_visits, new_block, nullable, same
 
-# %% ../../nbs/data/02_hospital.ipynb #da2738f4
+# %% ../../nbs/data/02_hospital.ipynb #eb757c51
 STEPS = (chart_visits, chart_emergency, chart_laboratory, chart_orders, chart_intensive, chart_notes)
 
 def truth(b:Block)->pl.DataFrame: # task, subject_id, hadm_id, stay_id, risk, label
@@ -48,7 +48,7 @@ def block_tables(seed:int,        # of the hospital
     return {name: pl.DataFrame(columns).select(list(TABLES[name].columns)).filter(mine) for name,
         columns in tables.items()}, truth(b).filter(mine)
 
-# %% ../../nbs/data/02_hospital.ipynb #12e3f57c
+# %% ../../nbs/data/02_hospital.ipynb #89ea79f2
 def code_books()->dict[str, pl.DataFrame]: # by table
     "Dictionary tables and code maps."
     lib = read_library()
@@ -70,7 +70,7 @@ def code_books()->dict[str, pl.DataFrame]: # by table
         out[f'd_ccs_{name}'] = table.select('icd_code', 'icd_version', long_title='name', ccs_category='ccs_category')
     return out
 
-# %% ../../nbs/data/02_hospital.ipynb #106cb854
+# %% ../../nbs/data/02_hospital.ipynb #b393a477
 FORMATS = ('csv.gz', 'csv', 'parquet')
 
 def csv_bytes(name:str, frame:pl.DataFrame, header:bool=False)->bytes:
@@ -90,7 +90,7 @@ def block_files(seed:int, number:int, keep:int, fmt:str)->tuple: # rows by table
     ready = {name: f.to_arrow() if fmt == 'parquet' else packed(csv_bytes(name, f), fmt) for name, f in frames.items()}
     return {name: len(f) for name, f in frames.items()}, ready, risks
 
-# %% ../../nbs/data/02_hospital.ipynb #87d7b151
+# %% ../../nbs/data/02_hospital.ipynb #4e5d9b74
 class Writer:
     "Files of a hospital in the making."
     def __init__(self, folder:Path, fmt:str): self.folder, self.fmt, self.files = folder, fmt, {}
@@ -120,7 +120,7 @@ class Writer:
         "Finish all files."
         for f in self.files.values(): f.close()
 
-# %% ../../nbs/data/02_hospital.ipynb #b0b09960
+# %% ../../nbs/data/02_hospital.ipynb #552459bc
 LICENSE = 'Synthetic data: no patient in these files ever existed. Dedicated to the public domain under CC0 1.0 Universal.\n'
 
 def write_hospital(folder:Path, patients:int, seed:int, fmt:str, workers:int, progress:bool)->dict[str, int]:

@@ -7,13 +7,13 @@ __all__ = ['RHYTHMS', 'RUNNING', 'PUSHED', 'ANTIBIOTICS', 'INGREDIENTS', 'keys',
            'numbers', 'remarks', 'chartevents', 'category', 'given', 'inputs', 'outputevents', 'care',
            'procedureevents', 'datetimeevents', 'chart_intensive']
 
-# %% ../../nbs/data/02g_intensive.ipynb #7f8b1e17
+# %% ../../nbs/data/02g_intensive.ipynb #84e31c29
 import numpy as np, polars as pl
 from .courses import sigmoid
 from .emergency import vital_signs
 from .visits import DAYS, HOUR, Block, gaps, repeat, same, shown, stack, take, when, words
 
-# %% ../../nbs/data/02g_intensive.ipynb #c9852317
+# %% ../../nbs/data/02g_intensive.ipynb #145dc77f
 def keys(b:Block, stay)->dict: # columns
     "The columns every ICU table begins with; `stay` is a row of `b.icu`."
     return dict(**b.row(b.icu['visit'][stay]), stay_id=b.icu['id'][stay], caregiver_id=10_000 + (b.icu['id'][stay]*31 + stay)%900)
@@ -32,7 +32,7 @@ def icustays(b:Block)->dict: # columns
     return dict(**b.row(s['visit']), stay_id=s['id'], first_careunit=unit, last_careunit=unit, intime=when(s['a']), outtime=when(s['z']),
         los=(s['z'] - s['a'])/DAYS)
 
-# %% ../../nbs/data/02g_intensive.ipynb #da010b75
+# %% ../../nbs/data/02g_intensive.ipynb #6f4240cc
 RHYTHMS = ['SR (Sinus Rhythm)', 'ST (Sinus Tachycardia) ', 'AF (Atrial Fibrillation)']
 
 def hourly(b:Block)->dict: # rows: stay, h, t, visit, vent, fade
@@ -91,7 +91,7 @@ def remarks(b:Block, g:dict)->tuple[list[str], list[tuple]]: # texts; (item, mas
         texts += [x['usual'], x['ill'], x['ventilated']]
     return texts, rows
 
-# %% ../../nbs/data/02g_intensive.ipynb #2d732e7a
+# %% ../../nbs/data/02g_intensive.ipynb #50ddd5dd
 def chartevents(b:Block)->dict: # columns
     "The chartevents table."
     g = hourly(b)
@@ -110,7 +110,7 @@ def chartevents(b:Block)->dict: # columns
                 value=value, valuenum=gaps(c['value']),
                 valueuom=words(b.lib.items['unit'].to_list(), c['item']), warning=warning.astype(int))
 
-# %% ../../nbs/data/02g_intensive.ipynb #754a43bd
+# %% ../../nbs/data/02g_intensive.ipynb #3ceb1bf3
 RUNNING = [('norepinephrine', 'press', 3, 'mg', 'mcg/kg/min', .12), ('phenylephrine', 'phenylephrine', 3, 'mg', 'mcg/kg/min', 1.1),
            ('vasopressin', 'shock', 6, 'units', 'units/hour', 2.4),
            ('propofol', 'propofol', 4, 'mg', 'mcg/kg/min', 30), ('fentanyl', 'fentanyl', 6, 'mg', 'mcg/hour', 75),
@@ -170,7 +170,7 @@ def given(b:Block)->dict: # rows: stay, item, a, z, amount, unit, rate, rate_uni
     x = take(x, x['a'] < s['z'][x['stay']] - 600)
     return take(x, np.lexsort((x['item'], x['a'], x['stay'])))
 
-# %% ../../nbs/data/02g_intensive.ipynb #278f0f0d
+# %% ../../nbs/data/02g_intensive.ipynb #2b9cb8d8
 INGREDIENTS = [('fluid', 'water', 1, 'ml'), ('fluid', 'ivf', 1, 'ml'), ('feeds', 'water', .8, 'ml'), ('feeds', 'enteral', 1, 'ml'),
                ('feeds', 'calories', 1, 'Kcal'), ('feeds', 'protein', .06, 'grams'),
                ('oral', 'water', 1, 'ml'), ('oral', 'oral', 1, 'ml'), ('antibiotic', 'water', 100, 'ml'), ('antibiotic', 'ivf', 100, 'ml'),
@@ -206,7 +206,7 @@ def inputs(b:Block)->dict: # columns by table
                        originalamount=np.zeros(m), originalrate=rate)
     return dict(inputevents=table, ingredientevents=ingredients)
 
-# %% ../../nbs/data/02g_intensive.ipynb #ae487c8c
+# %% ../../nbs/data/02g_intensive.ipynb #f7ad209c
 def outputevents(b:Block)->dict: # columns
     "The outputevents table: urine, less of it in the sick kidney; drains after surgery."
     s, rng = b.icu, b.rng
@@ -301,7 +301,7 @@ def datetimeevents(b:Block)->dict: # columns
         value=when(x['v']).dt.to_string('%Y-%m-%d %H:%M:%S'), valueuom=words(b.lib.items['unit'].to_list(), x['item']),
         warning=np.zeros(len(i), int))
 
-# %% ../../nbs/data/02g_intensive.ipynb #572b9d22
+# %% ../../nbs/data/02g_intensive.ipynb #83c1eab9
 def chart_intensive(b:Block)->dict[str, dict]: # columns by table
     "The seven ICU tables of events, and icustays."
     return dict(icustays=icustays(b), chartevents=chartevents(b), outputevents=outputevents(b), procedureevents=procedureevents(b),

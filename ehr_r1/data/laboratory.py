@@ -7,13 +7,13 @@ __all__ = ['AGAIN', 'HOME', 'WARD', 'ICU', 'MEASURES', 'DILUTIONS', 'arrival_cha
            'icu_draws', 'clinics', 'clinic_draws', 'omr', 'values', 'labevents', 'specimens', 'microbiologyevents',
            'chart_laboratory']
 
-# %% ../../nbs/data/02e_laboratory.ipynb #7cf3db83
+# %% ../../nbs/data/02e_laboratory.ipynb #e538593a
 import numpy as np, polars as pl
 from .conditions import matrix
 from .courses import sigmoid
 from .visits import DAYS, HOUR, PROVIDERS, Block, date, gaps, nullable, repeat, same, seconds, shown, stack, take, when, words
 
-# %% ../../nbs/data/02e_laboratory.ipynb #818bb2af
+# %% ../../nbs/data/02e_laboratory.ipynb #8048e933
 AGAIN = ('troponin', 'lactate', 'gas')          # panels that are repeated within hours
 HOME, WARD, ICU = 0, 1, 2                       # where a draw is made: emergency department or clinic, ward, intensive care
 
@@ -43,7 +43,7 @@ def emergency_draws(b:Block)->list[dict]:
         mask = mask & (b.rng.random(mask.shape) < .5)
     return parts
 
-# %% ../../nbs/data/02e_laboratory.ipynb #bc84c252
+# %% ../../nbs/data/02e_laboratory.ipynb #623c4544
 def ward_draws(b:Block)->list[dict]:
     "On direct admission, each morning, some evenings."
     a, panels, rng = b.adm, b.lib.panels, b.rng
@@ -83,7 +83,7 @@ def icu_draws(b:Block)->list[dict]:
     keep = t < s['z'][r]
     return [dict(visit=visit[keep], t=t[keep], mask=(b.rng.random(chance.shape) < chance)[keep], where=np.full(keep.sum(), ICU))]
 
-# %% ../../nbs/data/02e_laboratory.ipynb #c4244d92
+# %% ../../nbs/data/02e_laboratory.ipynb #5a17778f
 def clinics(b:Block)->dict: # rows: visit (that it follows or precedes), day
     "Days of outpatient visits."
     u, v = b.rng.random((b.n, 4)), b.v
@@ -128,7 +128,7 @@ def omr(b:Block)->dict: # columns
     return dict(subject_id=b.subject[who], chartdate=date(c['day'][r]), seq_num=np.ones(len(r), int), result_name=words(MEASURES, j),
         result_value=text)
 
-# %% ../../nbs/data/02e_laboratory.ipynb #c725c34d
+# %% ../../nbs/data/02e_laboratory.ipynb #36da4e44
 def values(b:Block, row, visit, who, lab, t)->np.ndarray: # numbers, rounded as reported
     "Results of tests; `row` is the draw, within which tests of a family share their noise."
     labs, a = b.lib.labs, b.lib.arrays
@@ -143,7 +143,7 @@ def values(b:Block, row, visit, who, lab, t)->np.ndarray: # numbers, rounded as 
     digits = 10.**column('digits')
     return np.round(np.clip(x, column('min'), column('max'))*digits)/digits
 
-# %% ../../nbs/data/02e_laboratory.ipynb #bfca0a5e
+# %% ../../nbs/data/02e_laboratory.ipynb #01be784b
 def labevents(b:Block, d:dict)->dict: # columns
     "The labevents table."
     labs, rng = b.lib.labs, b.rng
@@ -169,7 +169,7 @@ def labevents(b:Block, d:dict)->dict: # columns
                 flag=words(['abnormal'], np.where(off, 0, -1)), priority=words(['ROUTINE', 'STAT'], hurry),
                 comments=words(['IF FASTING, 70-100 NORMAL, >125 PROVISIONAL DIABETES.'], np.where(column('lab') == 'glucose', 0, -1)))
 
-# %% ../../nbs/data/02e_laboratory.ipynb #78b03421
+# %% ../../nbs/data/02e_laboratory.ipynb #dbc44f8c
 def specimens(b:Block)->dict: # rows: visit, spec, t, positive, grown, org, store
     "Specimens sent, and what becomes of them."
     lib, v, rng = b.lib, b.v, b.rng
@@ -194,7 +194,7 @@ def specimens(b:Block)->dict: # rows: visit, spec, t, positive, grown, org, stor
     x = dict(visit=visit, spec=kind, t=t, positive=positive, grown=grown, org=org, store=t + hours.astype(np.int64)*HOUR)
     return take(x, np.lexsort((kind, t, b.who[visit])))
 
-# %% ../../nbs/data/02e_laboratory.ipynb #1ca77443
+# %% ../../nbs/data/02e_laboratory.ipynb #88717eb6
 DILUTIONS = [('<=0.25', '<=', .25), ('<=1', '<=', 1), ('<=4', '<=', 4), ('2', '=', 2), ('=>8', '=>', 8), ('=>16', '=>', 16), ('=>32', '=>', 32),
     ('=>64', '=>', 64)] # four sensitive, four resistant
 
@@ -230,7 +230,7 @@ def microbiologyevents(b:Block)->dict: # columns
                 interpretation=words(['S', 'R'], np.where(drug >= 0, resistant.astype(int), -1)),
                 comments=words([y['negative'] for y in spec] + [y.get('positive', '') for y in spec], said))
 
-# %% ../../nbs/data/02e_laboratory.ipynb #1f0697c1
+# %% ../../nbs/data/02e_laboratory.ipynb #0ca9774b
 def chart_laboratory(b:Block)->dict[str, dict]: # columns by table
     "labevents, microbiologyevents, omr."
     b.clinics = clinics(b)

@@ -6,12 +6,12 @@
 __all__ = ['TECHNIQUES', 'PEOPLE', 'SHOWN', 'SERVICE', 'OFTEN', 'SUMMARY', 'said', 'radiology', 'by_visit', 'numbered',
            'lab_blocks', 'culture_lines', 'medicines', 'titles', 'course_of', 'discharge', 'chart_notes']
 
-# %% ../../nbs/data/02h_notes.ipynb #e0606d11
+# %% ../../nbs/data/02h_notes.ipynb #625dc4d4
 import numpy as np, polars as pl
 from .orders import ILLNESS, FROM_HOME, SWITCH, modality
 from .visits import DAYS, HOMES, HOUR, Block, joined, nullable, same, when, within, words
 
-# %% ../../nbs/data/02h_notes.ipynb #acf18cda
+# %% ../../nbs/data/02h_notes.ipynb #54cb96d9
 TECHNIQUES = dict(ct='Multidetector CT with multiplanar reformats.', mri='Multiplanar multisequence imaging.',
     us='Grey scale and color Doppler imaging.', xray='Standard views.')
 PEOPLE = dict(F='woman', M='man')
@@ -42,7 +42,7 @@ def radiology(b:Block)->dict: # columns by table
         field_value=words(names + codes, exam[both] + j*len(names)), field_ordinal=np.ones(2*n, int))
     return dict(radiology=note, radiology_detail=detail)
 
-# %% ../../nbs/data/02h_notes.ipynb #2b0b5592
+# %% ../../nbs/data/02h_notes.ipynb #b12c53ef
 SHOWN = ['wbc', 'hgb', 'hct', 'platelets', 'glucose', 'urea', 'creatinine', 'sodium', 'potassium', 'chloride', 'bicarbonate', 'alt', 'ast',
     'bilirubin', 'albumin', 'lactate', 'troponin', 'bnp', 'inr', 'lipase']
 SERVICE = dict(MED='MEDICINE', CMED='CARDIOLOGY', SURG='SURGERY', NMED='NEUROLOGY', OMED='ONCOLOGY', ORTHO='ORTHOPAEDICS',
@@ -82,7 +82,7 @@ def culture_lines(b:Block)->list[str]: # one a visit
         return f"{s['test'][1]}: " + (organisms[c['org'][i]] if c['grown'][i] else s['positive' if c['positive'][i] else 'negative'].strip())
     return ['\n'.join(map(line, rows)) or 'None' for rows in by_visit(c['visit'], b.n)]
 
-# %% ../../nbs/data/02h_notes.ipynb #6a4c2358
+# %% ../../nbs/data/02h_notes.ipynb #6af78dca
 def medicines(b:Block)->tuple: # lists a visit: treatment names, medicines at discharge; and a line a drug for those from home
     "Drug lists of the summaries."
     drugs, o = b.lib.drugs, b.plan
@@ -116,7 +116,7 @@ def course_of(b:Block, i:int, c:dict, treated:list)->str:
     if treated: text += f" Treatment included {', '.join(treated[:8])}."
     return text + ' The patient died in hospital.'*bool(b.v['died'][i])
 
-# %% ../../nbs/data/02h_notes.ipynb #606a72f5
+# %% ../../nbs/data/02h_notes.ipynb #9f0d0eeb
 SUMMARY = """Name:  ___                    Unit No:   ___
 
 Admission Date:  ___              Discharge Date:   ___
@@ -212,7 +212,7 @@ def discharge(b:Block)->dict: # columns by table
     return dict(discharge=note, discharge_detail=dict(note_id=ids, subject_id=subject, field_name=same('author', n), field_value=same('___', n),
         field_ordinal=np.ones(n, int)))
 
-# %% ../../nbs/data/02h_notes.ipynb #76fb3232
+# %% ../../nbs/data/02h_notes.ipynb #3e7318dd
 def chart_notes(b:Block)->dict[str, dict]: # columns by table
     "The four tables of notes."
     return radiology(b) | discharge(b)

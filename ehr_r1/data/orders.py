@@ -8,13 +8,13 @@ __all__ = ['HABITS', 'HELD', 'ORAL', 'ILLNESS', 'FROM_HOME', 'HABIT', 'SWITCH', 
            'drug_plan', 'modality', 'linked_orders', 'care_orders', 'order_entry', 'dispensing', 'doses',
            'administrations', 'chart_orders']
 
-# %% ../../nbs/data/02f_orders.ipynb #ceebccad
+# %% ../../nbs/data/02f_orders.ipynb #44746330
 import numpy as np, polars as pl
 from .courses import sigmoid
 from .laboratory import WARD
 from .visits import BLOCK, DAYS, HOUR, PROVIDERS, Block, gaps, joined, nullable, planned, repeat, same, shown, stack, take, when, within, words
 
-# %% ../../nbs/data/02f_orders.ipynb #f444091d
+# %% ../../nbs/data/02f_orders.ipynb #a84849d1
 def imaging(b:Block)->dict: # rows: visit, exam, t, store
     "Examinations: the condition's, and another chest film in intensive care."
     entries = list(b.lib.conditions.values()); rng = b.rng
@@ -36,7 +36,7 @@ def imaging(b:Block)->dict: # rows: visit, exam, t, store
     x = take(x, x['t'] < np.where(b.v['admitted'], b.disch, b.out)[x['visit']] - 1200)
     return take(x, np.lexsort((x['exam'], x['t'], b.who[x['visit']])))
 
-# %% ../../nbs/data/02f_orders.ipynb #08e438d4
+# %% ../../nbs/data/02f_orders.ipynb #a888b660
 HABITS = dict(acetaminophen=.55, heparin_sc=.45, docusate=.4, senna=.35, ondansetron=.35, bisacodyl=.12, peg=.15, magnesium=.2, kcl=.25,
     flu_vaccine=.06)
 HELD = dict(metformin=.85, lisinopril=.35, losartan=.35, hctz=.4, furosemide=.4, warfarin=.35, apixaban=.3)
@@ -96,7 +96,7 @@ def drug_plan(b:Block)->dict: # rows: visit, drug, t, source, start, stop
     o['lasts'] = o['stop'] >= end
     return o
 
-# %% ../../nbs/data/02f_orders.ipynb #74716c10
+# %% ../../nbs/data/02f_orders.ipynb #3cd00431
 TYPES = dict(zip(['drug', 'lab', 'xray', 'ct', 'us', 'mri', 'admit', 'transfer', 'discharge', 'vitals', 'activity', 'code', 'telemetry', 'tubes',
                   'restraints', 'other', 'diet', 'npo', 'feeding',
                   'access', 'fluids', 'ventilation', 'oxygen', 'crossmatch', 'red_cells', 'physiotherapy', 'social_work', 'follow_up', 'ecg',
@@ -131,7 +131,7 @@ def linked_orders(b:Block)->list[dict]:
             row(d['visit'], d['t'] - np.where(d['where'] == WARD, 9*HOUR, 900), KEYS.index('lab')),
             row(c['visit'], c['t'] - 600, KEYS.index('lab')), row(m['visit'], m['t'] - 2100, kinds[m['exam']])]
 
-# %% ../../nbs/data/02f_orders.ipynb #eda3c577
+# %% ../../nbs/data/02f_orders.ipynb #3eb5bcea
 def care_orders(b:Block)->list[dict]:
     "Orders of care: what an admission with these needs gets, and the daily small ones."
     a, rng, lib = b.adm, b.rng, b.lib
@@ -159,7 +159,8 @@ def care_orders(b:Block)->list[dict]:
         .5*vent, ward + 26*HOUR)
     some('physiotherapy', .6*(old | surgery), ward + 20*HOUR); some('social_work', .12 + .2*b.has('alcohol')[a], ward + 22*HOUR); some('echo',
         .5*of(lambda c: 'B246ZZZ' in c['procedures']), ward + 14*HOUR)
-    some('wound', .5*of(lambda c: 'wound' in c['cultures']), ward + 16*HOUR); some('discharge', .97, b.disch[a] - 9000); some('follow_up', .4,
+    some('wound', .5*of(lambda c: 'wound' in c['cultures']), ward + 16*HOUR); some('discharge', .97*~b.v['died'][a],
+        b.disch[a] - 9000); some('follow_up', .4,
         b.disch[a] - 3*HOUR)
     r, day = repeat(np.minimum((b.disch[a] - ward)//DAYS + 1, 30))
     for hours in (8, 13, 17, 21):                                                          # when someone may come by and order
@@ -171,7 +172,7 @@ def care_orders(b:Block)->list[dict]:
     s = take(b.segments, b.segments['kind'] == 2)
     return parts + [dict(visit=s['visit'], t=s['a'] - 2400, kind=np.full(len(s['a']), KEYS.index('transfer')), link=np.full(len(s['a']), -1))]
 
-# %% ../../nbs/data/02f_orders.ipynb #956b461b
+# %% ../../nbs/data/02f_orders.ipynb #2c649909
 def order_entry(b:Block)->dict: # columns by table
     "poe and poe_detail."
     x = stack(linked_orders(b) + care_orders(b))
@@ -200,7 +201,7 @@ def order_entry(b:Block)->dict: # columns by table
         field_value=words(says, value))
     return dict(poe=poe, poe_detail=detail)
 
-# %% ../../nbs/data/02f_orders.ipynb #53b403d1
+# %% ../../nbs/data/02f_orders.ipynb #a66851a8
 SCHEDULE = {NEEDED: ('Q6H:PRN', '', -1), INFUSED: ('INFUSION', '', -1), ONCE: ('ONCE', '', -1), 1: ('DAILY', '08', 1), 2: ('BID', '08, 20', 2),
     3: ('TID', '08, 14, 20', 3), 4: ('QID', '08, 12, 16, 20', 4)}
 PREPARED = dict(UD=('Unit Dose', 'Omnicell'), IV=('IV Piggyback', 'IV MED'), LV=('IV Large Volume', 'Distribution-Floor Stock'))
@@ -239,7 +240,7 @@ def dispensing(b:Block)->dict: # columns by table
                          doses_per_24_hrs=doses, route=column('route'))
     return dict(pharmacy=pharmacy, prescriptions=prescriptions)
 
-# %% ../../nbs/data/02f_orders.ipynb #362dec55
+# %% ../../nbs/data/02f_orders.ipynb #e262afcc
 HOURS = {1: [8], 2: [8, 20], 3: [8, 14, 20], 4: [8, 12, 16, 20]}
 EVENTS = ['Administered', 'Not Given', 'Delayed Administered', 'Hold Dose', '', 'Started', 'Confirmed']
 
@@ -269,7 +270,7 @@ def doses(b:Block)->dict: # rows: order, t, event
     x = take(x, x['t'] < b.disch[visit] - 900)
     return take(x, np.lexsort((x['order'], x['t'], b.who[o['visit'][x['order']]])))
 
-# %% ../../nbs/data/02f_orders.ipynb #fd2b4813
+# %% ../../nbs/data/02f_orders.ipynb #4162c546
 DETAIL = ('subject_id emar_id emar_seq parent_field_ordinal administration_type pharmacy_id barcode_type reason_for_no_barcode complete_dose_not_given dose_due dose_due_unit dose_given '
           'dose_given_unit will_remainder_of_dose_be_given product_amount_given product_unit product_code product_description product_description_other prior_infusion_rate infusion_rate '
           'infusion_rate_adjustment infusion_rate_adjustment_amount infusion_rate_unit route infusion_complete completion_interval new_iv_bag_hung continued_infusion_in_other_location '
@@ -302,7 +303,7 @@ def administrations(b:Block)->dict: # columns by table
         product_description=on([f'{y} {z}' for y, z in zip(drugs['name'], drugs['strength'])], d, ~head), route=text('route', ~head))
     return dict(emar=emar, emar_detail=detail)
 
-# %% ../../nbs/data/02f_orders.ipynb #8a82b133
+# %% ../../nbs/data/02f_orders.ipynb #9738ae97
 def chart_orders(b:Block)->dict[str, dict]: # columns by table
     "poe, poe_detail, pharmacy, prescriptions, emar, emar_detail; images and drug plan are left on the block."
     b.images, b.plan = imaging(b), drug_plan(b)

@@ -8,13 +8,13 @@ __all__ = ['HOUR', 'DAYS', 'EPOCH', 'BLOCK', 'PROVIDERS', 'GROUPS', 'KINDS', 'PL
            'new_block', 'people', 'planned', 'admission_kinds', 'homes', 'admissions', 'services', 'segments',
            'transfers', 'chart_visits']
 
-# %% ../../nbs/data/02c_visits.ipynb #3bccc0ee
+# %% ../../nbs/data/02c_visits.ipynb #35f4d635
 import numpy as np, polars as pl
 from ..config import seed_of
 from .conditions import Library, read_library
 from .courses import courses, patients, sigmoid
 
-# %% ../../nbs/data/02c_visits.ipynb #ec59bffe
+# %% ../../nbs/data/02c_visits.ipynb #8273cc46
 HOUR, DAYS = 3600, 86400                                       # rows count in seconds since 1970
 EPOCH = int(np.datetime64('2111-01-01', 's').astype(int))      # a course's hour 0
 BLOCK = 250                                                    # patients drawn together
@@ -63,7 +63,7 @@ def shown(numbers)->pl.Series: # text
     v = pl.col('v')
     return pl.DataFrame({'v': gaps(numbers)}).select(pl.when(v == v.round()).then(v.cast(pl.Int64).cast(pl.String)).otherwise(v.cast(pl.String)))['v']
 
-# %% ../../nbs/data/02c_visits.ipynb #3ee28ddf
+# %% ../../nbs/data/02c_visits.ipynb #b90e77fc
 def repeat(counts)->tuple[np.ndarray, np.ndarray]: # (which parent, 0-based number within it)
     "Rows that repeat each parent `counts` times."
     counts = np.maximum(np.asarray(counts, np.int64), 0)
@@ -82,7 +82,7 @@ def take(rows:dict, index)->dict:
     "Some of the rows, or all in another order."
     return {k: x[index] for k, x in rows.items()}
 
-# %% ../../nbs/data/02c_visits.ipynb #4c2bda69
+# %% ../../nbs/data/02c_visits.ipynb #4355100a
 class Block:
     "Patients of one block, their visits, ids and the generator of all that is drawn for them."
     def __init__(self, lib:Library, p:dict, v:dict, rng, number:int):
@@ -138,7 +138,7 @@ def new_block(seed:int,  # of the hospital
     p = patients(lib, rng, BLOCK)
     return Block(lib, p, courses(lib, p, rng), rng, number)
 
-# %% ../../nbs/data/02c_visits.ipynb #2dd7d2c1
+# %% ../../nbs/data/02c_visits.ipynb #c66b422f
 GROUPS = ['2008 - 2010', '2011 - 2013', '2014 - 2016', '2017 - 2019', '2020 - 2022']
 
 def people(b:Block)->dict: # columns
@@ -150,7 +150,7 @@ def people(b:Block)->dict: # columns
                 anchor_year_group=words(GROUPS, b.p['group']),
                 dod=date(np.where(np.isfinite(dod), seconds(np.where(np.isfinite(dod), dod, 0)), -1)))
 
-# %% ../../nbs/data/02c_visits.ipynb #dc7e88db
+# %% ../../nbs/data/02c_visits.ipynb #406e222a
 KINDS = ['EW EMER.', 'OBSERVATION ADMIT', 'EU OBSERVATION', 'URGENT', 'SURGICAL SAME DAY ADMISSION', 'ELECTIVE', 'DIRECT EMER.',
     'DIRECT OBSERVATION', 'AMBULATORY OBSERVATION']
 PLACES = ['EMERGENCY ROOM', 'TRANSFER FROM HOSPITAL', 'PHYSICIAN REFERRAL', 'CLINIC REFERRAL', 'WALK-IN/SELF REFERRAL', 'PROCEDURE SITE',
@@ -200,7 +200,7 @@ def admissions(b:Block)->dict: # columns
                 race=pl.Series(p['race'][who]),
                 edregtime=ed(b.t), edouttime=ed(b.out), hospital_expire_flag=v['died'][a].astype(int))
 
-# %% ../../nbs/data/02c_visits.ipynb #59b3c79a
+# %% ../../nbs/data/02c_visits.ipynb #4ecb7917
 SERVICES = ['MED', 'CMED', 'SURG', 'OMED', 'CSURG', 'NSURG', 'NMED', 'ORTHO']
 
 def services(b:Block)->dict: # columns
@@ -215,7 +215,7 @@ def services(b:Block)->dict: # columns
     return dict(**b.row(visit), transfertime=when(np.r_[b.admit[a] + 60 + (u[:, 2]*60).astype(np.int64), later[change]]),
                 prev_service=words(SERVICES, np.r_[np.full(len(a), -1), first[change]]), curr_service=words(SERVICES, np.r_[first, own[change]]))
 
-# %% ../../nbs/data/02c_visits.ipynb #653a2e09
+# %% ../../nbs/data/02c_visits.ipynb #2ce8e458
 def segments(b:Block)->dict: # rows: visit, j (number within the visit), kind, unit, a, z
     "Where each patient was from when to when."
     v, n, u = b.v, b.n, b.rng.random((b.n, 4))
@@ -262,7 +262,7 @@ def transfers(b:Block)->dict: # columns
                 eventtype=words(['ED', 'admit', 'transfer', 'discharge'], s['kind']),
                 careunit=words(b.units, s['unit']), intime=when(s['a']), outtime=when(s['z']))
 
-# %% ../../nbs/data/02c_visits.ipynb #16548d94
+# %% ../../nbs/data/02c_visits.ipynb #9b2ec97f
 def chart_visits(b:Block)->dict[str, dict]: # columns by table
     "patients, admissions, services, transfers."
     return dict(patients=people(b), admissions=admissions(b), services=services(b), transfers=transfers(b))
