@@ -44,7 +44,7 @@ def test_filters_are_counted_and_none_means_none():
 
 def test_candidates():
     labels = [f'Sodium {i}' for i in range(150)] + [f'Lactate {i}' for i in range(150)]
-    c = Candidates(labels, 'labevents', 42)
+    c = Candidates(labels, 'labevents', 42, ['Unseen'])
     got = c('1-labevents-2', ['Sodium 7', 'Unseen'])
     assert {'Sodium 7', 'Unseen'} <= set(got) and len(got) <= 102 and len(set(got)) == len(got) and got == c('1-labevents-2', ['Sodium 7', 'Unseen']) and got != sorted(got)
     assert sum(g.startswith('Sodium') for g in c('x', ['Sodium 7'])) >= 95 # look-alikes first

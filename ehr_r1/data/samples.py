@@ -6,7 +6,7 @@
 __all__ = ['SYSTEM', 'SETS', 'SAMPLES', 'split_of', 'filters', 'choose', 'Record', 'Candidates', 'render', 'build_samples',
            'scan_samples', 'window_facts']
 
-# %% ../../nbs/data/06_samples.ipynb #0b3cf625
+# %% ../../nbs/data/06_samples.ipynb #7d59b336
 import gzip, json, random
 from collections.abc import Iterator
 from datetime import timedelta
@@ -23,7 +23,7 @@ from .tasks import BEFORE_ADMISSION, DATE_ONLY, INDEX, TASKS, _REACH_BACK
 SYSTEM = 'You are a helpful assistant.'
 SETS = ('ehr_ins', 'ehr_bench')
 
-# %% ../../nbs/data/06_samples.ipynb #f0ed1e14
+# %% ../../nbs/data/06_samples.ipynb #7834a655
 def split_of(subject_id:np.ndarray, # patients
              seed:int               # the run's seed
 )->np.ndarray: # 'train', 'tuning' or 'held_out' for each
@@ -31,7 +31,7 @@ def split_of(subject_id:np.ndarray, # patients
     u = uniform(seed_of(seed, 'split'), subject_id)
     return np.select([u < .8, u < .9], ['train', 'tuning'], 'held_out')
 
-# %% ../../nbs/data/06_samples.ipynb #6a856232
+# %% ../../nbs/data/06_samples.ipynb #40509c5e
 def filters(p:Profile # limits
 )->dict: # reason -> expression that is true for rows to drop
     "The filters of EHR-R1, in order."
@@ -73,7 +73,7 @@ def choose(index:pl.DataFrame, # index rows of one task
     if task.family == 'risk': counts['ehr_bench_yes'] = int(((index['set'] == 'ehr_bench') & (index['label'].list.first() == 'yes')).sum())
     return index.drop('draw'), counts
 
-# %% ../../nbs/data/06_samples.ipynb #fa367abf
+# %% ../../nbs/data/06_samples.ipynb #f3b0b098
 class Record:
     "One patient's events, ready to be shown."
     def __init__(self, rows:pl.DataFrame, # rows of one patient from the trajectory store
@@ -121,28 +121,31 @@ class Record:
         window = [self.text(i, None if rows is None else [self.cells[i][k] for k in rows]) for i, rows in self.window(s)]
         return prompt(head, window, TASKS[s['task']].instruction, self.style, budget, self.count)
 
-# %% ../../nbs/data/06_samples.ipynb #ffcafae0
+# %% ../../nbs/data/06_samples.ipynb #3e91ca34
 class Candidates:
     "The candidate lists of one task."
     def __init__(self, labels:list, # the label set
                  task:str,          # name of the task
                  seed:int,          # the run's seed
+                 gold:list=(),      # every answer that will be asked for, where look-alikes are needed
                  most:int=100       # whole set up to this size; similar labels at most
     ):
         self.labels, self.task, self.seed, self.most = sorted(labels), task, seed, most
-        self.similar = {}
-        self.at = {l: i for i, l in enumerate(self.labels)}
-        if len(self.labels) > most:
-            from sklearn.feature_extraction.text import TfidfVectorizer
-            self.vectors = TfidfVectorizer(analyzer='char_wb', ngram_range=(3, 3), min_df=1).fit(self.labels)
-            self.matrix = self.vectors.transform(self.labels)
+        gold = sorted(set(gold) | set(self.labels))
+        if len(self.labels) <= most: return
+        from sklearn.feature_extraction.text import TfidfVectorizer
+        vectors = TfidfVectorizer(analyzer='char_wb', ngram_range=(3, 3), dtype=np.float32).fit(self.labels)
+        matrix = vectors.transform(self.labels).T.tocsr()
+        self.row, near = {g: i for i, g in enumerate(gold)}, []
+        for k in range(0, len(gold), 500): # bounded memory: 500 x labels at a time
+            score = (vectors.transform(gold[k:k+500]) @ matrix).toarray()
+            top = np.argpartition(-score, most, axis=1)[:, :most + 1]
+            near.append(np.take_along_axis(top, np.lexsort((top, -np.take_along_axis(score, top, 1)), axis=1), 1).astype(np.int32))
+        self.near = np.concatenate(near)
 
     def alike(self, label, n):
         "The n labels that look most like one."
-        if label not in self.similar:
-            score = (self.matrix @ self.vectors.transform([label]).T).toarray().ravel()
-            self.similar[label] = [self.labels[i] for i in np.argsort(-score, kind='stable')[:self.most + 1] if self.labels[i] != label]
-        return self.similar[label][:n]
+        return [l for i in self.near[self.row[label]] if (l := self.labels[i]) != label][:n]
 
     def __call__(self, sample_id:str, # the sample
                  gold:list            # its answers
@@ -154,7 +157,7 @@ class Candidates:
         out = sorted(out); random.Random(seed_of(self.seed, 'candidates', sample_id)).shuffle(out)
         return out
 
-# %% ../../nbs/data/06_samples.ipynb #7abbd89b
+# %% ../../nbs/data/06_samples.ipynb #eecacdf7
 SAMPLES = pl.Schema({k: v for k, v in INDEX.items()} | dict(split=pl.String, weight=pl.Float64, messages=pl.List(pl.Struct(dict(role=pl.String, content=pl.String))),
                                                           candidates=pl.List(pl.String), tokens=pl.Int32, dropped_events=pl.Int32))
 
@@ -176,14 +179,13 @@ def render(chosen:pl.DataFrame, # chosen index rows of the patients of one shard
         extra = pl.DataFrame(out, schema={k: SAMPLES[k] for k in ('messages', 'candidates', 'tokens', 'dropped_events')})
         yield samples.select(list(INDEX) + ['split', 'weight']).hstack(extra).select(list(SAMPLES))
 
-# %% ../../nbs/data/06_samples.ipynb #6c2d6f97
-def _write_shard(file, chosen, out, p, integers, labels):
+# %% ../../nbs/data/06_samples.ipynb #7f368319
+def _write_shard(file, chosen, out, p, integers, candidates):
     "Render the samples of one shard into both sets."
     import pyarrow.parquet as pq
     if (out/f'{file.stem}.done').exists(): return
     rows = pl.read_parquet(file)
-    mine = chosen.filter(pl.col('subject_id').is_in(rows['subject_id'].unique().implode()))
-    candidates = {t: Candidates(l, t, p.seed) for t, l in labels.items()}
+
     schema = pl.DataFrame(schema=SAMPLES).to_arrow().schema
     for s in SETS:
         (out/s).mkdir(exist_ok=True)
@@ -193,7 +195,7 @@ def _write_shard(file, chosen, out, p, integers, labels):
                 def flush():
                     nonlocal held, size
                     if held: table.write_table(pl.concat(held).to_arrow().cast(schema)); held, size = [], 0
-                for frame in render(mine.filter(pl.col('set') == s), rows, p, integers, candidates):
+                for frame in render(chosen.filter(pl.col('set') == s), rows, p, integers, candidates):
                     frame.write_ndjson(lines)
                     held.append(frame); size += frame['messages'].explode().struct.field('content').str.len_bytes().sum()
                     if size > 64_000_000: flush()
@@ -207,20 +209,21 @@ def build_samples(run:Run,  # the run; its trajectories and index must stand
     store, index = read_manifest(run.trajectories), read_manifest(run.index)
     if index['params']['protocol'] != p.protocol: raise ValueError(f"the index is {index['params']['protocol']}, the samples shall be {p.protocol}: build it again")
     def make(out):
-        lf, counts, chosen, labels = pl.scan_parquet(sorted(run.index.glob('shard-*.parquet'))), {}, [], {}
+        lf, counts, chosen, candidates = pl.scan_parquet(sorted(run.index.glob('shard-*.parquet'))), {}, [], {}
         for t in tqdm(TASKS, desc='choosing', unit='task'):
             rows = lf.filter(pl.col('task') == t).collect(engine='streaming').sort('subject_id', 'trigger')
-            labels[t] = []
             if not len(rows): counts[t] = dict(index=0, eligible=0, ehr_ins=0, ehr_bench=0); continue
             some, counts[t] = choose(rows, p)
-            if TASKS[t].family == 'decision': labels[t] = some.filter(pl.col('split') == 'train')['label'].explode().unique().drop_nulls().sort().to_list()
-            counts[t]['labels'] = len(labels[t])
+            def distinct(frame): return frame['label'].explode().unique().drop_nulls().to_list() if TASKS[t].family == 'decision' else []
+            candidates[t] = Candidates(distinct(some.filter(pl.col('split') == 'train')), t, p.seed, distinct(some))
+            counts[t]['labels'] = len(candidates[t].labels)
             chosen.append(some)
         chosen = pl.concat(chosen) if chosen else pl.DataFrame(schema={**INDEX, 'split': pl.String, 'set': pl.String, 'weight': pl.Float64})
         chosen = chosen.sort('subject_id', 'trigger', pl.col('task').replace_strict({t: i for i, t in enumerate(TASKS)}, return_dtype=pl.Int32), maintain_order=True)
-        work = partial(_write_shard, chosen=chosen, out=out, p=p, integers=store['counts']['integers'], labels=labels)
-        files = store_files(run.trajectories)
-        for _ in tqdm(Parallel(p.workers, return_as='generator')(delayed(work)(f) for f in files), desc='samples', unit='shard', total=len(files)): pass
+        files, shards = store_files(run.trajectories), store['counts']['shards']
+        work = partial(_write_shard, out=out, p=p, integers=store['counts']['integers'], candidates=candidates)
+        mine = chosen.with_columns(shard=pl.col('subject_id') % shards).partition_by('shard', as_dict=True, include_key=False)
+        for _ in tqdm(Parallel(p.workers, return_as='generator')(delayed(work)(f, mine.get((s,), chosen.head(0))) for s, f in enumerate(files)), desc='samples', unit='shard', total=len(files)): pass
         for f in out.glob('*.done'): f.unlink()
         return dict(tasks=counts, access=store['counts']['access'], **{s: int(sum(c[s] for c in counts.values())) for s in SETS})
     params = {k: getattr(p, k) for k in ('protocol', 'seed', 'style', 'caps', 'token_budget', 'events_max', 'window_min', 'window_max', 'ins_per_task', 'bench_per_task')}
@@ -232,7 +235,7 @@ def scan_samples(run:Run, # the run
     "The samples of one set, lazily."
     return pl.scan_parquet(sorted((run.samples/name).glob('shard-*.parquet')), schema=SAMPLES)
 
-# %% ../../nbs/data/06_samples.ipynb #ba155cef
+# %% ../../nbs/data/06_samples.ipynb #1fbbe043
 def window_facts(run:Run,             # the run
                  samples:pl.DataFrame # `SAMPLES` rows (messages are not needed)
 )->pl.DataFrame: # sample_id, table, time, cells: one row a shown row

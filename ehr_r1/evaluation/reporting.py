@@ -8,7 +8,7 @@ __all__ = ['SMALLEST', 'STYLE', 'SOURCES', 'suppress', 'Report', 'shown', 'run_r
 # %% ../../nbs/evaluation/24_reporting.ipynb #93f0c51b
 import hashlib, os, shutil
 from pathlib import Path
-import matplotlib, nbformat, papermill, pandas as pd, polars as pl
+import matplotlib, pandas as pd, polars as pl
 from IPython.display import HTML
 from matplotlib.figure import Figure
 from tqdm import tqdm
@@ -91,6 +91,7 @@ def run_report(template:Path,   # a notebook with a cell tagged `parameters`
                home:Path        # root of the repository or of runs/
 )->None:
     "Execute one report; raises if a cell fails or a parameter does not arrive."
+    import nbformat, papermill # here, for they take seconds that the reports themselves and the other stages need not wait
     known = {p for p in papermill.inspect_notebook(str(template))}
     _parameters(nbformat.read(template, 4))
     if unknown := set(parameters) - known: raise ValueError(f"{template.name}: no parameter {', '.join(sorted(unknown))}; its parameters cell has {', '.join(sorted(known))}")
@@ -115,6 +116,7 @@ def run_reports(run:Run,       # its scores must stand
                 home:Path       # root of the repository
 )->bool: # False if they were up to date
     "Execute every report of a folder for one run."
+    import nbformat
     files = sorted(Path(templates).glob('[0-9]*.ipynb'))
     if not files: raise FileNotFoundError(f'no report notebooks in {templates}; run from the root of the repository')
     stages = {s: read_manifest(getattr(run, s))['key'] for s in ('trajectories', 'index', 'samples', 'predictions', 'scores')}
