@@ -6,8 +6,8 @@
 __all__ = ['SYSTEM', 'SETS', 'SAMPLES', 'split_of', 'filters', 'choose', 'Record', 'Candidates', 'render', 'build_samples',
            'scan_samples', 'window_facts']
 
-# %% ../../nbs/data/06_samples.ipynb #7d59b336
-import gzip, json, random
+# %% ../../nbs/data/06_samples.ipynb #b6d75dd6
+import gzip, random, shutil
 from collections.abc import Iterator
 from datetime import timedelta
 from functools import cache, partial
@@ -23,7 +23,7 @@ from .tasks import BEFORE_ADMISSION, DATE_ONLY, INDEX, TASKS, _REACH_BACK
 SYSTEM = 'You are a helpful assistant.'
 SETS = ('ehr_ins', 'ehr_bench')
 
-# %% ../../nbs/data/06_samples.ipynb #7834a655
+# %% ../../nbs/data/06_samples.ipynb #475d7546
 def split_of(subject_id:np.ndarray, # patients
              seed:int               # the run's seed
 )->np.ndarray: # 'train', 'tuning' or 'held_out' for each
@@ -31,7 +31,7 @@ def split_of(subject_id:np.ndarray, # patients
     u = uniform(seed_of(seed, 'split'), subject_id)
     return np.select([u < .8, u < .9], ['train', 'tuning'], 'held_out')
 
-# %% ../../nbs/data/06_samples.ipynb #40509c5e
+# %% ../../nbs/data/06_samples.ipynb #5b756ba1
 def filters(p:Profile # limits
 )->dict: # reason -> expression that is true for rows to drop
     "The filters of EHR-R1, in order."
@@ -73,7 +73,7 @@ def choose(index:pl.DataFrame, # index rows of one task
     if task.family == 'risk': counts['ehr_bench_yes'] = int(((index['set'] == 'ehr_bench') & (index['label'].list.first() == 'yes')).sum())
     return index.drop('draw'), counts
 
-# %% ../../nbs/data/06_samples.ipynb #f3b0b098
+# %% ../../nbs/data/06_samples.ipynb #f797ed21
 class Record:
     "One patient's events, ready to be shown."
     def __init__(self, rows:pl.DataFrame, # rows of one patient from the trajectory store
@@ -121,7 +121,7 @@ class Record:
         window = [self.text(i, None if rows is None else [self.cells[i][k] for k in rows]) for i, rows in self.window(s)]
         return prompt(head, window, TASKS[s['task']].instruction, self.style, budget, self.count)
 
-# %% ../../nbs/data/06_samples.ipynb #3e91ca34
+# %% ../../nbs/data/06_samples.ipynb #2c13bc0e
 class Candidates:
     "The candidate lists of one task."
     def __init__(self, labels:list, # the label set
@@ -157,7 +157,7 @@ class Candidates:
         out = sorted(out); random.Random(seed_of(self.seed, 'candidates', sample_id)).shuffle(out)
         return out
 
-# %% ../../nbs/data/06_samples.ipynb #eecacdf7
+# %% ../../nbs/data/06_samples.ipynb #3403509b
 SAMPLES = pl.Schema({k: v for k, v in INDEX.items()} | dict(split=pl.String, weight=pl.Float64, messages=pl.List(pl.Struct(dict(role=pl.String, content=pl.String))),
                                                           candidates=pl.List(pl.String), tokens=pl.Int32, dropped_events=pl.Int32))
 
@@ -179,8 +179,8 @@ def render(chosen:pl.DataFrame, # chosen index rows of the patients of one shard
         extra = pl.DataFrame(out, schema={k: SAMPLES[k] for k in ('messages', 'candidates', 'tokens', 'dropped_events')})
         yield samples.select(list(INDEX) + ['split', 'weight']).hstack(extra).select(list(SAMPLES))
 
-# %% ../../nbs/data/06_samples.ipynb #7f368319
-def _write_shard(file, chosen, out, p, integers, candidates):
+# %% ../../nbs/data/06_samples.ipynb #d6b638dc
+def _write_shard(file, out, p, integers, candidates):
     "Render the samples of one shard into both sets."
     import pyarrow.parquet as pq
     if (out/f'{file.stem}.done').exists(): return
@@ -222,8 +222,11 @@ def build_samples(run:Run,  # the run; its trajectories and index must stand
         chosen = chosen.sort('subject_id', 'trigger', pl.col('task').replace_strict({t: i for i, t in enumerate(TASKS)}, return_dtype=pl.Int32), maintain_order=True)
         files, shards = store_files(run.trajectories), store['counts']['shards']
         work = partial(_write_shard, out=out, p=p, integers=store['counts']['integers'], candidates=candidates)
-        mine = chosen.with_columns(shard=pl.col('subject_id') % shards).partition_by('shard', as_dict=True, include_key=False)
-        for _ in tqdm(Parallel(p.workers, return_as='generator')(delayed(work)(f, mine.get((s,), chosen.head(0))) for s, f in enumerate(files)), desc='samples', unit='shard', total=len(files)): pass
+        (out/'chosen').mkdir(exist_ok=True)
+        parts = chosen.with_columns(shard=pl.col('subject_id') % shards).partition_by('shard', as_dict=True, include_key=False)
+        for s, f in enumerate(files): parts.get((s,), chosen.head(0)).write_parquet(out/'chosen'/f.name) # by way of the disk: pickled, a slice takes the whole table along
+        for _ in tqdm(Parallel(p.workers, return_as='generator')(delayed(work)(f) for f in files), desc='samples', unit='shard', total=len(files)): pass
+        shutil.rmtree(out/'chosen')
         for f in out.glob('*.done'): f.unlink()
         return dict(tasks=counts, access=store['counts']['access'], **{s: int(sum(c[s] for c in counts.values())) for s in SETS})
     params = {k: getattr(p, k) for k in ('protocol', 'seed', 'style', 'caps', 'token_budget', 'events_max', 'window_min', 'window_max', 'ins_per_task', 'bench_per_task')}
@@ -235,7 +238,7 @@ def scan_samples(run:Run, # the run
     "The samples of one set, lazily."
     return pl.scan_parquet(sorted((run.samples/name).glob('shard-*.parquet')), schema=SAMPLES)
 
-# %% ../../nbs/data/06_samples.ipynb #1fbbe043
+# %% ../../nbs/data/06_samples.ipynb #c7a891bc
 def window_facts(run:Run,             # the run
                  samples:pl.DataFrame # `SAMPLES` rows (messages are not needed)
 )->pl.DataFrame: # sample_id, table, time, cells: one row a shown row
