@@ -6,7 +6,7 @@
 __all__ = ['SYSTEM', 'SETS', 'SAMPLES', 'split_of', 'filters', 'choose', 'Record', 'Candidates', 'render', 'build_samples',
            'scan_samples', 'window_facts']
 
-# %% ../../nbs/data/06_samples.ipynb #b6d75dd6
+# %% ../../nbs/data/06_samples.ipynb #8ee571b6
 import gzip, random, shutil
 from collections.abc import Iterator
 from datetime import timedelta
@@ -23,7 +23,7 @@ from .tasks import BEFORE_ADMISSION, DATE_ONLY, INDEX, TASKS, _REACH_BACK
 SYSTEM = 'You are a helpful assistant.'
 SETS = ('ehr_ins', 'ehr_bench')
 
-# %% ../../nbs/data/06_samples.ipynb #475d7546
+# %% ../../nbs/data/06_samples.ipynb #85286295
 def split_of(subject_id:np.ndarray, # patients
              seed:int               # the run's seed
 )->np.ndarray: # 'train', 'tuning' or 'held_out' for each
@@ -31,7 +31,7 @@ def split_of(subject_id:np.ndarray, # patients
     u = uniform(seed_of(seed, 'split'), subject_id)
     return np.select([u < .8, u < .9], ['train', 'tuning'], 'held_out')
 
-# %% ../../nbs/data/06_samples.ipynb #5b756ba1
+# %% ../../nbs/data/06_samples.ipynb #46001a26
 def filters(p:Profile # limits
 )->dict: # reason -> expression that is true for rows to drop
     "The filters of EHR-R1, in order."
@@ -73,7 +73,7 @@ def choose(index:pl.DataFrame, # index rows of one task
     if task.family == 'risk': counts['ehr_bench_yes'] = int(((index['set'] == 'ehr_bench') & (index['label'].list.first() == 'yes')).sum())
     return index.drop('draw'), counts
 
-# %% ../../nbs/data/06_samples.ipynb #f797ed21
+# %% ../../nbs/data/06_samples.ipynb #62a0d0f8
 class Record:
     "One patient's events, ready to be shown."
     def __init__(self, rows:pl.DataFrame, # rows of one patient from the trajectory store
@@ -121,7 +121,7 @@ class Record:
         window = [self.text(i, None if rows is None else [self.cells[i][k] for k in rows]) for i, rows in self.window(s)]
         return prompt(head, window, TASKS[s['task']].instruction, self.style, budget, self.count)
 
-# %% ../../nbs/data/06_samples.ipynb #2c13bc0e
+# %% ../../nbs/data/06_samples.ipynb #2737210d
 class Candidates:
     "The candidate lists of one task."
     def __init__(self, labels:list, # the label set
@@ -157,7 +157,7 @@ class Candidates:
         out = sorted(out); random.Random(seed_of(self.seed, 'candidates', sample_id)).shuffle(out)
         return out
 
-# %% ../../nbs/data/06_samples.ipynb #3403509b
+# %% ../../nbs/data/06_samples.ipynb #0b517abb
 SAMPLES = pl.Schema({k: v for k, v in INDEX.items()} | dict(split=pl.String, weight=pl.Float64, messages=pl.List(pl.Struct(dict(role=pl.String, content=pl.String))),
                                                           candidates=pl.List(pl.String), tokens=pl.Int32, dropped_events=pl.Int32))
 
@@ -179,13 +179,12 @@ def render(chosen:pl.DataFrame, # chosen index rows of the patients of one shard
         extra = pl.DataFrame(out, schema={k: SAMPLES[k] for k in ('messages', 'candidates', 'tokens', 'dropped_events')})
         yield samples.select(list(INDEX) + ['split', 'weight']).hstack(extra).select(list(SAMPLES))
 
-# %% ../../nbs/data/06_samples.ipynb #d6b638dc
+# %% ../../nbs/data/06_samples.ipynb #6abadef5
 def _write_shard(file, out, p, integers, candidates):
     "Render the samples of one shard into both sets."
     import pyarrow.parquet as pq
     if (out/f'{file.stem}.done').exists(): return
-    rows = pl.read_parquet(file)
-
+    rows, chosen = pl.read_parquet(file), pl.read_parquet(out/'chosen'/file.name)
     schema = pl.DataFrame(schema=SAMPLES).to_arrow().schema
     for s in SETS:
         (out/s).mkdir(exist_ok=True)
@@ -238,7 +237,7 @@ def scan_samples(run:Run, # the run
     "The samples of one set, lazily."
     return pl.scan_parquet(sorted((run.samples/name).glob('shard-*.parquet')), schema=SAMPLES)
 
-# %% ../../nbs/data/06_samples.ipynb #c7a891bc
+# %% ../../nbs/data/06_samples.ipynb #27bbd403
 def window_facts(run:Run,             # the run
                  samples:pl.DataFrame # `SAMPLES` rows (messages are not needed)
 )->pl.DataFrame: # sample_id, table, time, cells: one row a shown row
