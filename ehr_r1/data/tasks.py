@@ -6,7 +6,7 @@
 __all__ = ['TASKS', 'BEFORE_ADMISSION', 'DATE_ONLY', 'PLANNED', 'DAY', 'INDEX', 'Task', 'Events', 'decision_labels',
            'decision_index', 'official_risks', 'strict_risks', 'index_rows', 'build_index', 'task_table']
 
-# %% ../../nbs/data/05_tasks.ipynb #b387771c
+# %% ../../nbs/data/05_tasks.ipynb #dfef2f64
 from dataclasses import dataclass
 from pathlib import Path
 import numpy as np, polars as pl
@@ -15,7 +15,7 @@ from tqdm import tqdm
 from ..config import Profile, Run, build, read_manifest, writing
 from .trajectories import DISPLAY, FIELD, ITEM, store_files
 
-# %% ../../nbs/data/05_tasks.ipynb #18faf733
+# %% ../../nbs/data/05_tasks.ipynb #575a525f
 @dataclass(frozen=True)
 class Task:
     "One task of EHR-Bench."
@@ -34,7 +34,7 @@ class Task:
     @property
     def metric(self): return 'F1' if self.family == 'decision' else 'AUROC'
 
-# %% ../../nbs/data/05_tasks.ipynb #ccc24038
+# %% ../../nbs/data/05_tasks.ipynb #f70dc5e8
 _DECISIONS = """
 admissions         | admissions         | admission_type | 100 | type of admission
 transfers          | transfers          | careunit       | 100 | care unit the patient moves to
@@ -78,7 +78,7 @@ def _decisions():
                    ('discharge',) if name in _DIAGNOSES else (), ('pharmacy',) if name in _PHARMACY else (),
                    f'Given the record above, what comes next? Name the {asked}, one per line.', caveat)
 
-# %% ../../nbs/data/05_tasks.ipynb #6de5629b
+# %% ../../nbs/data/05_tasks.ipynb #584b51cf
 _RISKS = """
 ED_Hospitalization     | ed_hospitalization     | edstays    | nan | 40 | the patient will be admitted to the hospital from this emergency department stay
 ED_Inpatient_Mortality | ed_inpatient_mortality | edstays    | nan | 40 | the patient will die in the hospital stay that follows this emergency department stay
@@ -108,12 +108,12 @@ def _risks():
 
 TASKS = {t.name: t for t in (*_decisions(), *_risks())}
 
-# %% ../../nbs/data/05_tasks.ipynb #d1d570de
+# %% ../../nbs/data/05_tasks.ipynb #2df7e671
 BEFORE_ADMISSION = ('edstays', 'triage', 'medrecon', 'pyxis', 'vitalsign', 'diagnosis', 'labevents', 'microbiologyevents', 'radiology', 'omr')
 DATE_ONLY = ('procedures_icd', 'omr', 'hcpcsevents') # their time is the start of a day
 PLANNED = ('ELECTIVE', 'SURGICAL SAME DAY ADMISSION')
 
-# %% ../../nbs/data/05_tasks.ipynb #eeafb105
+# %% ../../nbs/data/05_tasks.ipynb #520f61a8
 DAY = 86_400
 _FAR = 2**33 # seconds; more than the years 2100 to 2300
 
@@ -171,7 +171,7 @@ class Events:
 
     def at(self, values, i): "values[i], nan where i is -1."; return np.where(i >= 0, values[np.clip(i, 0, None)], np.nan)
 
-# %% ../../nbs/data/05_tasks.ipynb #cf98f08c
+# %% ../../nbs/data/05_tasks.ipynb #d2fa8001
 def decision_labels(e:Events, # the events of a shard
                     task:Task # a decision task
 )->pl.DataFrame: # j (number of the event in the shard), label (distinct non-empty values, in the order of the record)
@@ -191,7 +191,7 @@ def decision_labels(e:Events, # the events of a shard
     first = np.sort(np.unique(values['j'].to_numpy()*(code.max(initial=0) + 1) + code, return_index=True)[1]) # first row of each (trigger, label)
     return values[first].with_columns(pl.col('label').cast(pl.String)).group_by('j', maintain_order=True).agg('label')
 
-# %% ../../nbs/data/05_tasks.ipynb #31be7970
+# %% ../../nbs/data/05_tasks.ipynb #9feec69e
 INDEX = pl.Schema(dict(sample_id=pl.String, subject_id=pl.Int64, hadm_id=pl.Int64, stay_id=pl.Int64, task=pl.String, family=pl.String, protocol=pl.String,
                        prediction_time=pl.Datetime('us'), trigger=pl.Int32, begin=pl.Int32, end=pl.Int32, admissions_event=pl.Int32, discharge_event=pl.Int32,
                        label=pl.List(pl.String), patient_events=pl.Int32))
@@ -211,7 +211,7 @@ def _rows(e, task, protocol, j, begin, end, time, label):
         pl.lit(task.family).alias('family'), pl.lit(protocol).alias('protocol'), pl.col('time').cast(pl.Datetime('us')).alias('prediction_time'), pl.col('trigger', 'begin', 'end').cast(pl.Int32),
         known('adm').cast(pl.Int32).alias('admissions_event'), known('dis').cast(pl.Int32).alias('discharge_event'), 'label', pl.col('n').cast(pl.Int32).alias('patient_events'))
 
-# %% ../../nbs/data/05_tasks.ipynb #0a6bc4fe
+# %% ../../nbs/data/05_tasks.ipynb #af517210
 def decision_index(e:Events,    # the events
                    protocol:str # strict or official
 )->list: # frames of index rows, one a task
@@ -235,7 +235,7 @@ def decision_index(e:Events,    # the events
         out.append(_rows(e, task, protocol, j, e.event[first[j]], e.event[j], known[j], labels['label']))
     return out
 
-# %% ../../nbs/data/05_tasks.ipynb #b462dd2d
+# %% ../../nbs/data/05_tasks.ipynb #d18da7cb
 def official_risks(e:Events # the events
 )->list: # frames of index rows, one a task
     "All samples of the risk tasks as the published code finds them."
@@ -276,7 +276,7 @@ def official_risks(e:Events # the events
     for days in (30, 60): emit(f'Readmission_{days}day', keep, j, begin, j, (then >= 0) & (e.at(e.start, then) - e.start[j] < days*DAY))
     return out
 
-# %% ../../nbs/data/05_tasks.ipynb #814e7ae6
+# %% ../../nbs/data/05_tasks.ipynb #fe8bee23
 def strict_risks(e:Events # the events
 )->list: # frames of index rows, one a task
     "All samples of the risk tasks without look-ahead."
@@ -328,7 +328,7 @@ def strict_risks(e:Events # the events
     for days in (30, 60): emit(f'Readmission_{days}day', known & ~(then <= now), j, begin, j, now, then - left < days*DAY)
     return out
 
-# %% ../../nbs/data/05_tasks.ipynb #64442f31
+# %% ../../nbs/data/05_tasks.ipynb #ce92790b
 def index_rows(rows:pl.DataFrame, # rows of a trajectory store, patients whole
                protocol:str       # strict or official
 )->pl.DataFrame: # `INDEX` rows, by patient, trigger and task
@@ -338,7 +338,7 @@ def index_rows(rows:pl.DataFrame, # rows of a trajectory store, patients whole
     parts = decision_index(e, protocol) + (strict_risks(e) if protocol == 'strict' else official_risks(e))
     return pl.concat(parts).sort('key').select(list(INDEX)) if parts else pl.DataFrame(schema=INDEX)
 
-# %% ../../nbs/data/05_tasks.ipynb #7af14e48
+# %% ../../nbs/data/05_tasks.ipynb #6b480bb5
 def _index_shard(file, out, protocol):
     path = out/file.name
     if path.exists(): return
@@ -358,7 +358,7 @@ def build_index(run:Run,  # the run; its trajectories must stand
         return dict(rows=int(count['n'].sum()), tasks={t: dict(rows=by[t]['n'] if t in by else 0) | (dict(yes=by[t]['yes'] if t in by else 0) if TASKS[t].family == 'risk' else {}) for t in TASKS})
     return build(run.index, make, dict(trajectories=upstream['key']), dict(protocol=p.protocol), 'data.tasks')
 
-# %% ../../nbs/data/05_tasks.ipynb #0f021874
+# %% ../../nbs/data/05_tasks.ipynb #8d5c208b
 def task_table(protocol:str='strict' # strict or official
 )->pl.DataFrame: # one row a task
     "The 45 tasks as a table for people."
@@ -367,7 +367,7 @@ def task_table(protocol:str='strict' # strict or official
     rows = []
     for t in TASKS.values():
         risk = t.family == 'risk'
-        now = (times[t.trigger] if protocol == 'strict' else 'last event of the window') if risk else 'end of the event before' if t.trigger == 'diagnoses_icd' else 'start of the trigger'
+        now = (times[t.trigger] if protocol == 'strict' else 'last event of the window') if risk else ('end of the last timed event of the admission' if protocol == 'strict' else 'start of the event before') if t.trigger == 'diagnoses_icd' else 'start of the trigger'
         rows.append(dict(task=t.name, id=t.id, family=t.family, trigger=t.trigger, window=windows[t.trigger] if risk else '24 h before the trigger, same admission',
                          prediction_time=now, target=t.target, horizon='' if t.horizon != t.horizon else f'{t.horizon:.0f} h', metric=t.metric, in_42=t.in_42, cap=t.cap,
                          hidden=', '.join(t.hidden + (t.masked if protocol == 'strict' else ())), caveat=t.caveat))
