@@ -11,7 +11,7 @@ def steps(folder):
     "Name and command of each step."
     return {
         'library, notebooks and README in step': [sys.executable, '.ci/in_step.py'],
-        'notebooks (nbdev_test)': [BIN/'nbdev_test', '--n_workers', '2', '--timing'],
+        'notebooks (nbdev_test)': [BIN/'nbdev_test', '--n_workers', '0', '--timing'],
         'smoke profile, end to end': [BIN/'ehr_r1', 'reproduce', 'profile=smoke', 'run=smoke'],
         'site (warnings are errors)': [sys.executable, 'docs/pages.py', f'{folder}/site'],
         PYTEST: [sys.executable, '-m', 'pytest', '-q', '--durations=10', f'--junitxml={folder}/tests.xml'],
