@@ -243,8 +243,9 @@ def dying(scale,   # of the hazard, one a patient
     risk = 1 - alive(d, scale[:, None])/alive(since, scale)[:, None]
     return (weight*risk).sum(1)/np.maximum(weight.sum(1), 1e-9)
 
-def stay_nodes(first, mu_i, p_again, u=QMC)->np.ndarray: # patients x nodes
+def stay_nodes(first, mu_i, p_again, u=None)->np.ndarray: # patients x nodes
     "Hours from the start of intensive care to the last ward period, given the hours of the first stay at every node."
+    u = QMC if u is None else u # the quadrature's own nodes
     second = DAY*lognormal(u[None, :, 3], mu_i[:, None] - .1, AGAIN_SPREAD)
     return first + np.where(u[None, :, 1] < p_again[:, None], DAY*(1 + 3*u[None, :, 2]) + second, 0)
 
