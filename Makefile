@@ -1,10 +1,10 @@
 # Make orders set-up, stages and reports. Whether a stage is up to date is its manifest's business, so stages are phony here.
 PYTHON ?= python3
 VENV ?= .venv
-OPTIONS := PROFILE DATA RUN PROTOCOL STYLE CAPS SEED CODES WORKERS
+OPTIONS := PROFILE DATA RUN PROTOCOL STYLE CAPS SEED CODES KNOWLEDGE TEACHER WORKERS
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help env reproduce hospital trajectories index samples baselines scores reports test lab docs notebooks readme lock hooks clean
+.PHONY: help env reproduce hospital trajectories index samples knowledge graphs chains baselines scores reports test lab docs notebooks readme lock hooks clean
 
 BIN := $(abspath $(VENV))/bin
 STAMP := $(VENV)/installed
@@ -26,6 +26,7 @@ env: ## Python environment in .venv, exactly as requirements.lock says (PYTHON=p
 	  echo "ehr_r1 needs Python 3.11 or newer; $(PYTHON) is $$($(PYTHON) --version 2>&1). Name one: make PYTHON=/path/to/python3.12"; exit 1; }; \
 	$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV); \
 	$(BIN)/python -m pip install --quiet --no-deps -r requirements.lock; \
+	$(BIN)/python -m pip install --quiet $$(grep '^torch==' requirements.lock); \
 	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation -e .; \
 	cat requirements.lock pyproject.toml > $(STAMP); }
 
@@ -37,11 +38,17 @@ index: trajectories ## stage 3: every trigger of the 45 tasks, with labels
 	$(stage)
 samples: index ## stage 4: EHR-Ins and EHR-Bench
 	$(stage)
-baselines: samples ## stage 5: predictions of the systems that need no language model
+knowledge: samples ## stage 5: medical knowledge, compiled (KNOWLEDGE=folder of UMLS or open files; the hospital brings its own)
 	$(stage)
-scores: baselines ## stage 6: F1, AUROC, AUPRC, Brier with intervals
+graphs: knowledge ## stage 6: thinking graphs of the decision samples
 	$(stage)
-reports: scores ## stage 7: report notebooks, tables and figures
+chains: graphs ## stage 7: reasoning chains, written by TEACHER and filtered
+	$(stage)
+baselines: chains ## stage 8: predictions of the systems that need no language model
+	$(stage)
+scores: baselines ## stage 9: F1, AUROC, AUPRC, Brier with intervals
+	$(stage)
+reports: scores ## stage 10: report notebooks, tables and figures
 	$(stage)
 
 test: env ## notebooks, tests, library and notebooks in step, smoke profile end to end

@@ -2,7 +2,7 @@
 
 The lock keeps the versions it has unless settings.ini rules them out; `python .ci/lock.py --upgrade` takes the newest.
 """
-import configparser, json, os, re, subprocess, sys
+import configparser, json, os, re, subprocess, sys, tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -77,15 +77,22 @@ dependencies:
   - pip:
 ''' + ''.join(f'    - {line}\n' for line in pins(lock)))
 
+UNUSED = ('torchvision', 'torchaudio', 'torchcodec') # vllm asks for them; text needs none, and only builds for GPUs exist
+
 def compile_lock(s, *options):
     "Resolve the lists for every platform and Python from min_python on; needs the network."
     lock = ROOT/'requirements.lock'
     wanted = '\n'.join((s['requirements'] + ' ' + s['dev_requirements']).split())
     cmd = [sys.executable, '-m', 'uv', 'pip', 'compile', '-', '--universal', '--python-version', s['min_python'],
            '--no-header', '--no-annotate', '--quiet', '--output-file', str(lock), *options]
-    subprocess.run(cmd, input=wanted, text=True, check=True, cwd=ROOT, env={**os.environ, 'UV_CUSTOM_COMPILE_COMMAND': 'make lock'})
+    with tempfile.TemporaryDirectory() as folder:
+        unused = Path(folder)/'unused.txt'
+        unused.write_text(''.join(f"{name} ; python_version < '3'\n" for name in UNUSED))
+        subprocess.run([*cmd, '--override', str(unused)], input=wanted, text=True, check=True, cwd=ROOT,
+                       env={**os.environ, 'UV_CUSTOM_COMPILE_COMMAND': 'make lock'})
     head = '# Exact versions of everything, made from settings.ini by .ci/lock.py (make lock).\n'
-    text = head + '\n'.join(pins(lock.read_text())) + '\n'
+    lines = [re.sub(r'(torch==[\d.]+).*', r'\1', line) for line in pins(lock.read_text())] # whichever build of it the machine's index has
+    text = head + '\n'.join(dict.fromkeys(lines)) + '\n'
     lock.write_text(text)
     return text
 

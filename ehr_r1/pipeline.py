@@ -11,11 +11,15 @@ from pathlib import Path
 from .config import PROFILES, Run, build, profile, read_manifest
 from .data.hospital import build_hospital
 from .data.samples import build_samples
-from .data.tables import TableError, open_source
+from .data.tables import open_source
 from .data.tasks import build_index
 from .data.trajectories import build_trajectories
 from .evaluation.benchmark import build_predictions, build_scores
 from .evaluation.reporting import run_reports
+from .synthesis.open_knowledge import build_knowledge, find_knowledge
+from .synthesis.reasoning import build_chains
+from .synthesis.teachers import TeacherError
+from .synthesis.thinking_graph import build_graphs
 
 # %% ../nbs/50_pipeline.ipynb #3a776cf0
 class Reproduction:
@@ -24,22 +28,27 @@ class Reproduction:
                  data:str|None=None,            # folder of MIMIC-IV tables; None: the synthetic hospital
                  run:str|None=None,             # name of the run; default: from the other three
                  codes:str|None=None,           # folder of code maps; default: beside the tables
+                 knowledge:str|None=None,       # folder of RRF or open knowledge files; default: beside the tables
                  home:str|Path|None=None,       # holds runs/ and reports/
                  **overrides                    # profile fields
     ):
         self.profile = profile(profile_name, **overrides)
-        if profile_name == 'paper' and not data: raise ValueError('profile paper is for real tables: give DATA=<folder of MIMIC-IV>')
-        self.data, self.codes = data, codes
+        if profile_name == 'paper' and not data:
+            raise ValueError('profile paper is for real tables: give DATA=<folder of MIMIC-IV>')
+        self.data, self.codes, self.knowledge_folder = data, codes, knowledge
         base = PROFILES[profile_name]
-        changed = [f'{k}-{getattr(self.profile, k)}' for k in overrides if getattr(self.profile, k) != getattr(base, k) and k != 'workers']
-        self.run = Run(run or '.'.join([profile_name, *([Path(data).resolve().name] if data else []), *sorted(changed)]).replace(' ', '_'), home)
+        changed = {k: getattr(self.profile, k) for k in overrides if k != 'workers' and getattr(self.profile, k) != getattr(base, k)}
+        self.dataset = Path(data).resolve().name if data else 'hospital'
+        name = '.'.join([profile_name, *([self.dataset] if data else []), *sorted(f'{k}-{v}' for k, v in changed.items())])
+        self.run = Run(run or name.replace(' ', '_'), home)
         self.home = self.run.folder.parent.parent
 
     def hospital(self):
         "Write the synthetic hospital, unless real tables are given."
         if self.data: return False
         p = self.profile
-        return build(self.run.hospital, lambda out: build_hospital(out/'tables', p.patients, p.seed, workers=p.workers), {}, dict(patients=p.patients, seed=p.seed), 'data.hospital')
+        make = lambda out: build_hospital(out/'tables', p.patients, p.seed, workers=p.workers)
+        return build(self.run.hospital, make, {}, dict(patients=p.patients, seed=p.seed), 'data.hospital')
 
     def source(self):
         return open_source(self.data or self.run.hospital/'tables', codes=self.codes)
@@ -54,6 +63,19 @@ class Reproduction:
 
     def samples(self): "Index to EHR-Ins and EHR-Bench."; return build_samples(self.run, self.profile)
 
+    def knowledge(self):
+        "Medical knowledge, compiled; None if there is none, and then there are no graphs and no chains."
+        folder = find_knowledge(self.data or self.run.hospital/'tables', self.knowledge_folder)
+        return folder and build_knowledge(self.run, folder)
+
+    def graphs(self):
+        "Thinking graphs of the decision samples."
+        return build_graphs(self.run, self.profile, self.source()) if self.run.knowledge.exists() else None
+
+    def chains(self):
+        "Reasoning chains, written by the profile's teacher and filtered."
+        return build_chains(self.run, self.profile, self.dataset) if self.run.knowledge.exists() else None
+
     def baselines(self):
         "Predictions of the systems that need no language model, and with the synthetic hospital of the true risk."
         return build_predictions(self.run, self.profile, None if self.data else self.run.hospital/'tables'/'truth.parquet')
@@ -65,22 +87,31 @@ class Reproduction:
         p = self.profile
         return run_reports(self.run, Path('nbs/reports'), dict(profile=p.name, run=self.run.name, seed=p.seed), self.home)
 
-ORDER = ('hospital', 'trajectories', 'index', 'samples', 'baselines', 'scores', 'reports')
+ORDER = ('hospital', 'trajectories', 'index', 'samples', 'knowledge', 'graphs', 'chains', 'baselines', 'scores', 'reports')
 
 # %% ../nbs/50_pipeline.ipynb #0b8c95ed
 def main(args:list|None=None # words after `ehr_r1`; default: the command line's
 )->int: # exit code
     "`ehr_r1 STAGE... [name=value ...]`: run stages of a reproduction; `reproduce` runs them all."
     words = sys.argv[1:] if args is None else args
-    usage = f"usage: ehr_r1 STAGE... [name=value ...]\nstages: reproduce, {', '.join(ORDER)}\nnames: profile, data, run, codes and the fields of a profile, e.g. seed=7 protocol=official"
+    usage = (f"usage: ehr_r1 STAGE... [name=value ...]\nstages: reproduce, {', '.join(ORDER)}\n"
+             "names: profile, data, run, codes, knowledge and the fields of a profile, e.g. seed=7 protocol=official")
     stages = [w for w in words if '=' not in w]
     values = {k.lower(): v for k, v in (w.split('=', 1) for w in words if '=' in w)}
     if not stages or set(stages) & {'-h', '--help', 'help'}: print(usage); return 0 if stages else 2
-    if bad := [s for s in stages if s not in ('reproduce', *ORDER)]: print(f"no stage {bad[0]!r}\n{usage}", file=sys.stderr); return 2
+    if bad := [s for s in stages if s not in ('reproduce', *ORDER)]:
+        print(f"no stage {bad[0]!r}\n{usage}", file=sys.stderr)
+        return 2
     try:
-        r = Reproduction(values.pop('profile', 'demo'), values.pop('data', None), values.pop('run', None), values.pop('codes', None), **values)
+        about = [values.pop(k, None) for k in ('data', 'run', 'codes', 'knowledge')]
+        r = Reproduction(values.pop('profile', 'demo'), *about, **values)
         for s in ORDER if 'reproduce' in stages else [s for s in ORDER if s in stages]:
             start = time.time(); ran = getattr(r, s)()
-            if s != 'hospital' or not r.data: print(f"{s}: {f'done in {time.time()-start:.1f} s' if ran else 'up to date'}", flush=True)
-    except (TableError, ValueError, FileNotFoundError) as e: print(f'{type(e).__name__}: {e}', file=sys.stderr); return 1
+            if s == 'hospital' and r.data: continue
+            said = {True: f'done in {time.time()-start:.1f} s', False: 'up to date',
+                    None: 'left out; no medical knowledge beside the tables (KNOWLEDGE=folder)'}
+            print(f'{s}: {said[ran]}', flush=True)
+    except (TeacherError, ValueError, FileNotFoundError) as e: # TableError and KnowledgeError are ValueErrors
+        print(f'{type(e).__name__}: {e}', file=sys.stderr)
+        return 1
     return 0

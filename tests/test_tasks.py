@@ -130,3 +130,7 @@ def test_the_index_names_the_admission_and_the_last_earlier_discharge_note():
 def test_every_task_is_covered_here_and_unknown_patients_do_no_harm():
     assert len(TASKS) == 45 and index_rows(store([PATIENT], 'strict'), 'strict').height == 0
     assert Events(store([PATIENT], 'strict')).n == 1
+
+def test_a_label_ends_with_its_cell_whatever_its_letters():
+    rows = [PATIENT, row('admissions', at(1), 7), row('labevents', at(1, 1), 7, ['Sodium']), row('emar', at(1, 2), 7, ['Morphine Infusion – Comfort Care', 'Administered'])]
+    assert labels(rows, 'strict', 'emar') == [['Morphine Infusion – Comfort Care']]

@@ -65,7 +65,8 @@ def matrix(entries:dict,  # name to entry
     for row, (name, entry) in enumerate(entries.items()):
         found = entry.get(field, {})
         for key, value in found.items() if isinstance(found, dict) else ((k, 1.) for k in found):
-            if key not in place: raise ValueError(f"conditions.toml, {name}, {field}: {key!r} is not in the library. Add it or correct the name.")
+            if key not in place:
+                raise ValueError(f"conditions.toml, {name}, {field}: {key!r} is not in the library. Add it or correct the name.")
             out[row, place[key]] = value if np.isscalar(value) else value[0]
     return out
 
@@ -83,11 +84,11 @@ def arrays_of(k:dict,       # acute conditions
     likelier = matrix(k, 'likelier', list(c))
     return dict({f: column(k, f) for f in NUMBERS}, **{f: column(c, f) for f in ('at60', 'decade', 'burden')},
         age=np.array([e['age'] for e in k.values()], float), sex=np.array([e.get('sex', '') for e in k.values()]),
-        likelier=np.log(np.where(likelier > 0, likelier, 1)), vitals=matrix(k, 'vitals', list(VITALS)), labs=matrix(k, 'labs', labs),
-        tests=matrix(k, 'tests', panels), daily=matrix(k, 'daily', panels), drugs=matrix(k, 'drugs', drugs),
-        ed_drugs=matrix(k, 'ed_drugs', drugs),
-        chronic_sex=np.array([e.get('sex', '') for e in c.values()]), home=matrix(c, 'home', drugs), chronic_labs=matrix(c, 'labs', labs),
-        chronic_vitals=matrix(c, 'vitals', list(VITALS)))
+        likelier=np.log(np.where(likelier > 0, likelier, 1)), vitals=matrix(k, 'vitals', list(VITALS)),
+        labs=matrix(k, 'labs', labs), tests=matrix(k, 'tests', panels), daily=matrix(k, 'daily', panels),
+        drugs=matrix(k, 'drugs', drugs), ed_drugs=matrix(k, 'ed_drugs', drugs),
+        chronic_sex=np.array([e.get('sex', '') for e in c.values()]), home=matrix(c, 'home', drugs),
+        chronic_labs=matrix(c, 'labs', labs), chronic_vitals=matrix(c, 'vitals', list(VITALS)))
 
 # %% ../../nbs/data/02a_conditions.ipynb #c18f46af
 @cache
@@ -105,8 +106,10 @@ def read_library(folder:Path=LIBRARY # where conditions.toml and its CSV files a
         matrix(table, 'also', list(diagnoses))
         for name, e in table.items():
             for code in (e['icd10'], e.get('symptom', e['icd10'])):
-                if code not in diagnoses: raise ValueError(f"conditions.toml, {name}: {code} is not in diagnoses.csv. Add it there.")
-    for field, known in (('procedures', procedures), ('cultures', toml['specimen']), ('organisms', toml['organism'])): matrix(k, field,
-        list(known))
+                if code not in diagnoses:
+                    raise ValueError(f"conditions.toml, {name}: {code} is not in diagnoses.csv. Add it there.")
+    for field, known in (('procedures', procedures), ('cultures', toml['specimen']), ('organisms', toml['organism'])):
+        matrix(k, field, list(known))
     arrays = arrays_of(k, c, labs['lab'].to_list(), list(dict.fromkeys(labs['panel'])), drugs['drug'].to_list())
-    return Library(k, c, toml['specimen'], toml['organism'], toml['antibiotic'], labs, drugs, text('items.csv'), diagnoses, procedures, arrays)
+    return Library(k, c, toml['specimen'], toml['organism'], toml['antibiotic'], labs, drugs, text('items.csv'),
+                   diagnoses, procedures, arrays)

@@ -54,12 +54,10 @@ def longer(days, mu, spread)->np.ndarray: # probability
     return np.where(days > 0, ndtr((mu - np.log(np.maximum(days, 1e-9)))/spread), 1.)
 
 # %% ../../nbs/data/02b_courses.ipynb #3af487ea
-RACES = {'WHITE': 62, 'BLACK/AFRICAN AMERICAN': 14, 'HISPANIC/LATINO - PUERTO RICAN': 4, 'WHITE - OTHER EUROPEAN': 3, 'ASIAN - CHINESE': 3,
-         'ASIAN': 2,
-         'HISPANIC/LATINO - DOMINICAN': 2, 'OTHER': 4, 'UNKNOWN': 4, 'PORTUGUESE': 2}
-ALLERGIES = {'No Known Allergies / Adverse Drug Reactions': 58, 'Penicillins': 14, 'Sulfa (Sulfonamide Antibiotics)': 10, 'Codeine': 7,
-             'Lisinopril': 6,
-             'Iodinated Contrast Media - IV Dye': 5}
+RACES = {'WHITE': 62, 'BLACK/AFRICAN AMERICAN': 14, 'HISPANIC/LATINO - PUERTO RICAN': 4, 'WHITE - OTHER EUROPEAN': 3,
+         'ASIAN - CHINESE': 3, 'ASIAN': 2, 'HISPANIC/LATINO - DOMINICAN': 2, 'OTHER': 4, 'UNKNOWN': 4, 'PORTUGUESE': 2}
+ALLERGIES = {'No Known Allergies / Adverse Drug Reactions': 58, 'Penicillins': 14, 'Sulfa (Sulfonamide Antibiotics)': 10,
+             'Codeine': 7, 'Lisinopril': 6, 'Iodinated Contrast Media - IV Dye': 5}
 FRAIL = dict(albumin=-.9, red_cells=-.5, rdw=.8)    # how frailty shows in tests, in spreads
 
 def patients(lib:Library, # the condition library
@@ -83,14 +81,16 @@ def patients(lib:Library, # the condition library
     p['weight'] = np.round(p['bmi']*p['height']**2/703, 1)
     p['race'], p['allergy'], p['language'] = pick(RACES), pick(ALLERGIES), pick({'ENGLISH': 90, '?': 10})
     p['marital'] = pick({'MARRIED': 44, 'SINGLE': 32, 'WIDOWED': 14, 'DIVORCED': 8})
-    p['insurance'] = np.where(p['age'] >= 65, pick({'Medicare': 78, 'Other': 22}), pick({'Other': 70, 'Medicaid': 18, 'Medicare': 12}))
+    p['insurance'] = np.where(p['age'] >= 65, pick({'Medicare': 78, 'Other': 22}),
+                              pick({'Other': 70, 'Medicaid': 18, 'Medicare': 12}))
     p['group'] = rng.choice(5, n, p=[.3, .22, .2, .18, .1])          # anchor_year_group, 2008 to 2022
     p['start'] = rng.integers(0, 84*365, n)*DAY + 8 + 14*rng.random(n)   # first visit, hours since the beginning of 2111
     return p
 
 # %% ../../nbs/data/02b_courses.ipynb #17d2e4ca
 SHORT = np.log(.72)                     # log of the median days of an observation stay
-SAME, RECENT, DIRECT = .35, .6, .22     # on an early return: share with the same condition, extra severity; share of visits without an emergency stay
+# on an early return: share with the same condition, extra severity; share of visits without an emergency stay
+SAME, RECENT, DIRECT = .35, .6, .22
 ICU_SOON = .87                          # share of ICU stays that begin less than 12 hours after the emergency stay
 
 def case_mix(lib, p, who, planned:bool)->np.ndarray: # patients x conditions
@@ -128,7 +128,8 @@ def short_odds(lib, k, s):
 
 def hazard(lib, p, who, k, s, icu):
     "Scale of the hazard of death."
-    return np.exp(-7.55 + .8*lib.arrays['death'][k] + .75*s + .5*p['burden'][who] + .028*(p['age'][who] - 65) + 1.1*icu).clip(1e-6, .5)
+    return np.exp(-7.55 + .8*lib.arrays['death'][k] + .75*s + .5*p['burden'][who] + .028*(p['age'][who] - 65)
+                  + 1.1*icu).clip(1e-6, .5)
 
 def ward_days(lib, p, who, k, s):
     "Log of the median days on a ward."
@@ -143,7 +144,8 @@ ROUNDS = 9
 HOME_GAP, EARLY_GAP = 61*DAY, 24*DAY # earliest late return; mean of an early one
 
 def arrive(lib, p, who, kind, k_last, now, u, z)->dict: # one row a visit
-    "Door, condition, severity, and the decision to admit. `kind`: 0 first or late visit, 1 soon after a discharge, 2 soon after being sent home."
+    "Door, condition, severity, and the decision to admit. `kind`: 0 first or late visit, 1 soon after a discharge, " \
+    "2 soon after being sent home."
     ed = u[:, 0] >= np.where(kind == 2, 0, DIRECT)
     mix = np.where(ed[:, None], case_mix(lib, p, who, False), case_mix(lib, p, who, True))
     k = (mix.cumsum(1) < u[:, 1:2]).sum(1).clip(0, mix.shape[1] - 1)
@@ -168,7 +170,8 @@ def stay(lib, p, v, u)->dict: # further columns
     mu_w, mu_i = np.where(short, SHORT, ward_days(lib, p, who, k, s)), icu_days(lib, p, who, k, s)
     p_again = sigmoid(again_odds(lib, p, who, k, s))
     again = icu & (u[:, 10] < p_again)
-    first, gap, second = DAY*lognormal(u[:, 9], mu_i, ICU_SPREAD), DAY*(1 + 3*u[:, 11]), DAY*lognormal(u[:, 12], mu_i - .1, AGAIN_SPREAD)
+    first, gap, second = (DAY*lognormal(u[:, 9], mu_i, ICU_SPREAD), DAY*(1 + 3*u[:, 11]),
+                          DAY*lognormal(u[:, 12], mu_i - .1, AGAIN_SPREAD))
     first, second = np.maximum(first, 2), np.maximum(second, 2)
     ward = DAY*lognormal(u[:, 13], mu_w + np.where(icu, np.log(AFTER_ICU), 0), WARD_SPREAD)
     planned = np.maximum(np.where(icu, start + first + np.where(again, gap + second, 0), 0) + ward, 4 + wait)
@@ -179,10 +182,11 @@ def stay(lib, p, v, u)->dict: # further columns
     begin2 = start + first + gap
     again &= begin2 < end
     clock = lambda h: v['admit'] + np.minimum(h, end)
-    return dict(icu=icu, short=short, start=start, first=first, again=again, begin2=begin2, second=second, p_again=p_again, mu_w=mu_w, mu_i=mu_i,
-                scale=scale,
-                death=death, died=died, end=end, disch=np.where(v['admitted'], v['admit'] + end, v['out']), vent=u[:, 20], pressor=u[:, 21],
-                icu_in=v['admit'] + start, icu_out=clock(start + first), icu_in2=v['admit'] + begin2, icu_out2=clock(begin2 + second))
+    return dict(icu=icu, short=short, start=start, first=first, again=again, begin2=begin2, second=second,
+                p_again=p_again, mu_w=mu_w, mu_i=mu_i, scale=scale, death=death, died=died,
+                end=end, disch=np.where(v['admitted'], v['admit'] + end, v['out']), vent=u[:, 20], pressor=u[:, 21],
+                icu_in=v['admit'] + start, icu_out=clock(start + first),
+                icu_in2=v['admit'] + begin2, icu_out2=clock(begin2 + second))
 
 # %% ../../nbs/data/02b_courses.ipynb #03e5d301
 def midnight(hours): return np.ceil(hours/DAY - 1e-9)*DAY
@@ -195,7 +199,8 @@ def leave(lib, p, v, u, prior, last:bool)->dict: # further columns
     p_revisit = np.where(last | adm, 0, sigmoid(revisit_odds(lib, p, who, k, s)))
     early, revisit = u[:, 15] < p_return, u[:, 15] < p_revisit
     further = (u[:, 16] < np.where(adm, .42, .62)) & (not last)
-    gap = np.where(early, 12 - EARLY_GAP*np.log1p(-u[:, 17]), np.where(revisit, 4 + 66*u[:, 17], HOME_GAP - 330*DAY*np.log1p(-u[:, 17])))
+    gap = np.where(early, 12 - EARLY_GAP*np.log1p(-u[:, 17]),
+                   np.where(revisit, 4 + 66*u[:, 17], HOME_GAP - 330*DAY*np.log1p(-u[:, 17])))
     nxt = v['disch'] + gap
     hour = np.where(u[:, 18] < .85, 8 + 14*u[:, 19], 24*u[:, 19])
     nxt = np.where(~revisit & (gap > 4*DAY), day_of(nxt) + hour, nxt)                        # mostly by day
@@ -220,7 +225,7 @@ def courses(lib:Library, # the condition library
     now, k_last, kind, prior, coming = p['start'].copy(), np.zeros(n, int), np.zeros(n, int), np.zeros(n, int), np.ones(n, bool)
     rounds = []
     for r in range(ROUNDS):
-        u, z = rng.random((n, 23)), rng.normal(0, 1, (n, 2))    # drawn for all, so that no patient's draws depend on another's course
+        u, z = rng.random((n, 23)), rng.normal(0, 1, (n, 2)) # drawn for all: no patient's draws depend on another's course
         who = np.flatnonzero(coming)
         if not len(who): break
         v = arrive(lib, p, who, kind[who], k_last[who], now[who], u[who], z[who])
@@ -252,7 +257,8 @@ def stay_nodes(first, mu_i, p_again, u=None)->np.ndarray: # patients x nodes
 def emergency_risks(lib, p, who, k, s)->dict: # task to probability
     "Risks at the end of an emergency stay, before the decision to admit."
     u, ones = QMC[None], np.ones((len(k), NODES))
-    admitted, icu, short = sigmoid(admission_odds(lib, p, who, k, s)), sigmoid(icu_odds(lib, k, s)), sigmoid(short_odds(lib, k, s))
+    admitted, icu, short = (sigmoid(admission_odds(lib, p, who, k, s)), sigmoid(icu_odds(lib, k, s)),
+                            sigmoid(short_odds(lib, k, s)))
     mu_w, mu_i, again = ward_days(lib, p, who, k, s), icu_days(lib, p, who, k, s), sigmoid(again_odds(lib, p, who, k, s))
     ward = lambda mu: DAY*lognormal(u[..., 4], mu[:, None], WARD_SPREAD)
     calm = hazard(lib, p, who, k, s, 0)
@@ -270,12 +276,14 @@ def admission_risks(v)->dict: # task to probability; v holds admissions
     inside, icu, scale = v['end'] > DAY, v['icu'], v['scale']
     gone = v['start'] + v['first'] < DAY                                          # intensive care already over
     low = np.where(gone, 0, 1 - longer((DAY - v['start'])/DAY, v['mu_i'], ICU_SPREAD))[:, None]
-    first = np.where(gone[:, None], v['first'][:, None], DAY*lognormal(low + (1 - low)*QMC[None, :, 0], v['mu_i'][:, None], ICU_SPREAD))
+    first = np.where(gone[:, None], v['first'][:, None],
+                     DAY*lognormal(low + (1 - low)*QMC[None, :, 0], v['mu_i'][:, None], ICU_SPREAD))
     base = np.where(icu[:, None], v['start'][:, None] + stay_nodes(first, v['mu_i'], v['p_again']), 0)
     mu = np.where(icu, v['mu_w'] + np.log(AFTER_ICU), v['mu_w'])[:, None]
     stays = lambda h: longer((h - base)/DAY, mu, WARD_SPREAD)
-    out = {f'LengthOfStay_{days}day': np.where(inside, alive(days*DAY, scale)*stays(days*DAY).mean(1)/(alive(DAY, scale)*stays(DAY).mean(1)),
-        0) for days in (3, 7)}
+    out = {f'LengthOfStay_{days}day': np.where(
+               inside, alive(days*DAY, scale)*stays(days*DAY).mean(1)/(alive(DAY, scale)*stays(DAY).mean(1)), 0)
+           for days in (3, 7)}
     rest = stays(DAY)
     d = base + DAY*lognormal(1 - rest + rest*QMC[None, :, 4], mu, WARD_SPREAD)
     return out | dict(Inpatient_Mortality=np.where(inside, dying(scale, d, rest, DAY), v['died']))
@@ -352,7 +360,8 @@ def icu_outcomes(v, second:bool)->dict: # task to yes or no; v holds ICU stays
     "What happened, for the questions about an ICU stay."
     begin, end = (v['icu_in2'], v['icu_out2']) if second else (v['icu_in'], v['icu_out'])
     out = {f'ICU_Mortality_{days}day': v['dod'] < begin + (days + 1)*DAY for days in (1, 2, 3, 7, 14)}
-    return out | {f'ICU_Stay_{days}day': end - begin >= days*DAY for days in (7, 14)} | dict(ICU_Readmission=v['again'] & (not second))
+    return out | {f'ICU_Stay_{days}day': end - begin >= days*DAY for days in (7, 14)} | dict(
+        ICU_Readmission=v['again'] & (not second))
 
 def true_risks(lib:Library, # the condition library
                p:dict,      # patients
@@ -362,7 +371,8 @@ def true_risks(lib:Library, # the condition library
     happened = outcomes(v)
     e, a = happened['ED_Hospitalization'][0], happened['Inpatient_Mortality'][0]
     some = lambda rows: {key: x[rows] for key, x in v.items()}
-    risks = emergency_risks(lib, p, v['patient'][e], v['k'][e], v['s'][e]) | admission_risks(some(a)) | discharge_risks(lib, p, some(a))
+    risks = (emergency_risks(lib, p, v['patient'][e], v['k'][e], v['s'][e]) | admission_risks(some(a))
+             | discharge_risks(lib, p, some(a)))
     risks['ED_Reattendance_3day'] = risks['ED_Reattendance_3day']*(v['round'][e] < ROUNDS - 1)
     out = [(task, rows, second, risks[task], yes) for task, (rows, second, yes) in happened.items()]
     for second in (0, 1):

@@ -37,8 +37,8 @@ def diagnoses(b:Block)->dict: # columns
     chronic = matrix(lib.chronic, 'also', codes)
     chronic[np.arange(len(chronic)), [at[c['icd10']] for c in lib.chronic.values()]] = .97
     failing = np.zeros_like(acute); failing[:, at['J9601']] = .5*b.ventilated[a]
-    quiet = (1 - (acute*np.clip(.6 + .4*b.severity[a], .3, 1.6)[:, None]).clip(0,
-        .98))*(1 - failing)*np.exp(b.p['has'][b.who[a]]@np.log1p(-chronic.clip(0, .99)))
+    quiet = (1 - (acute*np.clip(.6 + .4*b.severity[a], .3, 1.6)[:, None]).clip(0, .98))*(1 - failing)*np.exp(
+        b.p['has'][b.who[a]]@np.log1p(-chronic.clip(0, .99)))
     has = b.rng.random(quiet.shape) > quiet
     has[np.arange(len(a)), own] = True
     r, c = np.nonzero(has)
@@ -59,7 +59,8 @@ def procedures(b:Block)->dict: # columns
     vent, central = np.flatnonzero(b.ventilated), np.flatnonzero(b.central)
     tube = vent[b.rng.random(len(vent)) < .8]
     long = np.where(b.vent_hours[vent] > 96, at['5A1955Z'], at['5A1945Z'])
-    visit, code = np.r_[a[r], vent, tube, central], np.r_[c, long, np.full(len(tube), at['0BH17EZ']), np.full(len(central), at['02HV33Z'])]
+    visit, code = (np.r_[a[r], vent, tube, central],
+                   np.r_[c, long, np.full(len(tube), at['0BH17EZ']), np.full(len(central), at['02HV33Z'])])
     later = np.r_[day[b.k[a[r]], c], np.zeros(len(vent) + len(tube) + len(central), np.int64)]
     _, unique = np.unique(visit*1000 + code, return_index=True)
     visit, code, later = visit[unique], code[unique], later[unique]
@@ -71,7 +72,8 @@ def procedures(b:Block)->dict: # columns
 
 # %% ../../nbs/data/02d_emergency.ipynb #7edea99a
 DRGS = {'CMED': ('291', 'HEART FAILURE & SHOCK W MCC'), 'MED': ('871', 'SEPTICEMIA OR SEVERE SEPSIS W/O MV >96 HOURS W MCC'),
-        'SURG': ('418', 'LAPAROSCOPIC CHOLECYSTECTOMY W/O C.D.E. W CC'), 'NMED': ('065', 'INTRACRANIAL HEMORRHAGE OR CEREBRAL INFARCTION W CC'),
+        'SURG': ('418', 'LAPAROSCOPIC CHOLECYSTECTOMY W/O C.D.E. W CC'),
+        'NMED': ('065', 'INTRACRANIAL HEMORRHAGE OR CEREBRAL INFARCTION W CC'),
         'NSURG': ('064', 'INTRACRANIAL HEMORRHAGE OR CEREBRAL INFARCTION W MCC'),
         'OMED': ('847', 'CHEMOTHERAPY W/O ACUTE LEUKEMIA AS SECONDARY DIAGNOSIS W CC'),
         'CSURG': ('236', 'CORONARY BYPASS W/O CARDIAC CATH W/O MCC'),
@@ -83,21 +85,23 @@ def billing(b:Block)->dict: # columns by table
     drg = b.of_condition(lambda c: list(DRGS).index(c['service']))[visit]
     level = nullable(np.where(apr, np.clip(np.round(1 + 1.2*b.severity[visit]), 1, 4), -1))
     o = np.flatnonzero(b.v['short']); n = len(o)
-    return dict(drgcodes=dict(**b.row(visit), drg_type=words(['HCFA', 'APR'], apr), drg_code=words([x for x, _ in DRGS.values()], drg),
+    return dict(drgcodes=dict(**b.row(visit), drg_type=words(['HCFA', 'APR'], apr),
+                              drg_code=words([x for x, _ in DRGS.values()], drg),
                               description=words([x for _, x in DRGS.values()], drg),
                               drg_severity=level, drg_mortality=level),
-                hcpcsevents=dict(**b.row(o), chartdate=date(np.minimum(b.admit[o] + 3*HOUR, b.disch[o] - 60)), hcpcs_cd=same('G0378', n),
-                seq_num=np.ones(n, int),
+                hcpcsevents=dict(**b.row(o), chartdate=date(np.minimum(b.admit[o] + 3*HOUR, b.disch[o] - 60)),
+                                 hcpcs_cd=same('G0378', n), seq_num=np.ones(n, int),
                                  short_description=same('Hospital observation per hr', n)))
 
 # %% ../../nbs/data/02d_emergency.ipynb #751fe435
 NORMAL, SICK, NOISE = np.array([80, 17, 97.5, 130, 98.1]), np.array([2.4, .9, -.55, -1.8, .08]), np.array([6, 1.4, .9, 9, .25])
 LOWEST, HIGHEST = np.array([30, 6, 70, 55, 93.]), np.array([190, 48, 100, 245, 105.5])
 
-def vital_signs(b:Block, visit, fade, rng_scale=1.)->np.ndarray: # rows x heart rate, breaths, saturation, systolic pressure, temperature
+def vital_signs(b:Block, visit, fade, rng_scale=1.
+)->np.ndarray: # rows x heart rate, breaths, saturation, systolic pressure, temperature
     "Vital signs of visits; `fade` is what remains of the illness."
-    x = NORMAL + b.p['vitals'][b.who[visit]] + b.lib.arrays['vitals'][b.k[visit]]*(b.severity[visit]*fade)[:, None] + SICK*(b.s[visit]*fade)[:,
-        None]
+    x = (NORMAL + b.p['vitals'][b.who[visit]] + b.lib.arrays['vitals'][b.k[visit]]*(b.severity[visit]*fade)[:, None]
+         + SICK*(b.s[visit]*fade)[:, None])
     return (x + b.rng.normal(0, 1, x.shape)*NOISE*rng_scale).clip(LOWEST, HIGHEST)
 
 def vital_columns(b:Block, x, missing:float)->dict: # columns
@@ -132,8 +136,8 @@ def stays(b:Block)->dict: # columns by table
                    race=pl.Series(p['race'][who]),
                    arrival_transport=words(['AMBULANCE', 'WALK IN', 'UNKNOWN'], came),
                    disposition=words(['ADMITTED', 'HOME', 'LEFT WITHOUT BEING SEEN', 'ELOPED', 'TRANSFER'], went))
-    triage = dict(subject_id=b.subject[who], stay_id=b.stay[e], **vital_columns(b, vital_signs(b, e, np.ones(n)), .04), pain=pain(b, e, .06),
-        acuity=acuity, chiefcomplaint=said)
+    triage = dict(subject_id=b.subject[who], stay_id=b.stay[e], **vital_columns(b, vital_signs(b, e, np.ones(n)), .04),
+                  pain=pain(b, e, .06), acuity=acuity, chiefcomplaint=said)
     return dict(edstays=edstays, triage=triage)
 
 def vitalsign(b:Block)->dict: # columns
@@ -173,15 +177,17 @@ def pyxis(b:Block)->dict: # columns
     t = b.t[e][r] + ((.12 + .3*b.rng.random(len(r)) + .4*again)*length[r]).astype(np.int64)//60*60 + 1200
     x = take(dict(visit=e[r], drug=d, t=t), t < b.out[e][r])
     x = take(x, np.lexsort((x['drug'], x['t'], x['visit'])))
-    return dict(subject_id=b.subject[b.who[x['visit']]], stay_id=b.stay[x['visit']], charttime=when(x['t']), med_rn=within(x['visit']) + 1,
-                name=words(drugs['pyxis'].to_list(), x['drug']), gsn_rn=np.ones(len(x['t']), int), gsn=words(drugs['gsn'].to_list(), x['drug']))
+    return dict(subject_id=b.subject[b.who[x['visit']]], stay_id=b.stay[x['visit']], charttime=when(x['t']),
+                med_rn=within(x['visit']) + 1, name=words(drugs['pyxis'].to_list(), x['drug']),
+                gsn_rn=np.ones(len(x['t']), int), gsn=words(drugs['gsn'].to_list(), x['drug']))
 
 # %% ../../nbs/data/02d_emergency.ipynb #eb1d4da5
 def ed_diagnosis(b:Block)->dict: # columns
     "The ED diagnosis table: the condition, or at times only its symptom; rarely a chronic condition."
     lib, e = b.lib, np.flatnonzero(b.v['ed'])
     u = b.rng.random((len(e), 2)); K = len(lib.conditions)
-    codes = [c['icd10'] for c in lib.conditions.values()] + [c['symptom'] for c in lib.conditions.values()] + [c['icd10'] for c in lib.chronic.values()]
+    codes = ([c['icd10'] for c in lib.conditions.values()] + [c['symptom'] for c in lib.conditions.values()]
+             + [c['icd10'] for c in lib.chronic.values()])
     sure = u[:, 0] < .8
     second = np.flatnonzero(u[:, 1] < .4)
     r, c = np.nonzero(b.p['has'][b.who[e]] & (b.rng.random((len(e), len(lib.chronic))) < .06))
@@ -197,5 +203,5 @@ def ed_diagnosis(b:Block)->dict: # columns
 # %% ../../nbs/data/02d_emergency.ipynb #785c8825
 def chart_emergency(b:Block)->dict[str, dict]: # columns by table
     "The six ED tables, and the coded tables of admissions."
-    return stays(b) | dict(vitalsign=vitalsign(b), medrecon=medrecon(b), pyxis=pyxis(b), diagnosis=ed_diagnosis(b), diagnoses_icd=diagnoses(b),
-        procedures_icd=procedures(b)) | billing(b)
+    return stays(b) | dict(vitalsign=vitalsign(b), medrecon=medrecon(b), pyxis=pyxis(b), diagnosis=ed_diagnosis(b),
+                           diagnoses_icd=diagnoses(b), procedures_icd=procedures(b)) | billing(b)

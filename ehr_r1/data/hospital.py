@@ -21,6 +21,7 @@ from .laboratory import chart_laboratory
 from .notes import chart_notes
 from .orders import chart_orders
 from .tables import TABLES
+from .terms import write_terms
 from .visits import BLOCK, PROVIDERS, Block, chart_visits, new_block, nullable, same
 
 # %% ../../nbs/data/02_hospital.ipynb #eb757c51
@@ -31,8 +32,11 @@ def truth(b:Block)->pl.DataFrame: # task, subject_id, hadm_id, stay_id, risk, la
     icu = np.zeros((2, b.n), np.int64); icu[b.icu['number'], b.icu['visit']] = b.icu['id']
     parts = []
     for task, visit, second, risk, label in true_risks(b.lib, b.p, b.v):
-        stay = b.stay[visit] if task.startswith('ED') else icu[second, visit] if task.startswith('ICU') else np.full(len(visit), -1)
-        parts.append(pl.DataFrame(dict(task=same(task, len(visit)), subject_id=b.subject[b.who[visit]], hadm_id=nullable(b.hadm[visit]),
+        stay = np.full(len(visit), -1)
+        if task.startswith('ED'): stay = b.stay[visit]
+        if task.startswith('ICU'): stay = icu[second, visit]
+        parts.append(pl.DataFrame(dict(
+            task=same(task, len(visit)), subject_id=b.subject[b.who[visit]], hadm_id=nullable(b.hadm[visit]),
             stay_id=nullable(stay), risk=risk, label=label)))
     return pl.concat(parts)
 
@@ -55,19 +59,22 @@ def code_books()->dict[str, pl.DataFrame]: # by table
     def icd(table): # both versions of every code
         rows = [(r[f'icd{v}'], v, r[f'title{v}'], r['ccs' if v == 10 else 'ccs9'],
             r['ccs_name' if v == 10 else 'ccs9_name']) for r in table.values() for v in (10, 9)]
-        return pl.DataFrame(rows, schema=dict(icd_code=pl.String, icd_version=pl.Int64, long_title=pl.String, ccs_category=pl.String,
-            name=pl.String), orient='row').unique(['icd_code', 'icd_version'], keep='first', maintain_order=True)
+        schema = dict(icd_code=pl.String, icd_version=pl.Int64, long_title=pl.String, ccs_category=pl.String, name=pl.String)
+        return pl.DataFrame(rows, schema=schema, orient='row').unique(['icd_code', 'icd_version'], keep='first', maintain_order=True)
     items, null = lib.items, pl.lit(None, pl.Float64)
     out = dict(d_labitems=lib.labs.select('itemid', 'label', 'fluid', 'category'),
-               d_items=items.select(pl.col('itemid').cast(pl.Int64), 'label', 'abbreviation', 'linksto', 'category', unitname='unit',
-               param_type='param_type', lownormalvalue=null, highnormalvalue=null),
-               d_hcpcs=pl.DataFrame(dict(code=['G0378'], category=[None], long_description=['Hospital observation service, per hour'],
-               short_description=['Hospital observation per hr'])),
-               provider=pl.DataFrame(dict(provider_id=PROVIDERS)), caregiver=pl.DataFrame(dict(caregiver_id=list(range(10_000, 10_900)))),
+               d_items=items.select(
+                   pl.col('itemid').cast(pl.Int64), 'label', 'abbreviation', 'linksto', 'category', unitname='unit', param_type='param_type', lownormalvalue=null, highnormalvalue=null),
+               d_hcpcs=pl.DataFrame(dict(
+                   code=['G0378'], category=[None], long_description=['Hospital observation service, per hour'],
+                   short_description=['Hospital observation per hr'])),
+               provider=pl.DataFrame(dict(provider_id=PROVIDERS)),
+               caregiver=pl.DataFrame(dict(caregiver_id=list(range(10_000, 10_900)))),
                d_atc_prescriptions=lib.drugs.select(ndc_code='ndc', atc_code='atc', atc_name='atc_name'))
     for name, table in (('diagnoses', icd(lib.diagnoses)), ('procedures', icd(lib.procedures))):
         out[f'd_icd_{name}'] = table.select('icd_code', 'icd_version', 'long_title')
-        out[f'd_ccs_{name}'] = table.select('icd_code', 'icd_version', long_title='name', ccs_category='ccs_category')
+        classes = table.select('icd_code', pl.col('icd_version').cast(pl.String), pl.col('name').alias('long_title'), 'ccs_category')
+        out[f'd_ccs_{name}'] = classes
     return out
 
 # %% ../../nbs/data/02_hospital.ipynb #b393a477
@@ -75,7 +82,8 @@ FORMATS = ('csv.gz', 'csv', 'parquet')
 
 def csv_bytes(name:str, frame:pl.DataFrame, header:bool=False)->bytes:
     "A table as CSV text; dates without a time where MIMIC-IV has them."
-    days = [c for c, kind in TABLES[name].columns.items() if kind == 'date' and frame.schema[c] == pl.Datetime] if name in TABLES else []
+    kinds = TABLES[name].columns if name in TABLES else {}
+    days = [c for c, kind in kinds.items() if kind == 'date' and frame.schema[c] == pl.Datetime]
     out = io.BytesIO()
     frame.with_columns(pl.col(days).cast(pl.Date)).write_csv(out, include_header=header, datetime_format='%Y-%m-%d %H:%M:%S')
     return out.getvalue()
@@ -135,6 +143,7 @@ def write_hospital(folder:Path, patients:int, seed:int, fmt:str, workers:int, pr
         for name, part in parts.items(): writer.more(name, part); counts[name] = counts.get(name, 0) + rows[name]
         risks.append(risk)
     writer.close()
+    write_terms(folder/'knowledge')
     pl.concat(risks).write_parquet(folder/'truth.parquet')
     (folder/'LICENSE.txt').write_text(LICENSE)
     return counts

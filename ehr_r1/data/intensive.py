@@ -29,8 +29,8 @@ def itemids(b:Block, at)->np.ndarray:
 def icustays(b:Block)->dict: # columns
     "The icustays table."
     s, unit = b.icu, words(b.units, b.icu['unit'])
-    return dict(**b.row(s['visit']), stay_id=s['id'], first_careunit=unit, last_careunit=unit, intime=when(s['a']), outtime=when(s['z']),
-        los=(s['z'] - s['a'])/DAYS)
+    return dict(**b.row(s['visit']), stay_id=s['id'], first_careunit=unit, last_careunit=unit,
+                intime=when(s['a']), outtime=when(s['z']), los=(s['z'] - s['a'])/DAYS)
 
 # %% ../../nbs/data/02g_intensive.ipynb #6f4240cc
 RHYTHMS = ['SR (Sinus Rhythm)', 'ST (Sinus Tachycardia) ', 'AF (Atrial Fibrillation)']
@@ -57,21 +57,23 @@ def numbers(b:Block, g:dict)->list[tuple]: # (item, mask, value, text index)
     afib = (b.has('atrial_fibrillation') | b.is_a('atrial_fibrillation'))[visit]
     keto = b.is_a('ketoacidosis')[visit]
     rows = [('heartrate', every, x[:, 0]), ('resprate', every, x[:, 1]), ('o2sat', every, x[:, 2])]
-    for kind, mask in (('abp', line), ('nibp', ~line | (h%6 == 0))): rows += [(f'{kind}_sys', mask, x[:, 3]), (f'{kind}_dia', mask, low),
-        (f'{kind}_mean', mask, mean)]
+    for kind, mask in (('abp', line), ('nibp', ~line | (h%6 == 0))):
+        rows += [(f'{kind}_sys', mask, x[:, 3]), (f'{kind}_dia', mask, low), (f'{kind}_mean', mask, mean)]
     rows = [(name, mask, np.round(value)) for name, mask, value in rows]
-    rows += [('temperature', four, x[:, 4]), ('fio2', vent & (h%2 == 0),
-             np.round(np.clip(38 + 9*b.s[visit] - 18*np.minimum(h/24, 1), 30, 100), -1)),
+    rows += [('temperature', four, x[:, 4]),
+             ('fio2', vent & (h%2 == 0), np.round(np.clip(38 + 9*b.s[visit] - 18*np.minimum(h/24, 1), 30, 100), -1)),
              ('peep', vent & four, np.where(b.s[visit] > 1.5, 8, 5)),
              ('tidal', vent & four, np.round(430 + 16.*(b.p['height'][b.who[visit]] - 66), -1)),
              ('tidal_observed', vent & four, np.round(440 + rng.normal(0, 40, n))),
              ('o2_flow', ~vent & four & (x[:, 2] < 95), np.clip(np.round(.9*(96 - x[:, 2])), 1, 15)),
-             ('height', h == 0, np.round(2.54*b.p['height'][b.who[visit]])), ('weight', h == 0, np.round(.4536*b.p['weight'][b.who[visit]], 1)),
+             ('height', h == 0, np.round(2.54*b.p['height'][b.who[visit]])),
+             ('weight', h == 0, np.round(.4536*b.p['weight'][b.who[visit]], 1)),
              ('glucose_stick', keto | (b.has('diabetes')[visit] & (h%6 == 0)),
-             np.round(np.clip(170 + 40*b.severity[visit]*g['fade'] + rng.normal(0, 35, n), 50, 480)))]
+              np.round(np.clip(170 + 40*b.severity[visit]*g['fade'] + rng.normal(0, 35, n), 50, 480)))]
     rows = [(name, mask, value, none) for name, mask, value in rows]
     g['desaturated'] = x[:, 2] < 95
-    return rows + [('rhythm', four | ((h%2 == 0) & (afib | (x[:, 0] > 110))), np.full(n, np.nan), np.where(afib, 2, x[:, 0] > 100).astype(int))]
+    return rows + [('rhythm', four | ((h%2 == 0) & (afib | (x[:, 0] > 110))), np.full(n, np.nan),
+                    np.where(afib, 2, x[:, 0] > 100).astype(int))]
 
 def remarks(b:Block, g:dict)->tuple[list[str], list[tuple]]: # texts; (item, mask, value, text index)
     "Text items of the flowsheet."
@@ -106,27 +108,28 @@ def chartevents(b:Block)->dict: # columns
     value = pl.DataFrame(dict(t=words(texts, c['text']), v=shown(c['value']))).select(pl.coalesce('t', 'v'))['t']
     warning = ((c['item'] == item(b, 'o2sat')) & (c['value'] < 88)) | ((c['item'] == item(b, 'heartrate')) & (c['value'] > 140))
     late = b.rng.integers(1, 40, len(g['t']))*60
-    return dict(**keys(b, g['stay'][i]), charttime=when(g['t'][i]), storetime=when((g['t'] + late)[i]), itemid=itemids(b, c['item']),
-                value=value, valuenum=gaps(c['value']),
+    return dict(**keys(b, g['stay'][i]), charttime=when(g['t'][i]), storetime=when((g['t'] + late)[i]),
+                itemid=itemids(b, c['item']), value=value, valuenum=gaps(c['value']),
                 valueuom=words(b.lib.items['unit'].to_list(), c['item']), warning=warning.astype(int))
 
 # %% ../../nbs/data/02g_intensive.ipynb #3ceb1bf3
-RUNNING = [('norepinephrine', 'press', 3, 'mg', 'mcg/kg/min', .12), ('phenylephrine', 'phenylephrine', 3, 'mg', 'mcg/kg/min', 1.1),
-           ('vasopressin', 'shock', 6, 'units', 'units/hour', 2.4),
-           ('propofol', 'propofol', 4, 'mg', 'mcg/kg/min', 30), ('fentanyl', 'fentanyl', 6, 'mg', 'mcg/hour', 75),
-           ('midazolam', 'midazolam', 6, 'mg', 'mg/hour', 3), ('insulin', 'insulin_iv', 2, 'units', 'units/hour', 5),
-           ('heparin', 'heparin_iv', 6, 'units', 'units/hour', 1100), ('nitroglycerin', 'nitroglycerin', 4, 'mg', 'mcg/kg/min', .8),
-           ('amiodarone', 'amiodarone', 6, 'mg', 'mg/min', .5),
+RUNNING = [('norepinephrine', 'press', 3, 'mg', 'mcg/kg/min', .12),
+           ('phenylephrine', 'phenylephrine', 3, 'mg', 'mcg/kg/min', 1.1),
+           ('vasopressin', 'shock', 6, 'units', 'units/hour', 2.4), ('propofol', 'propofol', 4, 'mg', 'mcg/kg/min', 30),
+           ('fentanyl', 'fentanyl', 6, 'mg', 'mcg/hour', 75), ('midazolam', 'midazolam', 6, 'mg', 'mg/hour', 3),
+           ('insulin', 'insulin_iv', 2, 'units', 'units/hour', 5), ('heparin', 'heparin_iv', 6, 'units', 'units/hour', 1100),
+           ('nitroglycerin', 'nitroglycerin', 4, 'mg', 'mcg/kg/min', .8), ('amiodarone', 'amiodarone', 6, 'mg', 'mg/min', .5),
            ('saline', 'saline', 8, 'ml', 'mL/hour', 100), ('ringers', 'ringers', 8, 'ml', 'mL/hour', 125),
            ('feeds', 'fed', 8, 'ml', 'mL/hour', 40)]      # item, because of, hours, units, rate
-PUSHED = [('vancomycin', 'vancomycin', 12, 1, 'dose'), ('cefepime', 'cefepime', 12, 1, 'dose'), ('piptazo', 'piptazo', 8, 1, 'dose'),
-          ('ceftriaxone', 'ceftriaxone', 24, 1, 'dose'),
+PUSHED = [('vancomycin', 'vancomycin', 12, 1, 'dose'), ('cefepime', 'cefepime', 12, 1, 'dose'),
+          ('piptazo', 'piptazo', 8, 1, 'dose'), ('ceftriaxone', 'ceftriaxone', 24, 1, 'dose'),
           ('metronidazole', 'metronidazole', 8, 1, 'dose'), ('pantoprazole', 'pantoprazole_iv', 12, 1, 'dose'),
           ('heparin_sc', 'heparin_sc', 8, 1, 'dose'), ('famotidine', 'famotidine', 12, 1, 'dose'),
-          ('furosemide', 'furosemide_iv', 12, 40, 'mg'), ('kcl', 'kcl', 12, 20, 'mEq'), ('magnesium', 'magnesium', 24, 2, 'grams'),
-          ('calcium', 'calcium_gluconate', 24, 2, 'grams'), ('insulin_sc', 'insulin', 6, 4, 'units'),
+          ('furosemide', 'furosemide_iv', 12, 40, 'mg'), ('kcl', 'kcl', 12, 20, 'mEq'),
+          ('magnesium', 'magnesium', 24, 2, 'grams'), ('calcium', 'calcium_gluconate', 24, 2, 'grams'),
+          ('insulin_sc', 'insulin', 6, 4, 'units'),
           ('morphine', 'morphine', 12, 2, 'mg'), ('hydromorphone', 'hydromorphone', 8, .5, 'mg'),
-          ('albumin', 'albumin25', 12, 100, 'ml')]                    # item, drug, hours, amount
+          ('albumin', 'albumin25', 12, 100, 'ml')]            # item, drug, hours, amount
 ANTIBIOTICS = ('vancomycin', 'cefepime', 'piptazo', 'ceftriaxone', 'metronidazole')
 
 def category(name:str)->str: # ordercategoryname
@@ -134,8 +137,9 @@ def category(name:str)->str: # ordercategoryname
     if name in ANTIBIOTICS: return '08-Antibiotics (IV)'
     if name in ('saline', 'ringers', 'kcl', 'magnesium', 'calcium'): return '02-Fluids (Crystalloids)'
     if name in ('furosemide', 'morphine', 'hydromorphone'): return '05-Med Bolus'
-    named = dict(feeds='13-Enteral Nutrition', po_intake='14-Oral/Gastric Intake', albumin='07-Blood Products', insulin_sc='06-Insulin (Non IV)',
-        heparin_sc='11-Prophylaxis (Non IV)', famotidine='10-Prophylaxis (IV)', pantoprazole='10-Prophylaxis (IV)')
+    named = dict(feeds='13-Enteral Nutrition', po_intake='14-Oral/Gastric Intake', albumin='07-Blood Products',
+                 insulin_sc='06-Insulin (Non IV)', heparin_sc='11-Prophylaxis (Non IV)', famotidine='10-Prophylaxis (IV)',
+                 pantoprazole='10-Prophylaxis (IV)')
     return named.get(name, '01-Drips')
 
 def given(b:Block)->dict: # rows: stay, item, a, z, amount, unit, rate, rate_unit
@@ -144,7 +148,8 @@ def given(b:Block)->dict: # rows: stay, item, a, z, amount, unit, rate, rate_uni
     visit, hours, base, first = s['visit'], (s['z'] - s['a'])/HOUR, s['a']//HOUR*HOUR, s['number'] == 0
     plan = np.zeros((b.n, len(drugs)), bool); plan[b.plan['visit'], b.plan['drug']] = True
     vent, press, sick = b.ventilated[visit] & first, b.pressor[visit] & first, b.severity[visit]
-    reasons = dict(press=press, shock=press & (b.s[visit] > 1.9), fed=vent & (hours > 30), saline=press | plan[visit, drugs['saline']])
+    reasons = dict(press=press, shock=press & (b.s[visit] > 1.9), fed=vent & (hours > 30),
+                   saline=press | plan[visit, drugs['saline']])
     weight, parts = .4536*b.p['weight'][b.who[visit]], []
     for name, why, every, unit, rate_unit, rate in RUNNING:
         i = np.flatnonzero(reasons[why] if why in reasons else plan[visit, drugs[why]] & first)
@@ -152,11 +157,12 @@ def given(b:Block)->dict: # rows: stay, item, a, z, amount, unit, rate, rate_uni
         limit = 10 + 26*sick[i] if tapers else np.full(len(i), 24. if name in ('saline', 'ringers') else 48.)
         r, j = repeat(np.maximum(np.minimum(hours[i], limit)//every, 1))
         stay = i[r]
-        q = rate*np.clip(rng.normal(1, .2, len(r)), .3, 2)*(np.clip(.5 + .5*sick[stay], .3, 2)*np.exp(-j*every/30) if tapers else 1)
+        q = rate*np.clip(rng.normal(1, .2, len(r)), .3, 2)*(
+            np.clip(.5 + .5*sick[stay], .3, 2)*np.exp(-j*every/30) if tapers else 1)
         amount = q*every*{'mcg/kg/min': weight[stay]*.06, 'mcg/hour': .001, 'mg/min': 60}.get(rate_unit, 1)
         a = base[stay] + HOUR + j*every*HOUR + (24*HOUR if name == 'feeds' else 0)
-        parts.append(dict(stay=stay, item=np.full(len(r), int(item(b, name))), a=a, z=a + every*HOUR, amount=amount, unit=np.full(len(r), unit),
-            rate=q, rate_unit=np.full(len(r), rate_unit)))
+        parts.append(dict(stay=stay, item=np.full(len(r), int(item(b, name))), a=a, z=a + every*HOUR, amount=amount,
+            unit=np.full(len(r), unit), rate=q, rate_unit=np.full(len(r), rate_unit)))
     eats = np.where(vent, b.vent_hours[visit] + 9, 3)
     for name, drug, every, amount, unit in [*PUSHED, ('po_intake', '', 6, 0, 'ml')]:
         i = np.flatnonzero(plan[visit, drugs[drug]]) if drug else np.arange(len(visit))
@@ -164,17 +170,17 @@ def given(b:Block)->dict: # rows: stay, item, a, z, amount, unit, rate, rate_uni
         stay = i[r]
         a = base[stay] + (j*every + (2 + int(item(b, name))%3 if drug else (eats[stay]//every + 1)*every)).astype(np.int64)*HOUR
         much = np.full(len(r), float(amount)) if drug else np.round(rng.uniform(60, 360, len(r)), -1)
-        parts.append(dict(stay=stay, item=np.full(len(r), int(item(b, name))), a=a, z=a + 60, amount=much, unit=np.full(len(r), unit),
-            rate=np.full(len(r), np.nan), rate_unit=np.full(len(r), '')))
+        parts.append(dict(stay=stay, item=np.full(len(r), int(item(b, name))), a=a, z=a + 60, amount=much,
+            unit=np.full(len(r), unit), rate=np.full(len(r), np.nan), rate_unit=np.full(len(r), '')))
     x = stack(parts)
     x = take(x, x['a'] < s['z'][x['stay']] - 600)
     return take(x, np.lexsort((x['item'], x['a'], x['stay'])))
 
 # %% ../../nbs/data/02g_intensive.ipynb #2b9cb8d8
-INGREDIENTS = [('fluid', 'water', 1, 'ml'), ('fluid', 'ivf', 1, 'ml'), ('feeds', 'water', .8, 'ml'), ('feeds', 'enteral', 1, 'ml'),
-               ('feeds', 'calories', 1, 'Kcal'), ('feeds', 'protein', .06, 'grams'),
-               ('oral', 'water', 1, 'ml'), ('oral', 'oral', 1, 'ml'), ('antibiotic', 'water', 100, 'ml'), ('antibiotic', 'ivf', 100, 'ml'),
-               ('blood', 'blood', 1, 'ml')]
+INGREDIENTS = [('fluid', 'water', 1, 'ml'), ('fluid', 'ivf', 1, 'ml'), ('feeds', 'water', .8, 'ml'),
+               ('feeds', 'enteral', 1, 'ml'), ('feeds', 'calories', 1, 'Kcal'), ('feeds', 'protein', .06, 'grams'),
+               ('oral', 'water', 1, 'ml'), ('oral', 'oral', 1, 'ml'), ('antibiotic', 'water', 100, 'ml'),
+               ('antibiotic', 'ivf', 100, 'ml'), ('blood', 'blood', 1, 'ml')]
 
 def inputs(b:Block)->dict: # columns by table
     "inputevents, and their ingredients: water, fluid, calories, protein."
@@ -185,25 +191,28 @@ def inputs(b:Block)->dict: # columns by table
     text = lambda column: pl.Series(x[column].astype(str)).replace('', None)
     runs = ~np.isnan(x['rate'])
     total = np.maximum(np.round(amount*1.5), 1)
-    table = dict(**keys(b, stay), starttime=when(x['a']), endtime=when(end), storetime=when(store), itemid=itemids(b, x['item']), amount=amount,
-                 amountuom=text('unit'), rate=gaps(np.round(x['rate'], 4)), rateuom=text('rate_unit'),
+    table = dict(**keys(b, stay), starttime=when(x['a']), endtime=when(end), storetime=when(store), itemid=itemids(b, x['item']),
+                 amount=amount, amountuom=text('unit'), rate=gaps(np.round(x['rate'], 4)), rateuom=text('rate_unit'),
                  orderid=order, linkorderid=order, ordercategoryname=words([category(y) for y in name], x['item']),
                  secondaryordercategoryname=same('', n), ordercomponenttypedescription=same('Main order parameter', n),
                  ordercategorydescription=words(['Drug Push', 'Continuous Med'], runs),
-                 patientweight=np.round(.4536*b.p['weight'][b.who[s['visit'][stay]]], 1), totalamount=total, totalamountuom=text('unit'),
+                 patientweight=np.round(.4536*b.p['weight'][b.who[s['visit'][stay]]], 1),
+                 totalamount=total, totalamountuom=text('unit'),
                  isopenbag=np.zeros(n, int), continueinnextdept=np.zeros(n, int),
-                 statusdescription=words(['FinishedRunning', 'ChangeDose/Rate'], x['rate_unit'] == 'mcg/kg/min'), originalamount=amount,
-                 originalrate=np.nan_to_num(np.round(x['rate'], 4)))
+                 statusdescription=words(['FinishedRunning', 'ChangeDose/Rate'], x['rate_unit'] == 'mcg/kg/min'),
+                 originalamount=amount, originalrate=np.nan_to_num(np.round(x['rate'], 4)))
     is_ = lambda *names: np.isin(x['item'], [name.index(y) for y in names])
-    masks = dict(fluid=is_('saline', 'ringers'), feeds=is_('feeds'), oral=is_('po_intake'), antibiotic=is_(*ANTIBIOTICS), blood=is_('albumin'))
-    g = stack([dict(i=np.flatnonzero(masks[of]), item=np.full(masks[of].sum(), name.index(y)), amount=np.round(amount[masks[of]]*per, 3),
-        unit=np.full(masks[of].sum(), unit)) for of, y, per, unit in INGREDIENTS])
+    masks = dict(fluid=is_('saline', 'ringers'), feeds=is_('feeds'), oral=is_('po_intake'), antibiotic=is_(*ANTIBIOTICS),
+                 blood=is_('albumin'))
+    g = stack([dict(i=np.flatnonzero(masks[of]), item=np.full(masks[of].sum(), name.index(y)),
+                    amount=np.round(amount[masks[of]]*per, 3), unit=np.full(masks[of].sum(), unit))
+               for of, y, per, unit in INGREDIENTS])
     g = take(g, np.lexsort((g['item'], g['i']))); i, m = g['i'], len(g['i'])
     rate = np.round(g['amount']/np.maximum((end - x['a'])[i]/HOUR, .25), 3)
     ingredients = dict(**keys(b, stay[i]), starttime=when(x['a'][i]), endtime=when(end[i]), storetime=when(store[i]),
-                       itemid=itemids(b, g['item']), amount=g['amount'], amountuom=pl.Series(g['unit'].astype(str)), rate=rate,
-                       rateuom=same('mL/hour', m), orderid=order[i], linkorderid=order[i], statusdescription=same('FinishedRunning', m),
-                       originalamount=np.zeros(m), originalrate=rate)
+                       itemid=itemids(b, g['item']), amount=g['amount'], amountuom=pl.Series(g['unit'].astype(str)),
+                       rate=rate, rateuom=same('mL/hour', m), orderid=order[i], linkorderid=order[i],
+                       statusdescription=same('FinishedRunning', m), originalamount=np.zeros(m), originalrate=rate)
     return dict(inputevents=table, ingredientevents=ingredients)
 
 # %% ../../nbs/data/02g_intensive.ipynb #f7ad209c
@@ -219,16 +228,15 @@ def outputevents(b:Block)->dict: # columns
     parts = []
     for name, mask, every, ml in (('foley', b.foley[visit], 2, 150), ('void', ~b.foley[visit], 5, 320),
                                   ('chest_tube', service == 'CSURG', 4, 60), ('residual', vent & (hours > 30), 8, 30),
-                                  ('ogt', vent & (service == 'SURG'), 8, 120),
-                                  ('drain', (service == 'SURG') & ~vent, 8, 60), ('ventricular', (service == 'NSURG') & vent, 3, 10),
-                                  ('stool', bowel, 6, 200)):
+                                  ('ogt', vent & (service == 'SURG'), 8, 120), ('drain', (service == 'SURG') & ~vent, 8, 60),
+                                  ('ventricular', (service == 'NSURG') & vent, 3, 10), ('stool', bowel, 6, 200)):
         i = np.flatnonzero(mask); r, j = repeat(np.minimum(hours[i], 24*14)//every)
         v = ml*np.clip(rng.lognormal(-.1, .5, len(r)), .05, 4)*(urine[i[r]] if name in ('foley', 'void') else 1)
         parts.append(dict(stay=i[r], item=np.full(len(r), int(item(b, name))), t=base[i[r]] + (j + 1)*every*HOUR, v=np.round(v)))
     y = stack(parts)
     y = take(y, y['t'] < s['z'][y['stay']]); y = take(y, np.lexsort((y['item'], y['t'], y['stay']))); n = len(y['t'])
-    return dict(**keys(b, y['stay']), charttime=when(y['t']), storetime=when(y['t'] + rng.integers(1, 50, n)*60), itemid=itemids(b, y['item']),
-        value=y['v'], valueuom=same('ml', n))
+    return dict(**keys(b, y['stay']), charttime=when(y['t']), storetime=when(y['t'] + rng.integers(1, 50, n)*60),
+                itemid=itemids(b, y['item']), value=y['v'], valueuom=same('ml', n))
 
 def care(b:Block)->list[tuple]: # (item, stays, hours until, hours it lasts, location, its category, order category)
     "Procedures of intensive care and who gets them."
@@ -242,13 +250,16 @@ def care(b:Block)->list[tuple]: # (item, stays, hours until, hours it lasts, loc
     off = np.minimum(b.vent_hours[visit], hours)
     return [('gauge20', u[0] < .8, .5, hours, 'Right Antecubital', 'Peripheral', 'Peripheral Lines'),
             ('gauge18', u[1] < .5, .7, hours, 'Left Antecubital', 'Peripheral', 'Peripheral Lines'),
-            ('arterial', b.arterial[visit] & first, 1.5, np.minimum(hours, 72), 'Right Radial', 'Invasive Arterial', 'Invasive Lines'),
+            ('arterial', b.arterial[visit] & first, 1.5, np.minimum(hours, 72), 'Right Radial', 'Invasive Arterial',
+             'Invasive Lines'),
             ('multilumen', b.central[visit] & first, 2, np.minimum(hours, 120), 'Right IJ', 'Invasive Venous', 'Invasive Lines'),
-            ('intubation', vent & (u[2] < .5), 1, 0, '', '', 'Intubation/Extubation'), ('ventilation', vent, 1.2, off, '', '', 'Ventilation'),
+            ('intubation', vent & (u[2] < .5), 1, 0, '', '', 'Intubation/Extubation'),
+            ('ventilation', vent, 1.2, off, '', '', 'Ventilation'),
             ('extubation', vent & (off < hours), off, 0, '', '', 'Intubation/Extubation'),
             ('nonvent', ~vent & short_of_air & (u[3] < .4), 2, np.minimum(hours, 14), '', '', 'Ventilation'),
             ('foley_cath', b.foley[visit], 1, hours, 'Urethral', 'Catheter, GU', 'Tubes'),
-            ('chest_xray', u[4] < .75, 3 + 10*u[5], 0, '', '', 'Imaging'), ('chest_xray', vent & (u[6] < .8), 26 + 5*u[5], 0, '', '', 'Imaging'),
+            ('chest_xray', u[4] < .75, 3 + 10*u[5], 0, '', '', 'Imaging'),
+            ('chest_xray', vent & (u[6] < .8), 26 + 5*u[5], 0, '', '', 'Imaging'),
             ('ekg', u[7] < np.where(heart, .9, .3), 2 + 20*u[8], 0, '', '', 'Procedures'),
             ('ct', head & (u[9] < .7), 6 + 12*u[9], 0, '', '', 'Imaging'),
             ('echo', heart & (u[10] < .6), 10 + 16*u[10], 0, '', '', 'Procedures'),
@@ -266,16 +277,16 @@ def procedureevents(b:Block)->dict: # columns
         i = np.flatnonzero(mask); minutes = lambda x: (np.broadcast_to(np.asarray(x, float), n)[i]*60).astype(np.int64)*60
         a = s['a'][i]//HOUR*HOUR + HOUR + minutes(lag)
         z = np.minimum(a + np.maximum(minutes(lasts), 60), np.maximum(s['z'][i], a + 60))
-        parts.append(dict(stay=i, item=np.full(len(i), int(item(b, name))), a=a, z=z, place=np.full(len(i), place), kind=np.full(len(i), kind),
-            order=np.full(len(i), order)))
+        parts.append(dict(stay=i, item=np.full(len(i), int(item(b, name))), a=a, z=z, place=np.full(len(i), place),
+            kind=np.full(len(i), kind), order=np.full(len(i), order)))
     x = stack(parts)
     x = take(x, x['a'] < s['z'][x['stay']]); x = take(x, np.lexsort((x['item'], x['a'], x['stay'])))
     m = len(x['a']); task = np.array([u == 'None' for u in b.lib.items['unit']])[x['item']]
     value, number = np.where(task, 1, (x['z'] - x['a'])//60), b.first_id + 500_000 + np.arange(m)
     text = lambda column: pl.Series(x[column].astype(str)).replace('', None)
-    return dict(**keys(b, x['stay']), starttime=when(x['a']), endtime=when(x['z']), storetime=when(x['z'] + 60), itemid=itemids(b, x['item']),
-                value=value, valueuom=words(['min', 'None'], task), location=text('place'), locationcategory=text('kind'),
-                orderid=number, linkorderid=number, ordercategoryname=text('order'),
+    return dict(**keys(b, x['stay']), starttime=when(x['a']), endtime=when(x['z']), storetime=when(x['z'] + 60),
+                itemid=itemids(b, x['item']), value=value, valueuom=words(['min', 'None'], task), location=text('place'),
+                locationcategory=text('kind'), orderid=number, linkorderid=number, ordercategoryname=text('order'),
                 ordercategorydescription=words(['ContinuousProcess', 'Task'], task),
                 patientweight=np.round(.4536*b.p['weight'][b.who[s['visit'][x['stay']]]], 1),
                 isopenbag=(~task).astype(int), continueinnextdept=np.zeros(m, int), statusdescription=same('FinishedRunning', m),
@@ -304,5 +315,5 @@ def datetimeevents(b:Block)->dict: # columns
 # %% ../../nbs/data/02g_intensive.ipynb #83c1eab9
 def chart_intensive(b:Block)->dict[str, dict]: # columns by table
     "The seven ICU tables of events, and icustays."
-    return dict(icustays=icustays(b), chartevents=chartevents(b), outputevents=outputevents(b), procedureevents=procedureevents(b),
-        datetimeevents=datetimeevents(b)) | inputs(b)
+    return dict(icustays=icustays(b), chartevents=chartevents(b), outputevents=outputevents(b),
+                procedureevents=procedureevents(b), datetimeevents=datetimeevents(b)) | inputs(b)

@@ -11,7 +11,8 @@ __all__ = ['AGAIN', 'HOME', 'WARD', 'ICU', 'MEASURES', 'DILUTIONS', 'arrival_cha
 import numpy as np, polars as pl
 from .conditions import matrix
 from .courses import sigmoid
-from .visits import DAYS, HOUR, PROVIDERS, Block, date, gaps, nullable, repeat, same, seconds, shown, stack, take, when, words
+from .visits import (
+    DAYS, HOUR, PROVIDERS, Block, date, gaps, nullable, repeat, same, seconds, shown, stack, take, when, words)
 
 # %% ../../nbs/data/02e_laboratory.ipynb #8048e933
 AGAIN = ('troponin', 'lactate', 'gas')          # panels that are repeated within hours
@@ -49,8 +50,8 @@ def ward_draws(b:Block)->list[dict]:
     a, panels, rng = b.adm, b.lib.panels, b.rng
     at = panels.index
     d = a[~b.v['ed'][a]]; tests = arrival_chances(b)
-    parts = [dict(visit=d, t=b.admit[d] + 1500 + rng.integers(0, 40, len(d))*60, mask=rng.random((len(d), len(panels))) < tests[b.k[d]],
-        where=np.full(len(d), WARD))]
+    parts = [dict(visit=d, t=b.admit[d] + 1500 + rng.integers(0, 40, len(d))*60,
+                  mask=rng.random((len(d), len(panels))) < tests[b.k[d]], where=np.full(len(d), WARD))]
     first = (b.admit[a]//DAYS + 1)*DAYS
     r, i = repeat(np.minimum((b.disch[a] - first - 5*HOUR)//DAYS + 1, 40))
     visit = a[r]
@@ -58,8 +59,8 @@ def ward_draws(b:Block)->list[dict]:
     chance = .85*b.lib.arrays['daily'][b.k[visit]]
     minor = tests[b.k[visit], at('cbc')] < .5
     warfarin = b.p['home'][b.who[visit], b.lib.drugs['drug'].to_list().index('warfarin')]
-    for panel, least in (('cbc', np.where(minor, .4, .85)), ('chem', np.where(minor, .4, .92)), ('minerals', .4), ('coag', .9*warfarin),
-        ('liver', .08)):
+    for panel, least in (('cbc', np.where(minor, .4, .85)), ('chem', np.where(minor, .4, .92)), ('minerals', .4),
+                         ('coag', .9*warfarin), ('liver', .08)):
         chance[:, at(panel)] = np.maximum(chance[:, at(panel)], least)
     mask = rng.random(chance.shape) < chance*np.clip(1 - .03*i, .5, 1)[:, None]
     keep = t < b.disch[visit] - HOUR
@@ -103,12 +104,14 @@ def clinic_draws(b:Block)->list[dict]:
     has = lambda x: b.has(x)[c['visit']]
     chance = np.zeros((len(c['visit']), len(b.lib.panels)))
     for panel, p in (('cbc', .75), ('chem', .85), ('liver', .3), ('lipids', .2), ('tsh', .15), ('a1c', .1 + .6*has('diabetes')),
-                     ('coag', .05 + .5*has('atrial_fibrillation')),
-                     ('diff', .1 + .7*has('cancer')), ('minerals', .1 + .6*has('kidney'))): chance[:, b.lib.panels.index(panel)] = p
+                     ('coag', .05 + .5*has('atrial_fibrillation')), ('diff', .1 + .7*has('cancer')),
+                     ('minerals', .1 + .6*has('kidney'))):
+        chance[:, b.lib.panels.index(panel)] = p
     t = c['day'] + 9*HOUR + b.rng.integers(0, 360, len(c['day']))*60
     return [dict(visit=-1 - b.who[c['visit']], t=t, mask=b.rng.random(chance.shape) < chance, where=np.full(len(t), HOME))]
 
-MEASURES = ['Weight (Lbs)', 'Blood Pressure', 'BMI (kg/m2)', 'Height (Inches)', 'Blood Pressure Lying', 'Blood Pressure Standing (1 min)']
+MEASURES = ['Weight (Lbs)', 'Blood Pressure', 'BMI (kg/m2)', 'Height (Inches)', 'Blood Pressure Lying',
+    'Blood Pressure Standing (1 min)']
 
 def omr(b:Block)->dict: # columns
     "The omr table."
@@ -125,8 +128,8 @@ def omr(b:Block)->dict: # columns
     col = pl.col
     text = pl.DataFrame(dict(v=shown(values), s=systolic, d=diastolic)).select(pl.coalesce('v',
         pl.concat_str([col('s').cast(pl.String), col('d').cast(pl.String)], separator='/')))['v']
-    return dict(subject_id=b.subject[who], chartdate=date(c['day'][r]), seq_num=np.ones(len(r), int), result_name=words(MEASURES, j),
-        result_value=text)
+    return dict(subject_id=b.subject[who], chartdate=date(c['day'][r]), seq_num=np.ones(len(r), int),
+                result_name=words(MEASURES, j), result_value=text)
 
 # %% ../../nbs/data/02e_laboratory.ipynb #36da4e44
 def values(b:Block, row, visit, who, lab, t)->np.ndarray: # numbers, rounded as reported
@@ -162,12 +165,12 @@ def labevents(b:Block, d:dict)->dict: # columns
     b.lab = dict(visit=visit, lab=lab, value=number, t=t, off=off)
     return dict(labevent_id=b.first_id + np.arange(len(row)), subject_id=b.subject[who],
                 hadm_id=nullable(np.where(visit >= 0, b.hadm[visit], -1)), specimen_id=b.first_id + row*4 + tube,
-                itemid=column('itemid'), order_provider_id=words(PROVIDERS, np.where(visit >= 0, b.provider[visit], -1)), charttime=when(t),
-                storetime=when(store),
-                value=shown(number), valuenum=number, valueuom=words(labs['unit'].to_list(), lab), ref_range_lower=gaps(low),
-                ref_range_upper=gaps(high),
+                itemid=column('itemid'), order_provider_id=words(PROVIDERS, np.where(visit >= 0, b.provider[visit], -1)),
+                charttime=when(t), storetime=when(store), value=shown(number), valuenum=number,
+                valueuom=words(labs['unit'].to_list(), lab), ref_range_lower=gaps(low), ref_range_upper=gaps(high),
                 flag=words(['abnormal'], np.where(off, 0, -1)), priority=words(['ROUTINE', 'STAT'], hurry),
-                comments=words(['IF FASTING, 70-100 NORMAL, >125 PROVISIONAL DIABETES.'], np.where(column('lab') == 'glucose', 0, -1)))
+                comments=words(['IF FASTING, 70-100 NORMAL, >125 PROVISIONAL DIABETES.'],
+                               np.where(column('lab') == 'glucose', 0, -1)))
 
 # %% ../../nbs/data/02e_laboratory.ipynb #dbc44f8c
 def specimens(b:Block)->dict: # rows: visit, spec, t, positive, grown, org, store
@@ -176,10 +179,12 @@ def specimens(b:Block)->dict: # rows: visit, spec, t, positive, grown, org, stor
     names, spec = list(lib.specimens), list(lib.specimens.values())
     sent, grow = (np.array([[c['cultures'].get(x, (0, 0))[i] for x in names] for c in lib.conditions.values()]) for i in (0, 1))
     there = np.flatnonzero(v['ed'] | v['admitted'])
-    r, kind = np.nonzero(rng.random((len(there), len(names))) < sent[b.k[there]]*np.clip(.7 + .3*b.severity[there], .3, 1.3)[:, None])
+    r, kind = np.nonzero(rng.random((len(there), len(names))) <
+                         sent[b.k[there]]*np.clip(.7 + .3*b.severity[there], .3, 1.3)[:, None])
     visit = there[r]
     two = np.array([x.get('repeat', 1) for x in spec])[kind] > 1                          # blood is drawn twice
-    visit, kind, bottle = np.r_[visit, visit[two]], np.r_[kind, kind[two]], np.r_[np.zeros(len(visit), int), np.ones(two.sum(), int)]
+    visit, kind, bottle = (np.r_[visit, visit[two]], np.r_[kind, kind[two]],
+                           np.r_[np.zeros(len(visit), int), np.ones(two.sum(), int)])
     length = np.where(v['ed'], b.out, b.disch)[visit] - b.arrival[visit]
     later = np.isin(kind, [names.index(x) for x in ('mrsa', 'staph', 'peritoneal', 'legionella')]) & v['admitted'][visit]
     lag = np.where(later, 1.05, .15 + .3*rng.random(len(visit)))*np.minimum(length, 8*HOUR)
@@ -195,8 +200,8 @@ def specimens(b:Block)->dict: # rows: visit, spec, t, positive, grown, org, stor
     return take(x, np.lexsort((kind, t, b.who[visit])))
 
 # %% ../../nbs/data/02e_laboratory.ipynb #88717eb6
-DILUTIONS = [('<=0.25', '<=', .25), ('<=1', '<=', 1), ('<=4', '<=', 4), ('2', '=', 2), ('=>8', '=>', 8), ('=>16', '=>', 16), ('=>32', '=>', 32),
-    ('=>64', '=>', 64)] # four sensitive, four resistant
+DILUTIONS = [('<=0.25', '<=', .25), ('<=1', '<=', 1), ('<=4', '<=', 4), ('2', '=', 2),
+             ('=>8', '=>', 8), ('=>16', '=>', 16), ('=>32', '=>', 32), ('=>64', '=>', 64)] # four sensitive, four resistant
 
 def microbiologyevents(b:Block)->dict: # columns
     "The microbiologyevents table: a row a negative specimen, a row an antibiotic where something grew."
@@ -224,8 +229,9 @@ def microbiologyevents(b:Block)->dict: # columns
                 org_itemid=nullable(np.where(grown, np.array([o['itemid'] for o in organisms])[org], -1)),
                 org_name=words(list(lib.organisms), np.where(grown, org, -1)), isolate_num=nullable(np.where(grown, 1, -1)),
                 quantity=same('', n),
-                ab_itemid=nullable(np.where(drug >= 0, np.array(list(lib.antibiotics.values()))[drug], -1)), ab_name=words(drugs, drug),
-                dilution_text=words([y[0] for y in DILUTIONS], dilution), dilution_comparison=words([y[1] for y in DILUTIONS], dilution),
+                ab_itemid=nullable(np.where(drug >= 0, np.array(list(lib.antibiotics.values()))[drug], -1)),
+                ab_name=words(drugs, drug), dilution_text=words([y[0] for y in DILUTIONS], dilution),
+                dilution_comparison=words([y[1] for y in DILUTIONS], dilution),
                 dilution_value=gaps(np.where(dilution >= 0, np.array([y[2] for y in DILUTIONS])[dilution], np.nan)),
                 interpretation=words(['S', 'R'], np.where(drug >= 0, resistant.astype(int), -1)),
                 comments=words([y['negative'] for y in spec] + [y.get('positive', '') for y in spec], said))

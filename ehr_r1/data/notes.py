@@ -18,7 +18,8 @@ PEOPLE = dict(F='woman', M='man')
 
 def said(b:Block, visit:int)->str: # a complaint
     "What brought the patient."
-    return b.complaints[b.complaint[visit]] if b.complaint[visit] >= 0 else list(b.lib.conditions.values())[b.k[visit]]['complaints'][0]
+    return (b.complaints[b.complaint[visit]] if b.complaint[visit] >= 0
+            else list(b.lib.conditions.values())[b.k[visit]]['complaints'][0])
 
 def radiology(b:Block)->dict: # columns by table
     "radiology and radiology_detail."
@@ -30,8 +31,11 @@ def radiology(b:Block)->dict: # columns by table
     for i in range(n):
         name, (finding, impression) = names[exam[i]], b.exams[exam[i]][3:]
         key = (who[i], name)
-        texts.append(f"EXAMINATION:  {name}\n\nINDICATION:  ___ year old {PEOPLE[b.p['sex'][who[i]]]} with {said(b, visit[i]).lower()}.\n\nTECHNIQUE:  {techniques[exam[i]]}\n\n"
-                     f"COMPARISON:  {'Prior examination of the same kind.' if key in seen else 'None.'}\n\nFINDINGS:\n\n{finding}\n\nIMPRESSION:\n\n{impression}\n")
+        texts.append(f"EXAMINATION:  {name}\n\n"
+                     f"INDICATION:  ___ year old {PEOPLE[b.p['sex'][who[i]]]} with {said(b, visit[i]).lower()}.\n\n"
+                     f"TECHNIQUE:  {techniques[exam[i]]}\n\n"
+                     f"COMPARISON:  {'Prior examination of the same kind.' if key in seen else 'None.'}\n\n"
+                     f"FINDINGS:\n\n{finding}\n\nIMPRESSION:\n\n{impression}\n")
         seen.add(key)
     ids = joined(subject, np.full(n, 'RR'), number)
     note = dict(note_id=ids, subject_id=subject, hadm_id=nullable(b.hadm[visit]), note_type=same('RR', n), note_seq=number,
@@ -43,8 +47,8 @@ def radiology(b:Block)->dict: # columns by table
     return dict(radiology=note, radiology_detail=detail)
 
 # %% ../../nbs/data/02h_notes.ipynb #b12c53ef
-SHOWN = ['wbc', 'hgb', 'hct', 'platelets', 'glucose', 'urea', 'creatinine', 'sodium', 'potassium', 'chloride', 'bicarbonate', 'alt', 'ast',
-    'bilirubin', 'albumin', 'lactate', 'troponin', 'bnp', 'inr', 'lipase']
+SHOWN = ['wbc', 'hgb', 'hct', 'platelets', 'glucose', 'urea', 'creatinine', 'sodium', 'potassium', 'chloride', 'bicarbonate',
+    'alt', 'ast', 'bilirubin', 'albumin', 'lactate', 'troponin', 'bnp', 'inr', 'lipase']
 SERVICE = dict(MED='MEDICINE', CMED='CARDIOLOGY', SURG='SURGERY', NMED='NEUROLOGY', OMED='ONCOLOGY', ORTHO='ORTHOPAEDICS',
     CSURG='CARDIOTHORACIC', NSURG='NEUROSURGERY')
 OFTEN = {0: 'as needed', 1: 'DAILY', 2: 'BID', 3: 'TID', 4: 'QID'}
@@ -68,10 +72,11 @@ def lab_blocks(b:Block)->list[str]: # one a visit
     out = []
     for rows in by_visit(b.lab['visit'][keep], b.n):
         times = {}
-        for i in rows.tolist(): times.setdefault(t[i], []).append(f"{label[lab[i]]}-{value[i]:.{digits[lab[i]]}f}{'*' if off[i] else ''}")
+        for i in rows.tolist():
+            times.setdefault(t[i], []).append(f"{label[lab[i]]}-{value[i]:.{digits[lab[i]]}f}{'*' if off[i] else ''}")
         blocks = list(times.values())
-        out.append('\n'.join(f'{name} LABS:\n' + ' '.join(x) for name,
-            x in zip(('ADMISSION', 'DISCHARGE'), blocks[:1] + blocks[1:][-1:])) or 'None')
+        out.append('\n'.join(f'{name} LABS:\n' + ' '.join(x)
+                             for name, x in zip(('ADMISSION', 'DISCHARGE'), blocks[:1] + blocks[1:][-1:])) or 'None')
     return out
 
 def culture_lines(b:Block)->list[str]: # one a visit
@@ -79,7 +84,8 @@ def culture_lines(b:Block)->list[str]: # one a visit
     c, spec, organisms = b.culture, list(b.lib.specimens.values()), list(b.lib.organisms)
     def line(i):
         s = spec[c['spec'][i]]
-        return f"{s['test'][1]}: " + (organisms[c['org'][i]] if c['grown'][i] else s['positive' if c['positive'][i] else 'negative'].strip())
+        return f"{s['test'][1]}: " + (organisms[c['org'][i]] if c['grown'][i]
+                                      else s['positive' if c['positive'][i] else 'negative'].strip())
     return ['\n'.join(map(line, rows)) or 'None' for rows in by_visit(c['visit'], b.n)]
 
 # %% ../../nbs/data/02h_notes.ipynb #6af78dca
@@ -103,15 +109,19 @@ def medicines(b:Block)->tuple: # lists a visit: treatment names, medicines at di
 def titles(b:Block, rows:dict, table:dict)->list[list[str]]: # titles a visit
     "Titles of coded rows."
     entries, code = list(table.values()), rows['code'].tolist()
-    return [[entries[code[i]]['title9' if b.old[v] else 'title10'] for i in x.tolist()] for v, x in enumerate(by_visit(rows['visit'], b.n))]
+    return [[entries[code[i]]['title9' if b.old[v] else 'title10'] for i in x.tolist()]
+            for v, x in enumerate(by_visit(rows['visit'], b.n))]
 
 def course_of(b:Block, i:int, c:dict, treated:list)->str:
     "The hospital course in sentences."
     woman = b.p['sex'][b.who[i]] == 'F'
     name = c['name'] if c['name'][:2].isupper() else c['name'][0].lower() + c['name'][1:]
-    text = f"{'Ms.' if woman else 'Mr.'} ___ is a ___ year old {'woman' if woman else 'man'} admitted with {name} and {c['course']}."
+    text = (f"{'Ms.' if woman else 'Mr.'} ___ is a ___ year old {'woman' if woman else 'man'} "
+            f"admitted with {name} and {c['course']}.")
     if b.v['icu'][i]:
-        text += f" {'She' if woman else 'He'} was cared for in the {c['icu_unit']}" + ', required mechanical ventilation'*bool(b.ventilated[i]) + ', required vasopressors'*bool(b.pressor[i]) + '.'
+        text += (f" {'She' if woman else 'He'} was cared for in the {c['icu_unit']}"
+                 + ', required mechanical ventilation'*bool(b.ventilated[i])
+                 + ', required vasopressors'*bool(b.pressor[i]) + '.')
         text += ' After transfer to the floor intensive care was needed again.'*bool(b.v['again'][i])
     if treated: text += f" Treatment included {', '.join(treated[:8])}."
     return text + ' The patient died in hospital.'*bool(b.v['died'][i])
@@ -188,7 +198,8 @@ def discharge(b:Block)->dict: # columns by table
     entries, chronic = list(lib.conditions.values()), [c['name'] for c in lib.chronic.values()]
     labs, cultures, (treated, leaving, at_home) = lab_blocks(b), culture_lines(b), medicines(b)
     done, coded = titles(b, b.done, lib.procedures), titles(b, b.coded, lib.diagnoses)
-    images = [[f'{b.exams[e][1]}: {b.exams[e][4]}' for e in b.images['exam'][x].tolist()] for x in by_visit(b.images['visit'], b.n)]
+    images = [[f'{b.exams[e][1]}: {b.exams[e][4]}' for e in b.images['exam'][x].tolist()]
+              for x in by_visit(b.images['visit'], b.n)]
     past = [[chronic[j] for j in np.flatnonzero(x).tolist()] for x in p['has']]
     home = [[at_home[j] for j in np.flatnonzero(x).tolist() if at_home[j]] for x in p['home']]
     texts = []
@@ -196,21 +207,25 @@ def discharge(b:Block)->dict: # columns by table
         w, c, died = b.who[i], entries[b.k[i]], b.v['died'][i]
         texts.append(SUMMARY.format(sex=p['sex'][w], service=SERVICE[c['service']], allergy=p['allergy'][w], complaint=said(b, i),
             procedures='\n'.join(done[i]) or 'None', person=PEOPLE[p['sex'][w]],
-            background='with a history of ' + ', '.join(x if x.isupper() else x[0].lower() + x[1:] for x in past[w][:4]) if past[w] else 'without significant past medical history', history=c['history'], past=numbered(past[w]),
+            background='with a history of ' + ', '.join(x if x.isupper() else x[0].lower() + x[1:] for x in past[w][:4])
+                       if past[w] else 'without significant past medical history',
+            history=c['history'], past=numbered(past[w]),
             looks='ill appearing' if b.severity[i] > 1.4 else 'no acute distress',
             lungs='bilateral crackles' if c['vitals']['o2sat'] < -3 else 'clear to auscultation',
-            abdomen='tender' if any('bd pain' in x for x in c['complaints']) else 'soft, non-tender', labs=labs[i], cultures=cultures[i],
+            abdomen='tender' if any('bd pain' in x for x in c['complaints']) else 'soft, non-tender',
+            labs=labs[i], cultures=cultures[i],
             images='\n'.join(images[i]) or 'None', course=course_of(b, i, c, treated[i]),
             home=numbered(home[w]), leaving='None' if died else numbered(leaving[i]),
             disposition='Expired' if died else HOMES[b.home[i]].title(), diagnoses='\n'.join(coded[i]),
-            condition='Expired' if died else 'Mental Status: Clear and coherent.\nActivity Status: ' + ('Out of Bed with assistance.' if b.home[i] in (2, 3, 6) else 'Ambulatory - Independent.')))
+            condition='Expired' if died else 'Mental Status: Clear and coherent.\nActivity Status: ' + (
+                'Out of Bed with assistance.' if b.home[i] in (2, 3, 6) else 'Ambulatory - Independent.')))
     who = b.who[a]; subject, number = b.subject[who], within(who) + 1
     ids = joined(subject, np.full(n, 'DS'), number)
     store = b.disch[a] + ((2 + 60*b.rng.random(n)**2)*HOUR).astype(np.int64)//60*60
     note = dict(note_id=ids, subject_id=subject, hadm_id=b.hadm[a], note_type=same('DS', n), note_seq=number,
         charttime=when(b.disch[a]//DAYS*DAYS), storetime=when(store), text=pl.Series(texts, dtype=pl.String))
-    return dict(discharge=note, discharge_detail=dict(note_id=ids, subject_id=subject, field_name=same('author', n), field_value=same('___', n),
-        field_ordinal=np.ones(n, int)))
+    return dict(discharge=note, discharge_detail=dict(
+        note_id=ids, subject_id=subject, field_name=same('author', n), field_value=same('___', n), field_ordinal=np.ones(n, int)))
 
 # %% ../../nbs/data/02h_notes.ipynb #3e7318dd
 def chart_notes(b:Block)->dict[str, dict]: # columns by table

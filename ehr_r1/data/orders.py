@@ -12,13 +12,14 @@ __all__ = ['HABITS', 'HELD', 'ORAL', 'ILLNESS', 'FROM_HOME', 'HABIT', 'SWITCH', 
 import numpy as np, polars as pl
 from .courses import sigmoid
 from .laboratory import WARD
-from .visits import BLOCK, DAYS, HOUR, PROVIDERS, Block, gaps, joined, nullable, planned, repeat, same, shown, stack, take, when, within, words
+from .visits import (
+    BLOCK, DAYS, HOUR, PROVIDERS, Block, gaps, joined, nullable, planned, repeat, same, shown, stack, take, when, within, words)
 
 # %% ../../nbs/data/02f_orders.ipynb #a84849d1
 def imaging(b:Block)->dict: # rows: visit, exam, t, store
     "Examinations: the condition's, and another chest film in intensive care."
     entries = list(b.lib.conditions.values()); rng = b.rng
-    b.exams = [(i, *x) for i, c in enumerate(entries) for x in c['imaging']]          # (condition, exam, chance, finding, impression)
+    b.exams = [(i, *x) for i, c in enumerate(entries) for x in c['imaging']]  # (condition, exam, chance, finding, impression)
     many = np.array([len(c['imaging']) for c in entries]); first = np.cumsum(many) - many
     visit, i = repeat(many[b.k]*(b.v['ed'] | b.v['admitted']))
     exam = first[b.k[visit]] + i
@@ -37,12 +38,12 @@ def imaging(b:Block)->dict: # rows: visit, exam, t, store
     return take(x, np.lexsort((x['exam'], x['t'], b.who[x['visit']])))
 
 # %% ../../nbs/data/02f_orders.ipynb #a888b660
-HABITS = dict(acetaminophen=.55, heparin_sc=.45, docusate=.4, senna=.35, ondansetron=.35, bisacodyl=.12, peg=.15, magnesium=.2, kcl=.25,
-    flu_vaccine=.06)
+HABITS = dict(acetaminophen=.55, heparin_sc=.45, docusate=.4, senna=.35, ondansetron=.35, bisacodyl=.12, peg=.15,
+              magnesium=.2, kcl=.25, flu_vaccine=.06)
 HELD = dict(metformin=.85, lisinopril=.35, losartan=.35, hctz=.4, furosemide=.4, warfarin=.35, apixaban=.3)
-ORAL = dict(furosemide_iv='furosemide', ceftriaxone='ciprofloxacin', vancomycin='bactrim', hydromorphone='oxycodone', morphine='oxycodone',
-            methylpred='prednisone',
-            pantoprazole_iv='omeprazole', heparin_iv='apixaban', cefepime='levofloxacin', piptazo='levofloxacin')
+ORAL = dict(furosemide_iv='furosemide', ceftriaxone='ciprofloxacin', vancomycin='bactrim', hydromorphone='oxycodone',
+            morphine='oxycodone', methylpred='prednisone', pantoprazole_iv='omeprazole', heparin_iv='apixaban',
+            cefepime='levofloxacin', piptazo='levofloxacin')
 ILLNESS, FROM_HOME, HABIT, SWITCH, REPEAT = range(5)
 NEEDED, INFUSED, ONCE = 0, -1, -2         # per_day of drugs.csv that are not a number of doses
 
@@ -53,8 +54,8 @@ def chosen(b:Block)->tuple: # admissions, drugs, sources
     ill = lib.arrays['drugs'][b.k[a]]*np.clip(.75 + .3*b.severity[a], .3, 1.2)[:, None]
     vent, press = b.ventilated[a], b.pressor[a]
     for drug, chance in (('norepinephrine', .9*press), ('phenylephrine', .3*press), ('propofol', .75*vent), ('fentanyl', .7*vent),
-                         ('midazolam', .2*vent),
-                         ('chlorhexidine', .85*vent), ('famotidine', .5*vent)): ill[:, at[drug]] = np.maximum(ill[:, at[drug]], chance)
+                         ('midazolam', .2*vent), ('chlorhexidine', .85*vent), ('famotidine', .5*vent)):
+        ill[:, at[drug]] = np.maximum(ill[:, at[drug]], chance)
     home = .82*b.p['home'][b.who[a]]
     for drug, chance in HELD.items(): home[:, at[drug]] *= 1 - chance*(b.severity[a] > .9)
     habit = np.zeros(home.shape)
@@ -73,14 +74,15 @@ def drug_plan(b:Block)->dict: # rows: visit, drug, t, source, start, stop
     ed, w = b.v['ed'][a], rng.random(len(r))
     ward = np.where(ed, b.out[a], b.admit[a])
     morning = (b.admit[a]//DAYS + 1)*DAYS + 9*HOUR + rng.integers(0, 120, len(a))*60
-    batches = np.stack([b.admit[a] + 300, ward + 2700 + rng.integers(0, 40, len(a))*60, ward + 5*HOUR + rng.integers(0, 90, len(a))*60, morning],
-        1)
+    batches = np.stack([b.admit[a] + 300, ward + 2700 + rng.integers(0, 40, len(a))*60,
+                        ward + 5*HOUR + rng.integers(0, 90, len(a))*60, morning], 1)
     batch = np.where(source == ILLNESS, np.where(ed[r] & (w < .35), 0, 1 + np.searchsorted([.75, .9], w)),
         1 + np.where(source == FROM_HOME, np.searchsorted([.7, .88], w), np.searchsorted([.5, .7], w)))
     plan = [dict(visit=a[r], drug=d, t=batches[r, batch], source=source)]
     oral = np.full(len(per_day), -1); oral[[at[x] for x in ORAL]] = [at[x] for x in ORAL.values()]
     i = np.flatnonzero((oral[d] >= 0) & (source == ILLNESS) & (rng.random(len(r)) < .5))
-    plan.append(dict(visit=a[r[i]], drug=oral[d[i]], t=morning[r[i]] + rng.integers(1, 4, len(i))*DAYS, source=np.full(len(i), SWITCH)))
+    plan.append(dict(visit=a[r[i]], drug=oral[d[i]], t=morning[r[i]] + rng.integers(1, 4, len(i))*DAYS,
+                     source=np.full(len(i), SWITCH)))
     i = np.flatnonzero((per_day[d] == ONCE) & ~np.isin(d, [at['flu_vaccine'], at['alteplase']]))
     q, day = repeat(np.minimum((b.disch - b.admit)[a[r[i]]]//DAYS, 8))
     keep = rng.random(len(q)) < .35*np.clip(.6 + .4*b.severity[a[r[i[q]]]], .4, 1.4)
@@ -91,28 +93,31 @@ def drug_plan(b:Block)->dict: # rows: visit, drug, t, source, start, stop
     o = take(o, np.lexsort((o['drug'], o['t'], o['visit'])))
     end, p = b.disch[o['visit']], per_day[o['drug']]
     o['start'] = (o['t'] + HOUR + 1199)//HOUR*HOUR
-    hours = np.select([p == ONCE, p == INFUSED, oral[o['drug']] >= 0], [1, 8 + 30*rng.random(len(p)), 30 + 60*rng.random(len(p))], 1e6)
+    hours = np.select([p == ONCE, p == INFUSED, oral[o['drug']] >= 0],
+                      [1, 8 + 30*rng.random(len(p)), 30 + 60*rng.random(len(p))], 1e6)
     o['stop'] = np.maximum(np.minimum(o['start'] + hours.astype(np.int64)*HOUR, end), o['start'])
     o['lasts'] = o['stop'] >= end
     return o
 
 # %% ../../nbs/data/02f_orders.ipynb #3cd00431
-TYPES = dict(zip(['drug', 'lab', 'xray', 'ct', 'us', 'mri', 'admit', 'transfer', 'discharge', 'vitals', 'activity', 'code', 'telemetry', 'tubes',
-                  'restraints', 'other', 'diet', 'npo', 'feeding',
-                  'access', 'fluids', 'ventilation', 'oxygen', 'crossmatch', 'red_cells', 'physiotherapy', 'social_work', 'follow_up', 'ecg',
-                  'echo', 'wound'],
-    [('Medications', ''), ('Lab', ''), ('Radiology', 'General Xray'), ('Radiology', 'CT Scan'), ('Radiology', 'Ultrasound'),
-    ('Radiology', 'MRI'), ('ADT orders', 'Admit'), ('ADT orders', 'Transfer'),
-     ('ADT orders', 'Discharge'), ('General Care', 'Vitals/Monitoring'), ('General Care', 'Activity'), ('General Care', 'Code status'),
-     ('General Care', 'Telemetry'), ('General Care', 'Tubes/Drains'),
-     ('General Care', 'Restraints'), ('General Care', 'Other'), ('Nutrition', 'Diet Order'), ('Nutrition', 'NPO/Diet for Procedure'),
-     ('Nutrition', 'Tubefeeding Order'), ('IV therapy', 'IV access'),
-     ('IV therapy', 'IV fluids'), ('Respiratory', 'Mechanical Ventilation'), ('Respiratory', 'Oxygen Therapy'), ('Blood Bank', 'Blood tests'),
-     ('Blood Bank', 'Red Cell Product Order'),
-     ('Consults', 'Physical Therapy'), ('Consults', 'Social Work'), ('Consults', 'Discharge Followup Appointment'), ('Cardiology', 'ECG'),
-     ('Cardiology', 'Echo'), ('General Care', 'Wound Care')]))
+TYPES = dict(zip(
+    ['drug', 'lab', 'xray', 'ct', 'us', 'mri', 'admit', 'transfer', 'discharge', 'vitals', 'activity', 'code', 'telemetry',
+     'tubes', 'restraints', 'other', 'diet', 'npo', 'feeding', 'access', 'fluids', 'ventilation', 'oxygen', 'crossmatch',
+     'red_cells', 'physiotherapy', 'social_work', 'follow_up', 'ecg', 'echo', 'wound'],
+    [('Medications', ''), ('Lab', ''),
+     ('Radiology', 'General Xray'), ('Radiology', 'CT Scan'), ('Radiology', 'Ultrasound'), ('Radiology', 'MRI'),
+     ('ADT orders', 'Admit'), ('ADT orders', 'Transfer'), ('ADT orders', 'Discharge'),
+     ('General Care', 'Vitals/Monitoring'), ('General Care', 'Activity'), ('General Care', 'Code status'),
+     ('General Care', 'Telemetry'), ('General Care', 'Tubes/Drains'), ('General Care', 'Restraints'), ('General Care', 'Other'),
+     ('Nutrition', 'Diet Order'), ('Nutrition', 'NPO/Diet for Procedure'), ('Nutrition', 'Tubefeeding Order'),
+     ('IV therapy', 'IV access'), ('IV therapy', 'IV fluids'),
+     ('Respiratory', 'Mechanical Ventilation'), ('Respiratory', 'Oxygen Therapy'),
+     ('Blood Bank', 'Blood tests'), ('Blood Bank', 'Red Cell Product Order'),
+     ('Consults', 'Physical Therapy'), ('Consults', 'Social Work'), ('Consults', 'Discharge Followup Appointment'),
+     ('Cardiology', 'ECG'), ('Cardiology', 'Echo'), ('General Care', 'Wound Care')]))
 KEYS = list(TYPES)
-ROUNDS = dict(other=.35, diet=.14, activity=.12, vitals=.12, fluids=.16, tubes=.1, wound=.04)   # orders of a ward day, each time someone orders
+# orders of a ward day, each time someone orders
+ROUNDS = dict(other=.35, diet=.14, activity=.12, vitals=.12, fluids=.16, tubes=.1, wound=.04)
 SURGICAL = ('SURG', 'ORTHO', 'CSURG', 'NSURG')
 
 def modality(exam:str)->str: # a key of TYPES
@@ -123,9 +128,10 @@ def modality(exam:str)->str: # a key of TYPES
 def linked_orders(b:Block)->list[dict]:
     "Orders of drugs, blood draws, cultures and images."
     adm = b.v['admitted']
-    row = lambda visit, t, kind, link=-1: dict(visit=visit, t=t, kind=np.broadcast_to(kind, len(visit)), link=np.broadcast_to(link, len(visit)))
-    o, d, c, m = b.plan, take(b.draws, (b.draws['visit'] >= 0) & adm[b.draws['visit']]), take(b.culture, adm[b.culture['visit']]), take(b.images,
-        adm[b.images['visit']])
+    row = lambda visit, t, kind, link=-1: dict(visit=visit, t=t, kind=np.broadcast_to(kind, len(visit)),
+                                               link=np.broadcast_to(link, len(visit)))
+    o, d, c, m = (b.plan, take(b.draws, (b.draws['visit'] >= 0) & adm[b.draws['visit']]),
+                  take(b.culture, adm[b.culture['visit']]), take(b.images, adm[b.images['visit']]))
     kinds = np.array([KEYS.index(modality(x[1])) for x in b.exams])
     return [row(o['visit'], o['t'], KEYS.index('drug'), np.arange(len(o['t']))),
             row(d['visit'], d['t'] - np.where(d['where'] == WARD, 9*HOUR, 900), KEYS.index('lab')),
@@ -139,8 +145,8 @@ def care_orders(b:Block)->list[dict]:
     length = np.where(b.v['ed'][a], b.out[a] - b.t[a], 4*HOUR)
     first, ward, ed = b.arrival[a], np.where(b.v['ed'][a], b.out[a], b.admit[a]) + 2400, b.v['ed'][a]
     of = lambda f: b.of_condition(f)[a]
-    heart = of(lambda c: c['service'] in ('CMED', 'CSURG') or c['tests'].get('troponin',
-        0) > .6); short_of_air = of(lambda c: c['vitals']['o2sat'] < -2)
+    heart = of(lambda c: c['service'] in ('CMED', 'CSURG') or c['tests'].get('troponin', 0) > .6)
+    short_of_air = of(lambda c: c['vitals']['o2sat'] < -2)
     bleeds, surgery = of(lambda c: c['labs'].get('hct', 0) < -1.5), of(lambda c: c['service'] in SURGICAL)
     icu, vent, sick = b.v['icu'][a], b.ventilated[a], np.clip(b.severity[a], .4, 1.6)
     old = b.p['age'][b.who[a]] > 70
@@ -148,29 +154,30 @@ def care_orders(b:Block)->list[dict]:
         i = np.flatnonzero(next(u) < chance)
         parts.append(dict(visit=a[i], t=np.broadcast_to(t, n)[i].astype(np.int64)//60*60, kind=np.full(len(i), KEYS.index(key)),
             link=np.full(len(i), -1)))
-    some('ecg', .9*heart, first + 720); some('access', .85, first + 1500); some('oxygen', .8*(ed & short_of_air),
-        first + .3*length); some('fluids', .5*ed*sick, first + .5*length)
-    some('crossmatch', .9*bleeds, first + 3300); some('red_cells', .5*bleeds*sick, first + 3*HOUR); some('other', .4*ed,
-        first + .42*length); some('vitals', .5*ed, first + .7*length)
-    some('admit', 1., b.admit[a] - 300); some('code', .9, ward - 600); some('vitals', .95, ward); some('activity', .9, ward); some('diet', .85,
-        ward); some('telemetry', .85*heart, ward + 300)
+    some('ecg', .9*heart, first + 720); some('access', .85, first + 1500)
+    some('oxygen', .8*(ed & short_of_air), first + .3*length); some('fluids', .5*ed*sick, first + .5*length)
+    some('crossmatch', .9*bleeds, first + 3300); some('red_cells', .5*bleeds*sick, first + 3*HOUR)
+    some('other', .4*ed, first + .42*length); some('vitals', .5*ed, first + .7*length)
+    some('admit', 1., b.admit[a] - 300); some('code', .9, ward - 600); some('vitals', .95, ward); some('activity', .9, ward)
+    some('diet', .85, ward); some('telemetry', .85*heart, ward + 300)
     some('npo', .7*surgery, ward + 4*HOUR); some('tubes', .5*surgery, ward + 9*HOUR); some('oxygen', .6*short_of_air, ward + 1800)
-    some('ventilation', 1.*vent, ward + 1200); some('restraints', .7*vent, ward + 3*HOUR); some('tubes', .7*icu, ward + 2*HOUR); some('feeding',
-        .5*vent, ward + 26*HOUR)
-    some('physiotherapy', .6*(old | surgery), ward + 20*HOUR); some('social_work', .12 + .2*b.has('alcohol')[a], ward + 22*HOUR); some('echo',
-        .5*of(lambda c: 'B246ZZZ' in c['procedures']), ward + 14*HOUR)
-    some('wound', .5*of(lambda c: 'wound' in c['cultures']), ward + 16*HOUR); some('discharge', .97*~b.v['died'][a],
-        b.disch[a] - 9000); some('follow_up', .4,
-        b.disch[a] - 3*HOUR)
+    some('ventilation', 1.*vent, ward + 1200); some('restraints', .7*vent, ward + 3*HOUR); some('tubes', .7*icu, ward + 2*HOUR)
+    some('feeding', .5*vent, ward + 26*HOUR); some('physiotherapy', .6*(old | surgery), ward + 20*HOUR)
+    some('social_work', .12 + .2*b.has('alcohol')[a], ward + 22*HOUR)
+    some('echo', .5*of(lambda c: 'B246ZZZ' in c['procedures']), ward + 14*HOUR)
+    some('wound', .5*of(lambda c: 'wound' in c['cultures']), ward + 16*HOUR)
+    some('discharge', .97*~b.v['died'][a], b.disch[a] - 9000); some('follow_up', .4, b.disch[a] - 3*HOUR)
     r, day = repeat(np.minimum((b.disch[a] - ward)//DAYS + 1, 30))
     for hours in (8, 13, 17, 21):                                                          # when someone may come by and order
         there = rng.random(len(r)) < .62
         t = (ward[r]//DAYS + day + (hours < 17))*DAYS + hours*HOUR + rng.integers(0, 170, len(r))*60
         kind = np.searchsorted(np.cumsum(list(ROUNDS.values())), rng.random(len(r))).clip(0, len(ROUNDS) - 1)
         keep = there & (t > ward[r]) & (t < b.disch[a][r] - 3*HOUR)
-        parts.append(dict(visit=a[r[keep]], t=t[keep], kind=np.array([KEYS.index(x) for x in ROUNDS])[kind[keep]], link=np.full(keep.sum(), -1)))
+        parts.append(dict(visit=a[r[keep]], t=t[keep], kind=np.array([KEYS.index(x) for x in ROUNDS])[kind[keep]],
+                          link=np.full(keep.sum(), -1)))
     s = take(b.segments, b.segments['kind'] == 2)
-    return parts + [dict(visit=s['visit'], t=s['a'] - 2400, kind=np.full(len(s['a']), KEYS.index('transfer')), link=np.full(len(s['a']), -1))]
+    return parts + [dict(visit=s['visit'], t=s['a'] - 2400, kind=np.full(len(s['a']), KEYS.index('transfer')),
+                         link=np.full(len(s['a']), -1))]
 
 # %% ../../nbs/data/02f_orders.ipynb #2c649909
 def order_entry(b:Block)->dict: # columns by table
@@ -190,20 +197,21 @@ def order_entry(b:Block)->dict: # columns by table
                order_subtype=words([s for _, s in TYPES.values()], kind), transaction_type=words(['New', 'Change'], changed),
                discontinue_of_poe_id=same('', n), discontinued_by_poe_id=same('', n),
                order_provider_id=words(PROVIDERS, b.provider[visit]), order_status=same('Inactive', n))
-    fields = dict(admit='Admit to', code='Code status', tubes='Tubes & Drains type', discharge='Discharge When', transfer='Transfer to')
+    fields = dict(admit='Admit to', code='Code status', tubes='Tubes & Drains type', discharge='Discharge When',
+                  transfer='Transfer to')
     says = ['Medicine', 'Surgery', 'Full code  (attempt resuscitation)', 'Do not resuscitate (DNR/DNI)',
         'Indwelling urinary catheter (IUC) - Foley', 'Discharge Now']
     i = np.flatnonzero(np.isin(kind, [KEYS.index(f) for f in fields]))
     is_ = lambda *names: np.isin(kind[i], [KEYS.index(f) for f in names])
     value = np.select([is_('admit', 'transfer'), is_('code'), is_('tubes')],
         [b.of_condition(lambda c: c['service'] in SURGICAL)[visit[i]], 2 + (b.p['age'][who[i]] > 82), 4], 5)
-    detail = dict(poe_id=ids.gather(i), poe_seq=number[i], subject_id=subject[i], field_name=words([fields.get(f, '') for f in KEYS], kind[i]),
-        field_value=words(says, value))
+    detail = dict(poe_id=ids.gather(i), poe_seq=number[i], subject_id=subject[i],
+                  field_name=words([fields.get(f, '') for f in KEYS], kind[i]), field_value=words(says, value))
     return dict(poe=poe, poe_detail=detail)
 
 # %% ../../nbs/data/02f_orders.ipynb #a66851a8
-SCHEDULE = {NEEDED: ('Q6H:PRN', '', -1), INFUSED: ('INFUSION', '', -1), ONCE: ('ONCE', '', -1), 1: ('DAILY', '08', 1), 2: ('BID', '08, 20', 2),
-    3: ('TID', '08, 14, 20', 3), 4: ('QID', '08, 12, 16, 20', 4)}
+SCHEDULE = {NEEDED: ('Q6H:PRN', '', -1), INFUSED: ('INFUSION', '', -1), ONCE: ('ONCE', '', -1), 1: ('DAILY', '08', 1),
+            2: ('BID', '08, 20', 2), 3: ('TID', '08, 14, 20', 3), 4: ('QID', '08, 12, 16, 20', 4)}
 PREPARED = dict(UD=('Unit Dose', 'Omnicell'), IV=('IV Piggyback', 'IV MED'), LV=('IV Large Volume', 'Distribution-Floor Stock'))
 
 def dispensing(b:Block)->dict: # columns by table
@@ -219,24 +227,27 @@ def dispensing(b:Block)->dict: # columns by table
     same_ = dict(subject_id=b.subject[b.who[o['visit']]], hadm_id=b.hadm[o['visit']], pharmacy_id=b.pharmacy_id,
         poe_id=joined(b.subject[b.who[o['visit']]], b.order_number))
     entered = o['t'] + rng.integers(3, 25, n)*60
-    status = np.where(per_day == ONCE, 1, np.where(d*7%5 == 2, 2, 0))                  # by drug, so that it does not tell the length of the stay
+    status = np.where(per_day == ONCE, 1, np.where(d*7%5 == 2, 2, 0))  # by drug, so that it does not tell the length of the stay
     pharmacy = dict(**same_, starttime=when(o['start']), stoptime=when(o['stop']), medication=column('name'),
                     proc_type=words([x for x, _ in PREPARED.values()], kind),
-                    status=words(['Discontinued', 'Expired', 'Inactive (Due to a change order)'], status), entertime=when(entered),
-                    verifiedtime=when(entered + 60), route=column('route'), frequency=schedule(0),
+                    status=words(['Discontinued', 'Expired', 'Inactive (Due to a change order)'], status),
+                    entertime=when(entered), verifiedtime=when(entered + 60),
+                    route=column('route'), frequency=schedule(0),
                     disp_sched=schedule(1), infusion_type=words(['C'], np.where(kind == 2, 0, -1)),
-                    sliding_scale=words(['Y'], np.where(drugs['drug'].to_numpy()[d] == 'insulin', 0, -1)), lockout_interval=same('', n),
-                    basal_rate=same('', n), one_hr_max=same('', n), doses_per_24_hrs=doses, duration=same('', n),
+                    sliding_scale=words(['Y'], np.where(drugs['drug'].to_numpy()[d] == 'insulin', 0, -1)),
+                    lockout_interval=same('', n), basal_rate=same('', n), one_hr_max=same('', n),
+                    doses_per_24_hrs=doses, duration=same('', n),
                     duration_interval=same('Ongoing', n), expiration_value=np.where(kind == 1, 36, 365),
                     expiration_unit=words(['Days', 'Hours'], kind == 1), expirationdate=when((o['start']//DAYS + 30)*DAYS),
                     dispensation=words([x for _, x in PREPARED.values()], kind), fill_quantity=same('', n))
     units = np.where((kind == 0) & (per_day > 0) & (rng.random(n) < .2), 2, 1)
     b.dose = shown(drugs['dose'].to_numpy()[d]*units)
-    prescriptions = dict(**same_, poe_seq=b.order_number, order_provider_id=words(PROVIDERS, b.provider[o['visit']]), starttime=when(o['start']),
-                         stoptime=when(o['stop']), drug_type=same('MAIN', n), drug=column('name'),
-                         formulary_drug_cd=words([f"{x.upper()[:6]}{y:g}" for x, y in zip(drugs['drug'], drugs['dose'])], d), gsn=column('gsn'),
-                         ndc=column('ndc'), prod_strength=column('strength'), form_rx=same('', n),
-                         dose_val_rx=b.dose, dose_unit_rx=column('unit'), form_val_disp=units.astype(str), form_unit_disp=column('form'),
+    prescriptions = dict(**same_, poe_seq=b.order_number, order_provider_id=words(PROVIDERS, b.provider[o['visit']]),
+                         starttime=when(o['start']), stoptime=when(o['stop']), drug_type=same('MAIN', n), drug=column('name'),
+                         formulary_drug_cd=words([f"{x.upper()[:6]}{y:g}" for x, y in zip(drugs['drug'], drugs['dose'])], d),
+                         gsn=column('gsn'), ndc=column('ndc'), prod_strength=column('strength'), form_rx=same('', n),
+                         dose_val_rx=b.dose, dose_unit_rx=column('unit'),
+                         form_val_disp=units.astype(str), form_unit_disp=column('form'),
                          doses_per_24_hrs=doses, route=column('route'))
     return dict(pharmacy=pharmacy, prescriptions=prescriptions)
 
@@ -257,7 +268,8 @@ def doses(b:Block)->dict: # rows: order, t, event
         keep = (t >= start[i][r]) & (t < stop[i][r])
         parts.append(dict(order=i[r[keep]], t=t[keep], event=np.zeros(keep.sum(), int)))
     i = np.flatnonzero(per_day == NEEDED)
-    r, _ = repeat(np.minimum(rng.poisson(np.clip((stop - start)[i]/DAYS, 0, 10)*np.clip(.5 + .5*b.severity[o['visit'][i]], .4, 1.6)), 20))
+    r, _ = repeat(np.minimum(rng.poisson(
+        np.clip((stop - start)[i]/DAYS, 0, 10)*np.clip(.5 + .5*b.severity[o['visit'][i]], .4, 1.6)), 20))
     parts.append(dict(order=i[r], t=start[i[r]] + (rng.random(len(r))**1.5*(stop - start)[i[r]]).astype(np.int64)//1800*1800,
         event=np.zeros(len(r), int)))
     i = np.flatnonzero(per_day == ONCE); parts.append(dict(order=i, t=start[i] + 900, event=np.zeros(len(i), int)))
@@ -271,10 +283,12 @@ def doses(b:Block)->dict: # rows: order, t, event
     return take(x, np.lexsort((x['order'], x['t'], b.who[o['visit'][x['order']]])))
 
 # %% ../../nbs/data/02f_orders.ipynb #4162c546
-DETAIL = ('subject_id emar_id emar_seq parent_field_ordinal administration_type pharmacy_id barcode_type reason_for_no_barcode complete_dose_not_given dose_due dose_due_unit dose_given '
-          'dose_given_unit will_remainder_of_dose_be_given product_amount_given product_unit product_code product_description product_description_other prior_infusion_rate infusion_rate '
-          'infusion_rate_adjustment infusion_rate_adjustment_amount infusion_rate_unit route infusion_complete completion_interval new_iv_bag_hung continued_infusion_in_other_location '
-          'restart_interval side site non_formulary_visual_verification').split()
+DETAIL = ('subject_id emar_id emar_seq parent_field_ordinal administration_type pharmacy_id barcode_type reason_for_no_barcode '
+          'complete_dose_not_given dose_due dose_due_unit dose_given dose_given_unit will_remainder_of_dose_be_given '
+          'product_amount_given product_unit product_code product_description product_description_other prior_infusion_rate '
+          'infusion_rate infusion_rate_adjustment infusion_rate_adjustment_amount infusion_rate_unit route infusion_complete '
+          'completion_interval new_iv_bag_hung continued_infusion_in_other_location restart_interval side site '
+          'non_formulary_visual_verification').split()
 
 def administrations(b:Block)->dict: # columns by table
     "emar and emar_detail: a head row for every administration, a product row for every dose given."
@@ -282,7 +296,8 @@ def administrations(b:Block)->dict: # columns by table
     visit, d, n = o['visit'][x['order']], o['drug'][x['order']], len(x['t'])
     who = b.who[visit]; number = within(who) + 1; subject = b.subject[who]
     ids = joined(subject, number)
-    emar = dict(subject_id=subject, hadm_id=b.hadm[visit], emar_id=ids, emar_seq=number, poe_id=joined(subject, b.order_number[x['order']]),
+    emar = dict(subject_id=subject, hadm_id=b.hadm[visit], emar_id=ids, emar_seq=number,
+                poe_id=joined(subject, b.order_number[x['order']]),
                 pharmacy_id=b.pharmacy_id[x['order']], enter_provider_id=same('', n),
                 charttime=when(x['t']), medication=words(drugs['name'].to_list(), d), event_txt=words(EVENTS, x['event']),
                 scheduletime=when(x['t']//HOUR*HOUR), storetime=when(x['t'] + b.rng.integers(0, 15, n)*60))
@@ -300,7 +315,8 @@ def administrations(b:Block)->dict: # columns by table
         dose_due_unit=text('unit', head), dose_given=dose(~head), dose_given_unit=text('unit', ~head),
         product_amount_given=on(['1'], 0*d, ~head), product_unit=text('form', ~head),
         product_code=on([y.upper()[:8] for y in drugs['drug']], d, ~head),
-        product_description=on([f'{y} {z}' for y, z in zip(drugs['name'], drugs['strength'])], d, ~head), route=text('route', ~head))
+        product_description=on([f'{y} {z}' for y, z in zip(drugs['name'], drugs['strength'])], d, ~head),
+        route=text('route', ~head))
     return dict(emar=emar, emar_detail=detail)
 
 # %% ../../nbs/data/02f_orders.ipynb #9738ae97

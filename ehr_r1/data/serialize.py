@@ -25,7 +25,9 @@ def official_event(table:str,             # table of the event
     "An event in the text that EHR-R1 models were trained on."
     if table in HIDDEN: return ''
     d = DISPLAY[table]
-    def values(cells): return [_official_value(v, c, c in d.looked_up, c in integers) for c, v in zip(d.columns, cells.split(FIELD))] if d.columns else []
+    def values(cells):
+        return [_official_value(v, c, c in d.looked_up, c in integers)
+                for c, v in zip(d.columns, cells.split(FIELD))] if d.columns else []
     if len(rows) == 1: body = [f'- {c.title()}: {v}' for c, v in zip(d.columns, values(rows[0]))]
     else:
         def line(cells): return f"| {' | '.join(cells)} |"
@@ -33,11 +35,13 @@ def official_event(table:str,             # table of the event
     return f'## {d.title} [{start}]\n' + '\n'.join(body)
 
 # %% ../../nbs/data/04_serialize.ipynb #f638fdab
-TITLES = dict(patients='Patient', admissions='Admission', diagnoses_icd='Diagnoses', emar='Medication given', labevents='Labs', microbiologyevents='Microbiology',
-              omr='Measurements', pharmacy='Pharmacy', poe='Orders', prescriptions='Prescriptions', procedures_icd='Procedures', services='Service',
-              transfers='Transfer', radiology='Radiology', discharge='Discharge summary', edstays='ED stay', triage='Triage', medrecon='Home medicines',
-              pyxis='ED medication', vitalsign='ED vital signs', diagnosis='ED diagnoses', icustays='ICU stay', chartevents='ICU chart',
-              datetimeevents='ICU dates', ingredientevents='ICU ingredients', inputevents='ICU inputs', outputevents='ICU outputs', procedureevents='ICU procedures')
+TITLES = dict(patients='Patient', admissions='Admission', diagnoses_icd='Diagnoses', emar='Medication given', labevents='Labs',
+              microbiologyevents='Microbiology', omr='Measurements', pharmacy='Pharmacy', poe='Orders',
+              prescriptions='Prescriptions', procedures_icd='Procedures', services='Service', transfers='Transfer',
+              radiology='Radiology', discharge='Discharge summary', edstays='ED stay', triage='Triage', medrecon='Home medicines',
+              pyxis='ED medication', vitalsign='ED vital signs', diagnosis='ED diagnoses', icustays='ICU stay',
+              chartevents='ICU chart', datetimeevents='ICU dates', ingredientevents='ICU ingredients', inputevents='ICU inputs',
+              outputevents='ICU outputs', procedureevents='ICU procedures')
 _PAIRS = ('patients', 'edstays', 'triage', 'vitalsign')
 _UNITS = ('valueuom', 'amountuom', 'rateuom')
 _NUMBER = re.compile(r'-?\d+\.\d+(?:e[+-]?\d+)?|-?\d+e[+-]?\d+')
@@ -85,7 +89,8 @@ def event_text(style:str,           # official or compact
                integers:dict={}     # table -> integer columns, from the store's manifest; used by the official style
 )->str: # text of the event
     "An event as text in either style."
-    return official_event(table, start, rows, integers.get(table, ())) if style == 'official' else compact_event(table, start, rows)
+    return (official_event(table, start, rows, integers.get(table, ())) if style == 'official'
+            else compact_event(table, start, rows))
 
 # %% ../../nbs/data/04_serialize.ipynb #a0bcd17a
 _PIECES = re.compile(r'\d|[^\W\d_]+|[^\w\s]+|_+|\n+')

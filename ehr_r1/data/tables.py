@@ -53,8 +53,7 @@ def read_spec(text:str # a block `module table key=a,b time=c` and its columns, 
     tables = {}
     for block in re.split(r'\n\s*\n', text.strip()):
         head, *body = block.splitlines()
-        module, name, *options = head.split()
-        options = dict(o.split('=') for o in options)
+        module, name, *options = head.split(); options = dict(o.split('=') for o in options)
         columns = [c.rstrip('*').partition(':')[::2] for line in body for c in line.split()]
         needed = [c.rstrip('*').partition(':')[0] for line in body for c in line.split() if c.endswith('*')]
         tables[name] = Table(name, module, {c: kind or 'str' for c, kind in columns}, frozenset(needed),
@@ -105,8 +104,10 @@ labevent_id:int subject_id:int* hadm_id:int* specimen_id:int itemid:int* order_p
 valuenum:float* valueuom* ref_range_lower:float* ref_range_upper:float* flag* priority comments*
 
 hosp microbiologyevents key=microevent_id time=charttime
-microevent_id:int subject_id:int* hadm_id:int* micro_specimen_id:int order_provider_id chartdate:date* charttime:time* spec_itemid:int
-spec_type_desc test_seq:int storedate:date storetime:time* test_itemid:int test_name* org_itemid:int org_name isolate_num:int quantity
+microevent_id:int subject_id:int* hadm_id:int* micro_specimen_id:int order_provider_id chartdate:date* charttime:time* \
+spec_itemid:int
+spec_type_desc test_seq:int storedate:date storetime:time* test_itemid:int test_name* org_itemid:int org_name isolate_num:int \
+quantity
 ab_itemid:int ab_name* dilution_text* dilution_comparison dilution_value:float interpretation* comments*
 
 hosp omr time=chartdate
@@ -130,7 +131,8 @@ poe_id poe_seq:int subject_id:int field_name field_value
 
 hosp prescriptions time=starttime
 subject_id:int* hadm_id:int* pharmacy_id:int poe_id poe_seq:int order_provider_id starttime:time* stoptime:time drug_type drug*
-formulary_drug_cd gsn ndc* prod_strength* form_rx dose_val_rx* dose_unit_rx* form_val_disp form_unit_disp doses_per_24_hrs:float route
+formulary_drug_cd gsn ndc* prod_strength* form_rx dose_val_rx* dose_unit_rx* form_val_disp form_unit_disp \
+doses_per_24_hrs:float route
 
 hosp procedures_icd key=hadm_id,seq_num,icd_code,icd_version time=chartdate
 subject_id:int* hadm_id:int* seq_num:int chartdate:date* icd_code* icd_version:int*
@@ -151,7 +153,8 @@ icu caregiver key=caregiver_id
 caregiver_id:int
 
 icu chartevents time=charttime
-subject_id:int* hadm_id:int* stay_id:int* caregiver_id:int charttime:time* storetime:time itemid:int* value valuenum:float* valueuom*
+subject_id:int* hadm_id:int* stay_id:int* caregiver_id:int charttime:time* storetime:time itemid:int* value valuenum:float* \
+valueuom*
 warning:int*
 
 icu d_items key=itemid
@@ -201,7 +204,8 @@ subject_id:int* stay_id:int* temperature:float* heartrate:float* resprate:float*
 acuity:float* chiefcomplaint*
 
 ed vitalsign time=charttime
-subject_id:int* stay_id:int* charttime:time* temperature:float* heartrate:float* resprate:float* o2sat:float* sbp:float* dbp:float*
+subject_id:int* stay_id:int* charttime:time* temperature:float* heartrate:float* resprate:float* o2sat:float* sbp:float* \
+dbp:float*
 rhythm* pain*
 """
 
@@ -243,7 +247,8 @@ def nearby(root:Path # the folder that holds no tables
     if whole(root.parent): return f"The folder above, {root.parent.name}, holds the tables: open that one"
     for pattern in ('*', '*/*'):
         for folder in sorted(root.glob(pattern)):
-            if folder.is_dir() and whole(folder): return f"Did you mean {Path(root.name)/folder.relative_to(root)}? It holds the tables"
+            if folder.is_dir() and whole(folder):
+                return f"Did you mean {Path(root.name)/folder.relative_to(root)}? It holds the tables"
     return ''
 
 def find_tables(root:Path # the folder that holds hosp/, icu/ and perhaps ed/ and note/
@@ -261,14 +266,16 @@ def find_tables(root:Path # the folder that holds hosp/, icu/ and perhaps ed/ an
     if missing:
         shown = ', '.join(missing[:6]) + (f" and {len(missing) - 6} more" if len(missing) > 6 else '')
         raise fault(root.name, f"tables are missing: {shown}",
-            nearby(root) or "Take them from PhysioNet, as .csv.gz, .csv or .parquet; a file with only its header will do for a table you do without")
+            nearby(root) or "Take them from PhysioNet, as .csv.gz, .csv or .parquet; "
+            "a file with only its header will do for a table you do without")
     return files
 
 # %% ../../nbs/data/01_tables.ipynb #094fd35c
-MISSING = ['', '#N/A', '#N/A N/A', '#NA', '-1.#IND', '-1.#QNAN', '-NaN', '-nan', '1.#IND', '1.#QNAN', '<NA>', 'N/A', 'NA', 'NULL', 'NaN',
-           'None', 'n/a', 'nan', 'null']
+MISSING = ['', '#N/A', '#N/A N/A', '#NA', '-1.#IND', '-1.#QNAN', '-NaN', '-nan', '1.#IND', '1.#QNAN', '<NA>', 'N/A', 'NA', 'NULL',
+           'NaN', 'None', 'n/a', 'nan', 'null']
 TYPES = {'int': pl.Int64, 'float': pl.Float64, 'str': pl.String, 'time': pl.Datetime('us'), 'date': pl.Datetime('us')}
-WHAT = {'int': 'a whole number', 'float': 'a number', 'str': 'text', 'time': 'a time like 2180-05-06 13:45:00', 'date': 'a date like 2180-05-06'}
+WHAT = {'int': 'a whole number', 'float': 'a number', 'str': 'text', 'time': 'a time like 2180-05-06 13:45:00',
+        'date': 'a date like 2180-05-06'}
 
 def present(column:str,       # its name in the file
             stored:pl.DataType # its type in the file
@@ -290,7 +297,8 @@ def typed(column:str,        # its name in the file
     text = stored in (pl.String, pl.Categorical, pl.Enum)
     if stored == pl.Null: return e.cast(to)
     if kind == 'str': # numbers where text belongs have lost leading zeros: only an all-missing column passes
-        return e if text else pl.when(e.is_not_null()).then(pl.lit('number')).cast(pl.Int64, strict=strict).cast(to) if stored.is_numeric() else None
+        return e if text else (pl.when(e.is_not_null()).then(pl.lit('number')).cast(pl.Int64, strict=strict).cast(to)
+                               if stored.is_numeric() else None)
     if kind == 'float': return e.cast(to, strict=strict) if text or stored.is_numeric() else None
     if kind == 'int': # 152.0 is whole, 152.5 becomes infinite, which no integer holds
         if stored.is_float(): e = pl.when(e == e.floor()).then(e).when(e.is_not_null()).then(float('inf'))
@@ -298,8 +306,9 @@ def typed(column:str,        # its name in the file
     if stored == pl.Date or isinstance(stored, pl.Datetime) and stored.time_zone is None: return e.cast(to)
     if not text: return None
     if kind == 'date': return e.str.strip_suffix(' 00:00:00').str.to_datetime('%Y-%m-%d', time_unit='us', strict=strict)
-    quick = pl.col(column).cast(pl.String).str.to_datetime('%Y-%m-%d %H:%M:%S', time_unit='us', strict=False) # the slow format only where needed:
-    return pl.coalesce(quick, pl.when(quick.is_null()).then(e).str.to_datetime('%Y-%m-%d %H:%M:%S%.f', time_unit='us', strict=strict))
+    quick = pl.col(column).cast(pl.String).str.to_datetime('%Y-%m-%d %H:%M:%S', time_unit='us', strict=False)
+    return pl.coalesce(quick, # the slow format only where needed
+        pl.when(quick.is_null()).then(e).str.to_datetime('%Y-%m-%d %H:%M:%S%.f', time_unit='us', strict=strict))
 
 # %% ../../nbs/data/01_tables.ipynb #73721521
 def bad_bytes(path:Path, # a CSV, gzipped or not
@@ -309,9 +318,7 @@ def bad_bytes(path:Path, # a CSV, gzipped or not
     n, quotes, again = 0, 0, "Download or convert the file again"
     try:
         with (gzip.open if path.suffix == '.gz' else open)(path, 'rb') as f:
-            for n, line in enumerate(f, 1):
-                line.decode()
-                quotes += line.count(b'"')
+            for n, line in enumerate(f, 1): line.decode(); quotes += line.count(b'"')
     except EOFError: return fault(file, f"the gzip file is cut off after line {n:,}", again)
     except (gzip.BadGzipFile, zlib.error): return fault(file, f"the gzip file is damaged after line {n:,}", again)
     except UnicodeDecodeError: return fault(file, f"line {n:,} is not UTF-8 text", again)
@@ -320,18 +327,21 @@ def bad_bytes(path:Path, # a CSV, gzipped or not
 def stored(path:Path,        # a table's file
            file:str,         # its name in messages
            row_index:str|None=None # a column to number the rows in, from 0
-)->tuple[pl.LazyFrame, dict[str, tuple[str, pl.DataType]]]: # rows as stored (CSV cells are text); lower-case column to (name, type) in the file
+)->tuple[pl.LazyFrame, dict[str, tuple[str, pl.DataType]]]: # rows as stored (CSV: text); lower-case column to (its name, type)
     "A file before its columns get their types."
     again = "Download or convert it again"
     with path.open('rb') as f: start = f.read(256)
     if not start: raise fault(file, "the file is empty, not even a header", again)
-    if start.lstrip().lower().startswith((b'<!doctype', b'<html')): raise fault(file, "a web page, not a table", "Log in to PhysioNet and download it again")
+    if start.lstrip().lower().startswith((b'<!doctype', b'<html')):
+        raise fault(file, "a web page, not a table", "Log in to PhysioNet and download it again")
     if start.startswith(b'\x1f\x8b') != (path.suffix == '.gz'):
-        raise fault(file, "not a gzip file, though its name says so", again) if path.suffix == '.gz' else fault(file, "a gzip file, though its name does not say so", "Rename it to .csv.gz")
+        raise (fault(file, "not a gzip file, though its name says so", again) if path.suffix == '.gz' else
+               fault(file, "a gzip file, though its name does not say so", "Rename it to .csv.gz"))
     lf = pl.scan_parquet(path) if path.suffix == '.parquet' else pl.scan_csv(path, infer_schema=False, row_index_name=row_index)
     try: schema = lf.collect_schema()
     except (pl.exceptions.PolarsError, OSError): 
-        raise (path.suffix != '.parquet' and bad_bytes(path, file)) or fault(file, "the file cannot be read, not even its column names", again) from None
+        raise (path.suffix != '.parquet' and bad_bytes(path, file)) or fault(
+            file, "the file cannot be read, not even its column names", again) from None
     if row_index and path.suffix == '.parquet': lf = lf.with_row_index(row_index)
     return lf, {name.strip().lower(): (name, kind) for name, kind in schema.items() if name != row_index}
 
@@ -344,14 +354,17 @@ def scan(path:Path,              # a table's file
     "A table as a lazy frame; a value of the wrong type stops its execution."
     lf, have = stored(path, file, row_index)
     columns = list(table.columns if columns is None else columns)
-    if unknown := [c for c in columns if c not in table.columns]: raise KeyError(f"{table.name} has no column {', '.join(unknown)}")
+    if unknown := [c for c in columns if c not in table.columns]:
+        raise KeyError(f"{table.name} has no column {', '.join(unknown)}")
     if missing := [c for c in table.columns if c in table.needed and c not in have]:
-        raise fault(file, f"no column {', '.join(missing)}", f"Names are matched whatever their case; the header is {', '.join(list(have)[:40])}")
+        raise fault(file, f"no column {', '.join(missing)}",
+                    f"Names are matched whatever their case; the header is {', '.join(list(have)[:40])}")
     exprs = [pl.col(row_index)] if row_index else []
     for c in columns:
         if c not in have: exprs.append(pl.lit(None, dtype=TYPES[table.columns[c]]).alias(c)); continue
         e = typed(*have[c], table.columns[c])
-        if e is None: raise fault(file, f"stored as {have[c][1]}, which is not {WHAT[table.columns[c]]}", "Convert this column again from the original", column=c)
+        if e is None: raise fault(file, f"stored as {have[c][1]}, which is not {WHAT[table.columns[c]]}",
+                                  "Convert this column again from the original", column=c)
         if c == 'subject_id': e = e.fill_null(-1).cast(pl.UInt64).cast(pl.Int64) # a row without a patient stops the run
         exprs.append(e.alias(c))
     if not any(c in have for c in columns) and not row_index: return lf.with_columns(exprs).select(columns)
@@ -363,9 +376,7 @@ def ragged(path:Path, # a CSV, gzipped or not
 )->TableError|None: # None if every row is as long as the header
     "The first row with more or fewer fields than the header."
     found = []
-    def stop(row):
-        found.append(row)
-        return 'error'
+    def stop(row): found.append(row); return 'error'
     try:
         reader = csv.open_csv(path, csv.ReadOptions(use_threads=False, block_size=1 << 24, autogenerate_column_names=True),
             csv.ParseOptions(newlines_in_values=True, ignore_empty_lines=False, invalid_row_handler=stop),
@@ -376,25 +387,26 @@ def ragged(path:Path, # a CSV, gzipped or not
     if found:
         row = found[0]
         return fault(file, f"{row.actual_columns} fields where the header has {row.expected_columns}",
-            "Download or convert the file again" if row.actual_columns < row.expected_columns else "A field with a comma in it must be quoted", row=row.number - 1)
+            "Download or convert the file again" if row.actual_columns < row.expected_columns
+            else "A field with a comma in it must be quoted", row=row.number - 1)
 
 def bad_value(path:Path,  # a table's file
               table:Table,# what it should be
               file:str    # its name in messages
 )->TableError|None: # None if every value has its column's type
     "The first value that is not of its column's type."
-    lf, have = stored(path, file, 'the row')
-    bad = {}
+    lf, have = stored(path, file, 'the row'); bad = {}
     for c, kind in table.columns.items():
         if c not in have: continue
         value = typed(*have[c], kind, strict=False)
         if value is None: continue # `scan` has refused the whole column
-        bad[c] = (value.is_null() & present(*have[c]).is_not_null()) | (value.is_null() | (value < 0) if c == 'subject_id' else False)
-    row = lf.filter(pl.any_horizontal(bad.values())).head(1).select('the row', *[pl.col(have[c][0]).cast(pl.String).alias('= ' + c) for c in bad],
+        bad[c] = (value.is_null() & present(*have[c]).is_not_null()) | (
+            value.is_null() | (value < 0) if c == 'subject_id' else False)
+    row = lf.filter(pl.any_horizontal(bad.values())).head(1).select(
+        'the row', *[pl.col(have[c][0]).cast(pl.String).alias('= ' + c) for c in bad],
         *[e.alias(c) for c, e in bad.items()]).collect(engine='streaming')
     if not len(row): return None
-    row = row.row(0, named=True)
-    column = next(c for c in bad if row[c])
+    row = row.row(0, named=True); column = next(c for c in bad if row[c])
     value, what = row['= ' + column], WHAT[table.columns[column]]
     what = f"{value[:40]!r} is not {what}" if value else "a row without a patient"
     return fault(file, what, "Correct the value, or take the file from PhysioNet again", column=column, row=row['the row'] + 1)
@@ -407,19 +419,19 @@ def explain(path:Path,  # a table's file
     if path.suffix != '.parquet':
         if error := bad_bytes(path, file) or ragged(path, file): return error
     try: return bad_value(path, table, file)
-    except pl.exceptions.PolarsError as e: return fault(file, f"the file cannot be read ({str(e).splitlines()[0][:120]})", "Download or convert it again")
+    except pl.exceptions.PolarsError as e:
+        return fault(file, f"the file cannot be read ({str(e).splitlines()[0][:120]})", "Download or convert it again")
 
 # %% ../../nbs/data/01_tables.ipynb #6ba62c60
 PUBLISHED = {
     '2.2': dict(patients=299_712, admissions=431_231),
-    '3.0': dict(patients=364_627, admissions=546_028),
-    '3.1': dict(patients=364_627, admissions=546_028),
-    'demo-2.2': dict(patients=100, admissions=275, transfers=1_190, services=319, diagnoses_icd=4_506, procedures_icd=722, drgcodes=454,
-        hcpcsevents=61, labevents=107_727, microbiologyevents=2_899, omr=2_964, pharmacy=15_306, prescriptions=18_087, poe=45_154,
-        poe_detail=3_795, emar=35_835, emar_detail=72_018, provider=40_508, d_hcpcs=89_200, d_icd_diagnoses=109_775,
-        d_icd_procedures=85_257, d_labitems=1_622, icustays=140, caregiver=15_468, d_items=4_014, chartevents=668_862,
-        datetimeevents=15_280, inputevents=20_404, ingredientevents=25_728, outputevents=9_362, procedureevents=1_468,
-        edstays=222, vitalsign=1_038, medrecon=2_764)}
+    '3.0': dict(patients=364_627, admissions=546_028), '3.1': dict(patients=364_627, admissions=546_028),
+    'demo-2.2': dict(patients=100, admissions=275, transfers=1_190, services=319, diagnoses_icd=4_506, procedures_icd=722,
+        drgcodes=454, hcpcsevents=61, labevents=107_727, microbiologyevents=2_899, omr=2_964, pharmacy=15_306,
+        prescriptions=18_087, poe=45_154, poe_detail=3_795, emar=35_835, emar_detail=72_018, provider=40_508, d_hcpcs=89_200,
+        d_icd_diagnoses=109_775, d_icd_procedures=85_257, d_labitems=1_622, icustays=140, caregiver=15_468, d_items=4_014,
+        chartevents=668_862, datetimeevents=15_280, inputevents=20_404, ingredientevents=25_728, outputevents=9_362,
+        procedureevents=1_468, edstays=222, vitalsign=1_038, medrecon=2_764)}
 PUBLISHED['3.x'] = PUBLISHED['3.1']
 
 def release(source # a `Source`
@@ -478,7 +490,8 @@ class Source:
 
     def rows(self, table:str)->int:
         "How many rows a table has."
-        with self.explaining(table): return stored(self.files[table], self.file(table))[0].select(pl.len()).collect(engine='streaming').item()
+        with self.explaining(table):
+            return stored(self.files[table], self.file(table))[0].select(pl.len()).collect(engine='streaming').item()
 
     @cached_property
     def license(self)->str:
@@ -509,17 +522,15 @@ class Source:
 def lacks_last_break(path:Path # a CSV
 )->bool: # as if it were cut off
     "Whether a file does not end with a line break."
-    with path.open('rb') as f:
-        f.seek(-1, os.SEEK_END)
-        return f.read() != b'\n'
+    with path.open('rb') as f: f.seek(-1, os.SEEK_END); return f.read() != b'\n'
 
 def open_source(root:str|Path,            # the folder that holds hosp/, icu/ and perhaps ed/ and note/
                 codes:str|Path|None=None  # the folder of code maps; codes/ in or beside the root by default
 )->Source: # the tables found there
     "Find the tables of a folder."
-    root = Path(os.path.abspath(Path(root).expanduser()))
-    files = find_tables(root)
-    if codes is not None and not Path(codes).expanduser().is_dir(): raise fault(str(codes), "there is no such folder", "Give the folder that holds the code maps")
+    root = Path(os.path.abspath(Path(root).expanduser())); files = find_tables(root)
+    if codes is not None and not Path(codes).expanduser().is_dir():
+        raise fault(str(codes), "there is no such folder", "Give the folder that holds the code maps")
     places = [Path(codes).expanduser()] if codes is not None else [root/'codes', root.parent/'codes']
     return Source(root, files, next((p for p in places if p.is_dir()), None))
 
@@ -553,8 +564,10 @@ def duplicate(lf:pl.LazyFrame, # the key columns and `the row`
     if not len(found): return None
     found = found.row(0, named=True)
     values, first, last = ', '.join(f'{k}={found[k]}' for k in key), found['first'] + 1, found['last'] + 1
-    if any(found[k] is None for k in key): return fault(file, f"a key is missing ({values})", "Correct the row, or take the file from PhysioNet again", row=first)
-    return fault(file, f"rows {first:,} and {last:,} have the same key, {values}", "Remove one, or take the file from PhysioNet again")
+    if any(found[k] is None for k in key):
+        return fault(file, f"a key is missing ({values})", "Correct the row, or take the file from PhysioNet again", row=first)
+    return fault(file, f"rows {first:,} and {last:,} have the same key, {values}",
+                 "Remove one, or take the file from PhysioNet again")
 
 # %% ../../nbs/data/01_tables.ipynb #2e81ac8b
 CODE_MAPS = read_spec("""

@@ -72,19 +72,26 @@ _REACH_BACK = ('diagnoses_icd', 'diagnoses_ccs', 'procedures_icd', 'procedures_c
 def _decisions():
     for line in _DECISIONS.strip().splitlines():
         name, trigger, target, cap, asked = (x.strip() for x in line.split('|'))
-        caveat = ('kept only where the window reaches back to the admission' if name in _REACH_BACK else 'fewer than 10 items' if name == 'chartevents'
-                  else 'omr rows have a date only and no admission' if name == 'omr' else 'ED rows carry no hadm_id' if trigger in ('medrecon', 'diagnosis', 'pyxis') else '')
+        caveat = ('kept only where the window reaches back to the admission' if name in _REACH_BACK
+                  else 'fewer than 10 items' if name == 'chartevents'
+                  else 'omr rows have a date only and no admission' if name == 'omr'
+                  else 'ED rows carry no hadm_id' if trigger in ('medrecon', 'diagnosis', 'pyxis') else '')
         yield Task(name, name, 'decision', trigger, target, float('nan'), int(cap)*1000, name not in _NOT_IN_42,
                    ('discharge',) if name in _DIAGNOSES else (), ('pharmacy',) if name in _PHARMACY else (),
                    f'Given the record above, what comes next? Name the {asked}, one per line.', caveat)
 
 # %% ../../nbs/data/05_tasks.ipynb #584b51cf
 _RISKS = """
-ED_Hospitalization     | ed_hospitalization     | edstays    | nan | 40 | the patient will be admitted to the hospital from this emergency department stay
-ED_Inpatient_Mortality | ed_inpatient_mortality | edstays    | nan | 40 | the patient will die in the hospital stay that follows this emergency department stay
-ED_ICU_Tranfer_12hour  | ed_icu_transfer_12h    | edstays    |  12 | 40 | the patient will go to an ICU within 12 hours of leaving the emergency department
-ED_Reattendance_3day   | ed_reattendance_3d     | edstays    |  72 | 40 | the patient will come back to the emergency department within 3 days
-ED_Critical_Outcomes   | ed_critical_outcome    | edstays    | nan | 40 | the patient will die in the hospital or go to an ICU within 12 hours
+ED_Hospitalization     | ed_hospitalization     | edstays    | nan | 40 | \
+the patient will be admitted to the hospital from this emergency department stay
+ED_Inpatient_Mortality | ed_inpatient_mortality | edstays    | nan | 40 | \
+the patient will die in the hospital stay that follows this emergency department stay
+ED_ICU_Tranfer_12hour  | ed_icu_transfer_12h    | edstays    |  12 | 40 | \
+the patient will go to an ICU within 12 hours of leaving the emergency department
+ED_Reattendance_3day   | ed_reattendance_3d     | edstays    |  72 | 40 | \
+the patient will come back to the emergency department within 3 days
+ED_Critical_Outcomes   | ed_critical_outcome    | edstays    | nan | 40 | \
+the patient will die in the hospital or go to an ICU within 12 hours
 Readmission_30day      | readmission_30d        | discharge  | 720 | 40 | the patient will be readmitted within 30 days
 Readmission_60day      | readmission_60d        | discharge  | 1440| 40 | the patient will be readmitted within 60 days
 Inpatient_Mortality    | inpatient_mortality    | admissions | nan | 40 | the patient will die in this hospital stay
@@ -97,19 +104,24 @@ ICU_Mortality_7day     | icu_mortality_7d       | icustays   | 168 | 40 | the pa
 ICU_Mortality_14day    | icu_mortality_14d      | icustays   | 336 | 20 | the patient will die within 14 days
 ICU_Stay_7day          | icu_stay_7d            | icustays   | 144 | 40 | this ICU stay will last 7 days or more
 ICU_Stay_14day         | icu_stay_14d           | icustays   | 312 | 40 | this ICU stay will last 14 days or more
-ICU_Readmission        | icu_readmission        | icustays   | nan | 40 | the patient will come back to an ICU in this hospital stay
+ICU_Readmission        | icu_readmission        | icustays   | nan | 40 | \
+the patient will come back to an ICU in this hospital stay
 """
 def _risks():
-    caveats = dict(edstays='strict shows ED tables, laboratory, microbiology and radiology only', discharge='needs notes; strict counts unplanned readmissions of patients discharged alive',
-                   admissions='strict: still in the hospital 24 h after admission', icustays='strict: still in the ICU 24 h after intime')
+    caveats = dict(edstays='strict shows ED tables, laboratory, microbiology and radiology only',
+                   discharge='needs notes; strict counts unplanned readmissions of patients discharged alive',
+                   admissions='strict: still in the hospital 24 h after admission',
+                   icustays='strict: still in the ICU 24 h after intime')
     for line in _RISKS.strip().splitlines():
         name, id, trigger, horizon, cap, yes = (x.strip() for x in line.split('|'))
-        yield Task(name, id, 'risk', trigger, yes, float(horizon), int(cap)*1000, True, (), (), f'Given the record above, is it true that {yes}? Answer yes or no.', caveats[trigger])
+        yield Task(name, id, 'risk', trigger, yes, float(horizon), int(cap)*1000, True, (), (),
+                   f'Given the record above, is it true that {yes}? Answer yes or no.', caveats[trigger])
 
 TASKS = {t.name: t for t in (*_decisions(), *_risks())}
 
 # %% ../../nbs/data/05_tasks.ipynb #2df7e671
-BEFORE_ADMISSION = ('edstays', 'triage', 'medrecon', 'pyxis', 'vitalsign', 'diagnosis', 'labevents', 'microbiologyevents', 'radiology', 'omr')
+BEFORE_ADMISSION = ('edstays', 'triage', 'medrecon', 'pyxis', 'vitalsign', 'diagnosis', 'labevents', 'microbiologyevents',
+                    'radiology', 'omr')
 DATE_ONLY = ('procedures_icd', 'omr', 'hcpcsevents') # their time is the start of a day
 PLANNED = ('ELECTIVE', 'SURGICAL SAME DAY ADMISSION')
 
@@ -130,7 +142,8 @@ class Events:
         self.hadm, self.stay = (f[c].fill_null(-1).to_numpy() for c in ('hadm_id', 'stay_id'))
         self.n, self.seen = len(f), {}
         self.patient = np.unique(self.subject, return_inverse=True)[1]
-        self.admission = np.unique(np.where(self.hadm < 0, -self.subject, self.hadm), return_inverse=True)[1] # rows without one match each other
+        # rows without an admission match each other
+        self.admission = np.unique(np.where(self.hadm < 0, -self.subject, self.hadm), return_inverse=True)[1]
         self.events_of_patient = np.bincount(self.patient)[self.patient] if self.n else np.zeros(0, int)
         timed = np.flatnonzero(~np.isnan(self.start))
         self.origin = np.nanmin(self.start) if len(timed) else 0.
@@ -149,9 +162,17 @@ class Events:
         i = at[np.clip(pos, 0, max(len(at) - 1, 0))] if len(at) else np.zeros(len(j), int)
         return np.where(ok & (group[i] == group[j]), i, -1)
 
-    def first_after(self, by, j, t): "First event of the group that starts later than t."; return self._find(by, j, t, 'right', 0)
-    def last_before(self, by, j, t): "Last event of the group that starts earlier than t."; return self._find(by, j, t, 'left', -1)
-    def last_until(self, by, j, t): "Last event of the group that starts at t or earlier."; return self._find(by, j, t, 'right', -1)
+    def first_after(self, by, j, t):
+        "First event of the group that starts later than t."
+        return self._find(by, j, t, 'right', 0)
+
+    def last_before(self, by, j, t):
+        "Last event of the group that starts earlier than t."
+        return self._find(by, j, t, 'left', -1)
+
+    def last_until(self, by, j, t):
+        "Last event of the group that starts at t or earlier."
+        return self._find(by, j, t, 'right', -1)
 
     def following(self, table, group, j, t=None):
         "Next event of a table in the same group, after position j, or (with t) the first that starts later than t."
@@ -159,13 +180,16 @@ class Events:
         at = at[np.argsort(group[at], kind='stable')]
         if not len(at): return np.full(len(j), -1)
         if t is None: pos = np.searchsorted(group[at]*self.n + at, group[j]*self.n + j, 'right')
-        else: pos = np.searchsorted(group[at]*_FAR + (self.start[at] - self.origin).astype(np.int64), group[j]*_FAR + (t - self.origin).astype(np.int64), 'right')
+        else: pos = np.searchsorted(group[at]*_FAR + (self.start[at] - self.origin).astype(np.int64),
+                                    group[j]*_FAR + (t - self.origin).astype(np.int64), 'right')
         i = at[np.clip(pos, 0, len(at) - 1)]
         return np.where((pos < len(at)) & (group[i] == group[j]), i, -1)
 
     def latest(self, table, j):
         "Latest event of a table at or before position j in the same patient."
-        if table not in self.seen: self.seen[table] = np.maximum.accumulate(np.where(self.table == table, np.arange(self.n), -1)) if self.n else np.zeros(0, int)
+        if table not in self.seen:
+            self.seen[table] = (np.maximum.accumulate(np.where(self.table == table, np.arange(self.n), -1)) if self.n
+                                else np.zeros(0, int))
         i = self.seen[table][j]
         return np.where((i >= 0) & (self.patient[i] == self.patient[j]), i, -1)
 
@@ -177,23 +201,25 @@ def decision_labels(e:Events, # the events of a shard
 )->pl.DataFrame: # j (number of the event in the shard), label (distinct non-empty values, in the order of the record)
     "The answers of every trigger of a decision task."
     if task.name == 'next_event':
-        return pl.DataFrame(dict(j=np.arange(e.n), label=e.frame['table'])).filter(~pl.col('label').is_in(['patients', 'hcpcsevents', 'drgcodes'])).with_columns(pl.concat_list('label'))
+        return pl.DataFrame(dict(j=np.arange(e.n), label=e.frame['table'])).filter(
+            ~pl.col('label').is_in(['patients', 'hcpcsevents', 'drgcodes'])).with_columns(pl.concat_list('label'))
     columns, cells = DISPLAY[task.trigger].columns, pl.col('cells')
-    def cell(c):
-        k = columns.index(c)
-        if k: return cells.str.splitn(FIELD, k + 2).struct.field(f'field_{k}')
-        return cells.str.head(cells.str.find(FIELD, literal=True)) if len(columns) > 1 else cells # the first cell, six times faster
-    value = pl.when(cell('careunit') != '').then(cell('careunit')).otherwise(cell('eventtype')) if task.name == 'transfers' else cell(task.target)
+    def cell(c): return cells.str.splitn(FIELD, (k := columns.index(c)) + 2).struct.field(f'field_{k}')
+    value = (pl.when(cell('careunit') != '').then(cell('careunit')).otherwise(cell('eventtype'))
+             if task.name == 'transfers' else cell(task.target))
     values = e.rows.lazy().filter(pl.col('table') == task.trigger).select('j', label=value)
     if task.target == 'exam_name': values = values.with_columns(pl.col('label').str.split(ITEM)).explode('label')
-    values = values.with_columns(pl.col('label').str.strip_chars()).filter(~pl.col('label').is_in(['', 'nan', 'NaN', 'None'])).with_columns(pl.col('label').cast(pl.Categorical)).collect()
+    values = values.with_columns(pl.col('label').str.strip_chars()).filter(
+        ~pl.col('label').is_in(['', 'nan', 'NaN', 'None'])).with_columns(pl.col('label').cast(pl.Categorical)).collect()
     code = values['label'].to_physical().to_numpy().astype(np.int64)
-    first = np.sort(np.unique(values['j'].to_numpy()*(code.max(initial=0) + 1) + code, return_index=True)[1]) # first row of each (trigger, label)
+    # first row of each (trigger, label)
+    first = np.sort(np.unique(values['j'].to_numpy()*(code.max(initial=0) + 1) + code, return_index=True)[1])
     return values[first].with_columns(pl.col('label').cast(pl.String)).group_by('j', maintain_order=True).agg('label')
 
 # %% ../../nbs/data/05_tasks.ipynb #9feec69e
-INDEX = pl.Schema(dict(sample_id=pl.String, subject_id=pl.Int64, hadm_id=pl.Int64, stay_id=pl.Int64, task=pl.String, family=pl.String, protocol=pl.String,
-                       prediction_time=pl.Datetime('us'), trigger=pl.Int32, begin=pl.Int32, end=pl.Int32, admissions_event=pl.Int32, discharge_event=pl.Int32,
+INDEX = pl.Schema(dict(sample_id=pl.String, subject_id=pl.Int64, hadm_id=pl.Int64, stay_id=pl.Int64, task=pl.String,
+                       family=pl.String, protocol=pl.String, prediction_time=pl.Datetime('us'), trigger=pl.Int32, begin=pl.Int32,
+                       end=pl.Int32, admissions_event=pl.Int32, discharge_event=pl.Int32,
                        label=pl.List(pl.String), patient_events=pl.Int32))
 
 _ORDER = {t: i for i, t in enumerate(TASKS)}
@@ -203,13 +229,19 @@ def _rows(e, task, protocol, j, begin, end, time, label):
     adm, dis = e.latest('admissions', j), e.latest('discharge', j)
     adm = np.where((adm >= 0) & (e.hadm[adm] == e.hadm[j]) & (e.hadm[j] >= 0), e.event[adm], -1)
     dis = np.where((dis >= 0) & ((e.hadm[dis] != e.hadm[j]) | (e.hadm[j] < 0)), e.event[dis], -1)
-    if not isinstance(label, pl.Series): label = pl.Series(np.where(label, 'yes', 'no'), dtype=pl.String).reshape((len(j), 1)).cast(pl.List(pl.String))
+    if not isinstance(label, pl.Series):
+        label = pl.Series(np.where(label, 'yes', 'no'), dtype=pl.String).reshape((len(j), 1)).cast(pl.List(pl.String))
     known = lambda c: pl.when(pl.col(c) >= 0).then(pl.col(c))
-    return pl.DataFrame(dict(key=j*64 + _ORDER[task.name], subject_id=e.subject[j], hadm_id=e.hadm[j], stay_id=e.stay[j] if task.family == 'risk' else np.full(len(j), -1),
-                             time=(np.asarray(time)*1e6).astype(np.int64), trigger=e.event[j], begin=begin, end=end, adm=adm, dis=dis, label=label, n=e.events_of_patient[j])).select(
-        'key', pl.format('{}-{}-{}', 'subject_id', pl.lit(task.id), 'trigger').alias('sample_id'), 'subject_id', known('hadm_id'), known('stay_id'), pl.lit(task.name).alias('task'),
-        pl.lit(task.family).alias('family'), pl.lit(protocol).alias('protocol'), pl.col('time').cast(pl.Datetime('us')).alias('prediction_time'), pl.col('trigger', 'begin', 'end').cast(pl.Int32),
-        known('adm').cast(pl.Int32).alias('admissions_event'), known('dis').cast(pl.Int32).alias('discharge_event'), 'label', pl.col('n').cast(pl.Int32).alias('patient_events'))
+    return pl.DataFrame(dict(
+        key=j*64 + _ORDER[task.name], subject_id=e.subject[j], hadm_id=e.hadm[j],
+        stay_id=e.stay[j] if task.family == 'risk' else np.full(len(j), -1), time=(np.asarray(time)*1e6).astype(np.int64),
+        trigger=e.event[j], begin=begin, end=end, adm=adm, dis=dis, label=label, n=e.events_of_patient[j])).select(
+        'key', pl.format('{}-{}-{}', 'subject_id', pl.lit(task.id), 'trigger').alias('sample_id'), 'subject_id',
+        known('hadm_id'), known('stay_id'), pl.lit(task.name).alias('task'),
+        pl.lit(task.family).alias('family'), pl.lit(protocol).alias('protocol'),
+        pl.col('time').cast(pl.Datetime('us')).alias('prediction_time'), pl.col('trigger', 'begin', 'end').cast(pl.Int32),
+        known('adm').cast(pl.Int32).alias('admissions_event'), known('dis').cast(pl.Int32).alias('discharge_event'),
+        'label', pl.col('n').cast(pl.Int32).alias('patient_events'))
 
 # %% ../../nbs/data/05_tasks.ipynb #af517210
 def decision_index(e:Events,    # the events
@@ -251,11 +283,13 @@ def official_risks(e:Events # the events
     has = e.hadm[j] >= 0
     admitted = has & (e.following('admissions', e.admission, j) >= 0)
     icu = np.where(has, e.following('icustays', e.admission, j), -1)
-    final = np.where(has, e.last_until(e.by_admission, j, np.full(len(j), e.origin + _FAR - 1)), -1); final = np.where(final > j, final, -1)
+    final = np.where(has, e.last_until(e.by_admission, j, np.full(len(j), e.origin + _FAR - 1)), -1)
+    final = np.where(final > j, final, -1)
     died = (final >= 0) & (e.at(e.start, final) >= dod[j])
     icu12 = (icu >= 0) & (e.at(e.start, icu) - out_ < 12*3600)
     again = e.following('edstays', e.patient, j); back = (again >= 0) & (e.at(e.start, again) - out_ < 72*3600)
-    for name, yes in dict(ED_Hospitalization=admitted, ED_Inpatient_Mortality=died, ED_ICU_Tranfer_12hour=icu12, ED_Reattendance_3day=back, ED_Critical_Outcomes=died | icu12).items():
+    for name, yes in dict(ED_Hospitalization=admitted, ED_Inpatient_Mortality=died, ED_ICU_Tranfer_12hour=icu12,
+                          ED_Reattendance_3day=back, ED_Critical_Outcomes=died | icu12).items():
         emit(name, keep, j, j, last, yes)
     # admissions: 24 h after admittime
     j = np.flatnonzero(e.table == 'admissions'); discharged = e.until[j]
@@ -273,7 +307,8 @@ def official_risks(e:Events # the events
     j = np.flatnonzero(e.table == 'discharge')
     begin = e.first_after(e.by_admission, j, e.start[j] - DAY); keep = (begin >= 0) & (begin < j)
     then = e.following('admissions', e.patient, j)
-    for days in (30, 60): emit(f'Readmission_{days}day', keep, j, begin, j, (then >= 0) & (e.at(e.start, then) - e.start[j] < days*DAY))
+    for days in (30, 60):
+        emit(f'Readmission_{days}day', keep, j, begin, j, (then >= 0) & (e.at(e.start, then) - e.start[j] < days*DAY))
     return out
 
 # %% ../../nbs/data/05_tasks.ipynb #fe8bee23
@@ -290,7 +325,8 @@ def strict_risks(e:Events # the events
     exact = np.full(e.patient.max() + 1 if e.n else 0, np.nan); a = (e.table == 'admissions') & ~np.isnan(e.died)
     exact[e.patient[a]] = e.died[a]
     death = np.where(np.isnan(exact[e.patient]), dod, exact[e.patient]) if e.n else dod
-    own = np.full(e.admission.max() + 1 if e.n else 0, -1); own[e.admission[e.table == 'admissions']] = np.flatnonzero(e.table == 'admissions')
+    own = np.full(e.admission.max() + 1 if e.n else 0, -1)
+    own[e.admission[e.table == 'admissions']] = np.flatnonzero(e.table == 'admissions')
     mine = np.where(e.hadm >= 0, own[e.admission], -1) if e.n else np.zeros(0, int) # the admissions event of each event
     ends = e.at(e.until, mine)                                                      # its dischtime
     in_hospital = ~(death > ends) & ~np.isnan(death) & ~np.isnan(ends)
@@ -300,7 +336,8 @@ def strict_risks(e:Events # the events
     icu = np.where(e.hadm[j] >= 0, e.following('icustays', e.admission, j, np.full(len(j), e.origin - 1)), -1)
     there = (icu >= 0) & (e.at(e.start, icu) <= now)
     icu12 = (icu >= 0) & (e.at(e.start, icu) - now < 12*3600)
-    again = e.following('edstays', e.patient, j, np.where(np.isnan(now), e.origin, now)); back = (again >= 0) & (e.at(e.start, again) - now < 72*3600)
+    again = e.following('edstays', e.patient, j, np.where(np.isnan(now), e.origin, now))
+    back = (again >= 0) & (e.at(e.start, again) - now < 72*3600)
     emit('ED_Hospitalization', alive, j, j, last, now, mine[j] >= 0)
     emit('ED_Inpatient_Mortality', alive, j, j, last, now, in_hospital[j])
     emit('ED_ICU_Tranfer_12hour', alive & ~there, j, j, last, now, icu12)
@@ -321,7 +358,8 @@ def strict_risks(e:Events # the events
     j = np.flatnonzero(e.table == 'discharge'); left = ends[j]; now = np.fmax(left, e.start[j])
     begin = e.first_after(e.by_admission, j, left - DAY); known = (begin >= 0) & (begin < j) & ~in_hospital[j]
     admissions = np.flatnonzero(e.table == 'admissions')
-    unplanned = np.zeros(e.n, bool); unplanned[admissions] = [c.split(FIELD)[0] not in PLANNED for c in e.frame['cells'].gather(admissions)]
+    unplanned = np.zeros(e.n, bool)
+    unplanned[admissions] = [c.split(FIELD)[0] not in PLANNED for c in e.frame['cells'].gather(admissions)]
     table = e.table; e.table = np.where(unplanned, 'unplanned', e.table)
     then = e.at(e.start, e.following('unplanned', e.patient, j, np.where(np.isnan(left), e.origin, left)))
     e.table = table
@@ -342,33 +380,46 @@ def index_rows(rows:pl.DataFrame, # rows of a trajectory store, patients whole
 def _index_shard(file, out, protocol):
     path = out/file.name
     if path.exists(): return
-    with writing(path) as tmp: index_rows(pl.read_parquet(file), protocol).write_parquet(tmp, compression='zstd', compression_level=1)
+    with writing(path) as tmp:
+        index_rows(pl.read_parquet(file), protocol).write_parquet(tmp, compression='zstd', compression_level=1)
 
 def build_index(run:Run,  # the run; its trajectories must stand
                 p:Profile # protocol, workers
 )->bool: # False if it was up to date
     "Index every task over the trajectory store."
     upstream = read_manifest(run.trajectories)
-    if upstream['params']['protocol'] != p.protocol: raise ValueError(f"trajectories are {upstream['params']['protocol']}, the index shall be {p.protocol}: build them again")
+    if upstream['params']['protocol'] != p.protocol:
+        raise ValueError(f"trajectories are {upstream['params']['protocol']}, the index shall be {p.protocol}: build them again")
     def make(out):
         files = store_files(run.trajectories)
-        for _ in tqdm(Parallel(p.workers, return_as='generator')(delayed(_index_shard)(f, out, p.protocol) for f in files), desc='index', unit='shard', total=len(files)): pass
-        count = pl.scan_parquet(sorted(out.glob('shard-*.parquet'))).group_by('task').agg(pl.len().alias('n'), yes=(pl.col('label').list.first() == 'yes').sum()).collect(engine='streaming')
+        for _ in tqdm(Parallel(p.workers, return_as='generator')(delayed(_index_shard)(f, out, p.protocol) for f in files),
+                      desc='index', unit='shard', total=len(files)): pass
+        count = pl.scan_parquet(sorted(out.glob('shard-*.parquet'))).group_by('task').agg(
+            pl.len().alias('n'), yes=(pl.col('label').list.first() == 'yes').sum()).collect(engine='streaming')
         by = {r['task']: r for r in count.iter_rows(named=True)}
-        return dict(rows=int(count['n'].sum()), tasks={t: dict(rows=by[t]['n'] if t in by else 0) | (dict(yes=by[t]['yes'] if t in by else 0) if TASKS[t].family == 'risk' else {}) for t in TASKS})
+        return dict(rows=int(count['n'].sum()), tasks={
+            t: dict(rows=by[t]['n'] if t in by else 0) | (
+                dict(yes=by[t]['yes'] if t in by else 0) if TASKS[t].family == 'risk' else {})
+            for t in TASKS})
     return build(run.index, make, dict(trajectories=upstream['key']), dict(protocol=p.protocol), 'data.tasks')
 
 # %% ../../nbs/data/05_tasks.ipynb #8d5c208b
 def task_table(protocol:str='strict' # strict or official
 )->pl.DataFrame: # one row a task
     "The 45 tasks as a table for people."
-    windows = dict(edstays='the ED stay, intime to outtime', admissions='24 h after admittime', icustays='24 h after intime', discharge='24 h before discharge, and the note')
-    times = dict(edstays='ED outtime', admissions='admittime + 24 h', icustays='intime + 24 h', discharge='discharge, or when the note is readable')
+    windows = dict(edstays='the ED stay, intime to outtime', admissions='24 h after admittime', icustays='24 h after intime',
+                   discharge='24 h before discharge, and the note')
+    times = dict(edstays='ED outtime', admissions='admittime + 24 h', icustays='intime + 24 h',
+                 discharge='discharge, or when the note is readable')
     rows = []
     for t in TASKS.values():
         risk = t.family == 'risk'
-        now = (times[t.trigger] if protocol == 'strict' else 'last event of the window') if risk else ('end of the last timed event of the admission' if protocol == 'strict' else 'start of the event before') if t.trigger == 'diagnoses_icd' else 'start of the trigger'
-        rows.append(dict(task=t.name, id=t.id, family=t.family, trigger=t.trigger, window=windows[t.trigger] if risk else '24 h before the trigger, same admission',
-                         prediction_time=now, target=t.target, horizon='' if t.horizon != t.horizon else f'{t.horizon:.0f} h', metric=t.metric, in_42=t.in_42, cap=t.cap,
+        now = ((times[t.trigger] if protocol == 'strict' else 'last event of the window') if risk
+               else ('end of the last timed event of the admission' if protocol == 'strict' else 'start of the event before')
+               if t.trigger == 'diagnoses_icd' else 'start of the trigger')
+        rows.append(dict(task=t.name, id=t.id, family=t.family, trigger=t.trigger,
+                         window=windows[t.trigger] if risk else '24 h before the trigger, same admission',
+                         prediction_time=now, target=t.target, horizon='' if t.horizon != t.horizon else f'{t.horizon:.0f} h',
+                         metric=t.metric, in_42=t.in_42, cap=t.cap,
                          hidden=', '.join(t.hidden + (t.masked if protocol == 'strict' else ())), caveat=t.caveat))
     return pl.DataFrame(rows)

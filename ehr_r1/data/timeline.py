@@ -16,14 +16,16 @@ from .trajectories import DISPLAY
 # %% ../../nbs/data/03b_timeline.ipynb #9597c0bc
 LANES = {
     'ED': ('edstays', 'triage', 'medrecon', 'pyxis', 'vitalsign', 'diagnosis'),
-    'hospital': ('patients', 'admissions', 'transfers', 'services', 'omr', 'poe', 'procedures_icd', 'diagnoses_icd', 'hcpcsevents', 'drgcodes'),
+    'hospital': ('patients', 'admissions', 'transfers', 'services', 'omr', 'poe', 'procedures_icd', 'diagnoses_icd',
+                 'hcpcsevents', 'drgcodes'),
     'labs': ('labevents', 'microbiologyevents'),
     'drugs': ('pharmacy', 'prescriptions', 'emar'),
     'ICU': ('icustays', 'chartevents', 'datetimeevents', 'inputevents', 'ingredientevents', 'outputevents', 'procedureevents'),
     'notes': ('radiology', 'discharge'),
 }
 LANE_OF = {table: lane for lane, tables in LANES.items() for table in tables}
-COLORS = {'ED': '#d55e00', 'hospital': '#56738f', 'labs': '#009e73', 'drugs': '#0072b2', 'ICU': '#aa4499', 'notes': '#997700'} # told apart with any color vision
+COLORS = {'ED': '#d55e00', 'hospital': '#56738f', 'labs': '#009e73', 'drugs': '#0072b2', 'ICU': '#aa4499',
+          'notes': '#997700'} # told apart with any color vision
 STAYS = {'edstays': ('ED', '#d55e00'), 'admissions': ('admission', '#0072b2'), 'icustays': ('ICU', '#aa4499')}
 
 # %% ../../nbs/data/03b_timeline.ipynb #a5579ee2
@@ -58,9 +60,11 @@ class TimeAxis:
             times = [first + i*step for i in range(1, int((end - first)/step) + 1)]
             regular += [(t, f'{t:%H:%M}' if t.hour else f'{t:%Y-%m-%d}') for t in times if t > start]
         out = []
-        for time, label in [(s[0], f'{s[0]:%Y-%m-%d}') for s in self.stretches] + regular: # the stretches' first days go before the rest
+        # the stretches' first days go before the rest
+        for time, label in [(s[0], f'{s[0]:%Y-%m-%d}') for s in self.stretches] + regular:
             at, room = self(time), (7*len(label) + 6)/width
-            if at + room <= 1.02 and all(at + room <= other or at >= other + (7*len(words) + 6)/width for other, words in out): out.append((at, label))
+            if at + room <= 1.02 and all(at + room <= other or at >= other + (7*len(words) + 6)/width for other, words in out):
+                out.append((at, label))
         return sorted(out)
 
 def _joined(spans:list, limit:timedelta)->list:
@@ -90,7 +94,8 @@ def time_axis(spans:list,    # (start, end) of everything that must show
 def _long(span:timedelta)->str:
     "A length of time in a few characters."
     hours = span/timedelta(hours=1)
-    return f'{hours:.0f} h' if hours < 48 else f'{hours/24:.0f} d' if hours < 24*60 else f'{hours/24/30.4:.0f} mo' if hours < 24*730 else f'{hours/24/365.25:.1f} y'
+    return (f'{hours:.0f} h' if hours < 48 else f'{hours/24:.0f} d' if hours < 24*60 else
+            f'{hours/24/30.4:.0f} mo' if hours < 24*730 else f'{hours/24/365.25:.1f} y')
 
 # %% ../../nbs/data/03b_timeline.ipynb #a48252b7
 def _clock(time:datetime|None)->str: return 'no time' if time is None else f'{time:%Y-%m-%d %H:%M}'
@@ -103,11 +108,13 @@ def _cut(text:str, most:int)->str:
 def _marks(t, axis:TimeAxis, width:int)->dict:
     "Marks of each lane: left, right, rows, whether in the window, tooltip."
     bins, out = {}, {}
-    for e in t.rows.filter(pl.col('time').is_not_null()).group_by('event', 'table', 'time', maintain_order=True).agg(rows=pl.len()).sort('time').iter_rows(named=True):
+    for e in t.rows.filter(pl.col('time').is_not_null()).group_by('event', 'table', 'time', maintain_order=True).agg(
+            rows=pl.len()).sort('time').iter_rows(named=True):
         at = axis(e['time'])
         bins.setdefault((LANE_OF.get(e['table'], 'hospital'), int(at*width/2), t.inside(e['event'])), []).append((at, e))
     for (lane, _, within), group in bins.items():
-        lines = [f"event {e['event']}: {e['table']}, {_clock(e['time'])}, {e['rows']} row{'s'*(e['rows'] > 1)}" for _, e in group[:3]]
+        lines = [f"event {e['event']}: {e['table']}, {_clock(e['time'])}, {e['rows']} row{'s'*(e['rows'] > 1)}"
+                 for _, e in group[:3]]
         if len(group) > 3: lines.append(f'and {len(group) - 3} more')
         out.setdefault(lane, []).append((group[0][0], group[-1][0], sum(e['rows'] for _, e in group), within, '\n'.join(lines)))
     return {lane: out[lane] for lane in LANES if lane in out}
@@ -127,14 +134,17 @@ def _drawing(t, width:int)->dict:
     times = t.rows['time'].drop_nulls().unique().to_list()
     if not times: return {}
     stays = t.stays.rows(named=True)
-    spans = [(x, x) for x in times] + [(t.prediction_time,)*2]*(t.prediction_time is not None) + [(s['start'], s['end']) for s in stays if not t.part]
+    spans = ([(x, x) for x in times] + [(t.prediction_time,)*2]*(t.prediction_time is not None)
+             + [(s['start'], s['end']) for s in stays if not t.part])
     axis, bars = time_axis(spans), []
     for s in stays:
         (kind, color), number = STAYS[s['table']], s['hadm_id'] if s['table'] == 'admissions' else s['stay_id']
         left, right, long = axis(s['start']), axis(s['end']), _long(s['end'] - s['start'])
         words = next((w for w in (f'{kind} {number}, {long}', f'{kind}, {long}', kind) if 6*len(w) < (right - left)*width), '')
-        bars.append((left, right, list(STAYS).index(s['table']), color, words, f'{kind} {number}, {long}: {_clock(s["start"])} to {_clock(s["end"])}'))
-    chosen = t.rows.filter((pl.col('event') >= (t.begin or 0)) & (pl.col('event') < (2**31 - 1 if t.end is None else t.end)))['time'].drop_nulls()
+        bars.append((left, right, list(STAYS).index(s['table']), color, words,
+                     f'{kind} {number}, {long}: {_clock(s["start"])} to {_clock(s["end"])}'))
+    chosen = t.rows.filter((pl.col('event') >= (t.begin or 0)) &
+                           (pl.col('event') < (2**31 - 1 if t.end is None else t.end)))['time'].drop_nulls()
     prediction = axis(t.prediction_time) if t.prediction_time else None
     return dict(marks=_marks(t, axis, width), stays=bars, gaps=_fitting(axis.gaps, width, prediction), ticks=axis.ticks(width),
                 window=(axis(chosen.min()), axis(chosen.max())) if t.windowed and len(chosen) else None, prediction=prediction)
@@ -146,13 +156,16 @@ def _svg(t, width:int=860, side:int=72, lane:int=24)->str:
     if not d: return '<p>No row of this trajectory has a time.</p>'
     top = 66 if d['stays'] else 20
     bottom, x = top + lane*len(d['marks']), lambda u: f'{side + u*width:.1f}'
-    out = [f'<svg viewBox="0 0 {side + width + 8} {bottom + 22}" width="100%" style="max-width:{side + width + 8}px;font:11px sans-serif" role="img" '
+    out = [f'<svg viewBox="0 0 {side + width + 8} {bottom + 22}" width="100%" '
+           f'style="max-width:{side + width + 8}px;font:11px sans-serif" role="img" '
            f'aria-label="time line of patient {t.subject_id}" fill="currentColor">']
     def rect(left, right, y, height, color, opacity, title='', least=2, more=''):
         at = max(min(left*width, width - least), 0)
-        out.append(f'<rect x="{side + at:.1f}" y="{y:.1f}" width="{max((right - left)*width, least):.1f}" height="{height:.1f}" fill="{color}" '
+        out.append(f'<rect x="{side + at:.1f}" y="{y:.1f}" width="{max((right - left)*width, least):.1f}" '
+                   f'height="{height:.1f}" fill="{color}" '
                    f'fill-opacity="{opacity}"{more}>{f"<title>{html.escape(title)}</title>" if title else ""}</rect>')
-    def text(at, y, words, anchor='start', more=''): out.append(f'<text x="{at}" y="{y}" text-anchor="{anchor}"{more}>{html.escape(words)}</text>')
+    def text(at, y, words, anchor='start', more=''):
+        out.append(f'<text x="{at}" y="{y}" text-anchor="{anchor}"{more}>{html.escape(words)}</text>')
     if d['stays']: text(side - 8, 42, 'stays', 'end')
     for left, right, row, color, words, title in d['stays']:
         if row: rect(left, right, top, bottom - top, color, .07)
@@ -160,7 +173,8 @@ def _svg(t, width:int=860, side:int=72, lane:int=24)->str:
         text(x(left + .003), 29 + 13*row, words, more=' font-size="10" pointer-events="none"')
     for i, (name, marks) in enumerate(d['marks'].items()):
         y = top + lane*i
-        out.append(f'<line x1="{side}" x2="{side + width}" y1="{y + lane}" y2="{y + lane}" stroke="currentColor" stroke-opacity=".15"/>')
+        out.append(f'<line x1="{side}" x2="{side + width}" y1="{y + lane}" y2="{y + lane}" '
+                   'stroke="currentColor" stroke-opacity=".15"/>')
         text(side - 8, y + lane/2 + 4, name, 'end', f' style="fill:{COLORS[name]};font-weight:bold"')
         for left, right, rows, within, title in marks:
             height = min(8 + 2*math.log2(rows), lane - 4)
@@ -170,10 +184,14 @@ def _svg(t, width:int=860, side:int=72, lane:int=24)->str:
         out.append(f'<path d="M{x((left + right)/2)} {bottom - 5}m-5 10l4 -10m2 10l4 -10" stroke="currentColor" fill="none"/>')
         text(x((left + right)/2), 12, words, 'middle', ' font-size="9" fill-opacity=".7"')
     for at, label in d['ticks']:
-        out.append(f'<line x1="{x(at)}" x2="{x(at)}" y1="{bottom}" y2="{bottom + 4}" stroke="currentColor"/>'); text(x(at), bottom + 16, label, more=' font-size="10"')
-    if d['window']: rect(*d['window'], top - 2, bottom - top + 4, 'none', 0, least=4, more=' stroke="currentColor" stroke-width="1.5" rx="3" pointer-events="none"')
+        out.append(f'<line x1="{x(at)}" x2="{x(at)}" y1="{bottom}" y2="{bottom + 4}" stroke="currentColor"/>')
+        text(x(at), bottom + 16, label, more=' font-size="10"')
+    if d['window']:
+        rect(*d['window'], top - 2, bottom - top + 4, 'none', 0, least=4,
+             more=' stroke="currentColor" stroke-width="1.5" rx="3" pointer-events="none"')
     if d['prediction'] is not None:
-        out.append(f'<line x1="{x(d["prediction"])}" x2="{x(d["prediction"])}" y1="18" y2="{bottom}" stroke="#cc0000" stroke-width="1.5" stroke-dasharray="4 3">'
+        out.append(f'<line x1="{x(d["prediction"])}" x2="{x(d["prediction"])}" y1="18" y2="{bottom}" '
+                   'stroke="#cc0000" stroke-width="1.5" stroke-dasharray="4 3">'
                    f'<title>prediction time {_clock(t.prediction_time)}</title></line>')
         text(x(d['prediction']), 12, 'prediction', 'middle', ' font-size="10" style="fill:#cc0000"')
     return ''.join(out) + '</svg>'
@@ -186,7 +204,8 @@ def _words(table:str, cells:list[str], most:int=150)->str:
     "What the rows of an event say, on one line."
     columns, said = (DISPLAY[table].columns if table in DISPLAY else ()), []
     for row in cells[:20]:
-        values = [f'{c} {v}' if table in NAMED else v for c, v in zip(columns, (row or '').replace('\x1e', ', ').split('\x1f')) if v and c not in UNSAID]
+        values = [f'{c} {v}' if table in NAMED else v
+                  for c, v in zip(columns, (row or '').replace('\x1e', ', ').split('\x1f')) if v and c not in UNSAID]
         said.append((', ' if table in NAMED else ' ').join(_cut(v, 100) for v in values))
     short = re.sub(r'\d+\.\d{4,}', lambda m: f'{float(m[0]):.3f}'.rstrip('0').rstrip('.'), '; '.join(w for w in said if w))
     return _cut(short, most)
@@ -196,7 +215,8 @@ def _listing(t, most:int=16)->list:
     events, ends = t.events.rows(named=True), [0]
     if t.windowed: ends += [i for i in range(1, len(events)) if t.inside(events[i]['event']) != t.inside(events[i - 1]['event'])]
     ends, near = [*ends, len(events)], most//(2*len(ends))
-    kept = [i for i in range(len(events)) if len(events) <= most or min(i - end if i >= end else end - 1 - i for end in ends) < near]
+    kept = [i for i in range(len(events))
+            if len(events) <= most or min(i - end if i >= end else end - 1 - i for end in ends) < near]
     shown, before = [], -1
     for i in kept:
         if i - before > 1: shown.append(events[i - 1] if i - before == 2 else i - before - 1)
@@ -211,12 +231,18 @@ def _html(t)->str:
     head = ''.join(f'<th style="{style}">{name}</th>' for name in ('event', 'time', 'table', 'rows', 'content'))
     lines = []
     for e in _listing(t):
-        if isinstance(e, int): lines.append(f'<tr><td></td><td colspan="4" style="{style}">… {e} more event{"s"*(e > 1)} …</td></tr>'); continue
+        if isinstance(e, int):
+            lines.append(f'<tr><td></td><td colspan="4" style="{style}">… {e} more event{"s"*(e > 1)} …</td></tr>')
+            continue
         bar = ';border-left:4px solid ' + ('currentColor' if t.windowed and t.inside(e['event']) else 'transparent')
         color = f";color:{COLORS[LANE_OF.get(e['table'], 'hospital')]}"
-        lines.append(f"<tr><td style='{style}{bar}'>{e['event']}</td><td style='{style};white-space:nowrap'>{_clock(e['start'])}</td><td style='{style}{color}'>{html.escape(e['table'])}</td>"
-                     f"<td style='{style};text-align:right'>{e['rows']}</td><td style='{style}'>{html.escape(e['words'])}</td></tr>")
-    return (f'<div><p>{html.escape(t.summary())}</p>{_svg(t)}<table style="font-size:12px;border-collapse:collapse"><thead><tr>{head}</tr></thead><tbody>'
+        lines.append(f"<tr><td style='{style}{bar}'>{e['event']}</td>"
+                     f"<td style='{style};white-space:nowrap'>{_clock(e['start'])}</td>"
+                     f"<td style='{style}{color}'>{html.escape(e['table'])}</td>"
+                     f"<td style='{style};text-align:right'>{e['rows']}</td>"
+                     f"<td style='{style}'>{html.escape(e['words'])}</td></tr>")
+    return (f'<div><p>{html.escape(t.summary())}</p>{_svg(t)}'
+            f'<table style="font-size:12px;border-collapse:collapse"><thead><tr>{head}</tr></thead><tbody>'
             + ''.join(lines) + '</tbody></table></div>')
 
 def _plain(t)->str:
@@ -225,7 +251,8 @@ def _plain(t)->str:
     for e in _listing(t):
         if isinstance(e, int): out.append(f"{'…':>6}  {e} more"); continue
         mark = '|' if t.windowed and t.inside(e['event']) else ' '
-        out.append(f"{mark}{e['event']:>5}  {_clock(e['start']):16}  {e['table']:18}  {_cut(e['words'], 70)}{f' ({n} rows)' if (n := e['rows']) > 1 else ''}")
+        out.append(f"{mark}{e['event']:>5}  {_clock(e['start']):16}  {e['table']:18}  {_cut(e['words'], 70)}"
+                   f"{f' ({n} rows)' if (n := e['rows']) > 1 else ''}")
     return '\n'.join(line.rstrip() for line in out)
 
 # %% ../../nbs/data/03b_timeline.ipynb #7abc7bc4
@@ -240,15 +267,18 @@ def _figure(t, width:float=10):
     ax.set_title(t.summary(), fontsize=8, loc='left'); ax.spines[['top', 'right', 'left']].set_visible(False)
     if not d: ax.axis('off'); ax.text(0, .5, 'No row of this trajectory has a time.'); return fig
     height = len(lanes)
-    def bar(left, right, y, h, color, alpha): ax.broken_barh([(left, max(right - left, .0025))], (y - h/2, h), facecolors=color, alpha=alpha, linewidth=0)
+    def bar(left, right, y, h, color, alpha):
+        ax.broken_barh([(left, max(right - left, .0025))], (y - h/2, h), facecolors=color, alpha=alpha, linewidth=0)
     for left, right, row, color, words, _ in d['stays']:
         if row: ax.fill_betweenx([-.5, height - .5], left, right, color=color, alpha=.07, linewidth=0)
         bar(left, right, -1.7 + .43*row, .38, color, .35)
         ax.text(left + .003, -1.7 + .43*row, words, fontsize=7, va='center')
     for i, (name, marks) in enumerate(d['marks'].items()):
         for chosen in (False, True):
-            boxes = [(left, max(right, left + .0025), min(.17 + .04*math.log2(rows), .42)) for left, right, rows, within, _ in marks if within == chosen]
-            ax.add_collection(PolyCollection([[(a, i - h), (b, i - h), (b, i + h), (a, i + h)] for a, b, h in boxes], facecolors=COLORS[name], alpha=.85 if chosen else .3, linewidth=0))
+            boxes = [(left, max(right, left + .0025), min(.17 + .04*math.log2(rows), .42))
+                     for left, right, rows, within, _ in marks if within == chosen]
+            ax.add_collection(PolyCollection([[(a, i - h), (b, i - h), (b, i + h), (a, i + h)] for a, b, h in boxes],
+                                             facecolors=COLORS[name], alpha=.85 if chosen else .3, linewidth=0))
     for left, right, span, words in d['gaps']:
         ax.fill_betweenx([-.5, height - .5], left, right, color='black', alpha=.05, linewidth=0)
         ax.text((left + right)/2, height - .5, '//', ha='center', va='center', fontsize=9)
@@ -282,8 +312,11 @@ class Trajectory:
                  end:int|None=None,                         # the event after the window's last
                  prediction_time:datetime|None=None):       # time to mark
         missing = [c for c in NEEDED if c not in rows.columns]
-        if missing: raise ValueError(f"column {missing[0]} is missing: give rows of the trajectory store, with {', '.join(NEEDED)}")
-        if rows['subject_id'].n_unique() != 1: raise ValueError(f"rows of {rows['subject_id'].n_unique()} patients: a trajectory is one patient's; filter by subject_id first")
+        if missing:
+            raise ValueError(f"column {missing[0]} is missing: give rows of the trajectory store, with {', '.join(NEEDED)}")
+        if rows['subject_id'].n_unique() != 1:
+            raise ValueError(f"rows of {rows['subject_id'].n_unique()} patients: "
+                             "a trajectory is one patient's; filter by subject_id first")
         self.rows = rows.with_columns(pl.col('table').cast(pl.String)).sort('event', maintain_order=True)
         self.subject_id, self.begin, self.end, self.prediction_time = rows['subject_id'][0], begin, end, prediction_time
         self.stays, self.part = _stays(self.rows), False
@@ -321,16 +354,20 @@ class Trajectory:
         if not len(kept): raise IndexError(f"no event in {key.start}:{key.stop}: the trajectory has {len(self)} events")
         some = Trajectory(self.rows.filter(pl.col('event').is_in(kept.implode())), self.begin, self.end, self.prediction_time)
         span = some.rows['start'].min(), some.rows['end'].max()
-        some.stays, some.part = self.stays.filter(pl.col('end') >= span[0], pl.col('start') <= span[1]) if span[0] else self.stays.clear(), True
+        some.stays, some.part = (self.stays.filter(pl.col('end') >= span[0], pl.col('start') <= span[1])
+                                 if span[0] else self.stays.clear()), True
         return some
 
     def summary(self) -> str: # one line
         "Who, how much, from when to when."
         times, stays = self.rows['time'].drop_nulls(), Counter(self.stays['table'])
-        parts = [f'Patient {self.subject_id}', f"{len(self)} event{'s'*(len(self) > 1)}, {len(self.rows)} row{'s'*(len(self.rows) > 1)}"]
+        parts = [f'Patient {self.subject_id}',
+                 f"{len(self)} event{'s'*(len(self) > 1)}, {len(self.rows)} row{'s'*(len(self.rows) > 1)}"]
         if len(times): parts.append(f'{_clock(times.min())} to {_clock(times.max())}')
-        parts += [f"{stays[t]} {name}{'s'*(stays[t] > 1)}" for t, name in (('admissions', 'admission'), ('edstays', 'ED stay'), ('icustays', 'ICU stay')) if stays[t]]
-        if self.windowed: parts.append(f"window {self.begin if self.begin is not None else ''}:{self.end if self.end is not None else ''}")
+        parts += [f"{stays[t]} {name}{'s'*(stays[t] > 1)}"
+                  for t, name in (('admissions', 'admission'), ('edstays', 'ED stay'), ('icustays', 'ICU stay')) if stays[t]]
+        if self.windowed:
+            parts.append(f"window {self.begin if self.begin is not None else ''}:{self.end if self.end is not None else ''}")
         if self.prediction_time: parts.append(f'prediction at {_clock(self.prediction_time)}')
         return ' · '.join(parts)
 

@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['DISPLAY', 'HIDDEN', 'FIELD', 'ITEM', 'MODULES_IN_ORDER', 'TIE', 'TABLE', 'MERGED', 'STORE', 'TIMES', 'STORED',
-           'UNTIL', 'DIED', 'KEYED', 'Display', 'python_floats', 'stream_table', 'order_rows', 'number_events',
-           'source_files', 'build_trajectories', 'count_rows', 'store_files', 'scan_store', 'read_patient']
+           'UNTIL', 'DIED', 'KEYED', 'Display', 'python_floats', 'dictionaries', 'stream_table', 'order_rows',
+           'number_events', 'source_files', 'build_trajectories', 'count_rows', 'store_files', 'scan_store',
+           'read_patient']
 
 # %% ../../nbs/data/03_trajectories.ipynb #78b64957
 import json, shutil
@@ -41,7 +42,8 @@ hosp | diagnoses_icd      | Diagnoses on International Classification of Disease
 hosp | drgcodes           | Drgcodes |
 hosp | emar               | Electronic Medicine Administration Record | medication, event_txt
 hosp | hcpcsevents        | Hcpcs Events |
-hosp | labevents          | Labotary Test Events | +item_name, valuenum, valueuom, ref_range_lower, ref_range_upper, flag, comments
+hosp | labevents          | Labotary Test Events | +item_name, valuenum, valueuom, ref_range_lower, ref_range_upper, flag, \
+comments
 hosp | microbiologyevents | Microbiology Test Events | test_name, dilution_text, interpretation, comments, ab_name
 hosp | omr                | Online Medical Record | result_name, result_value
 hosp | pharmacy           | Pharmacy | medication, proc_type, status
@@ -73,17 +75,19 @@ FIELD, ITEM = '\x1f', '\x1e'         # between cells; between the items of one c
 MODULES_IN_ORDER = ('hosp', 'note', 'ed', 'icu')
 TIE = {t: i for i, t in enumerate(DISPLAY)}
 TABLE = pl.Enum(list(DISPLAY))
-MERGED = pl.Schema(dict(subject_id=pl.Int64, table=TABLE, time=pl.Datetime('us'), order=pl.Int64, hadm_id=pl.Int64, stay_id=pl.Int64,
-                        cells=pl.String, until=pl.Datetime('us'), died=pl.Datetime('us')))
-STORE = pl.Schema(dict(subject_id=pl.Int64, event=pl.Int32, table=TABLE, time=pl.Datetime('us'), start=pl.Datetime('us'), end=pl.Datetime('us'),
-                       hadm_id=pl.Int64, stay_id=pl.Int64, cells=pl.String, until=pl.Datetime('us'), died=pl.Datetime('us')))
+MERGED = pl.Schema(dict(subject_id=pl.Int64, table=TABLE, time=pl.Datetime('us'), order=pl.Int64, hadm_id=pl.Int64,
+                        stay_id=pl.Int64, cells=pl.String, until=pl.Datetime('us'), died=pl.Datetime('us')))
+STORE = pl.Schema(dict(subject_id=pl.Int64, event=pl.Int32, table=TABLE, time=pl.Datetime('us'), start=pl.Datetime('us'),
+                       end=pl.Datetime('us'), hadm_id=pl.Int64, stay_id=pl.Int64, cells=pl.String, until=pl.Datetime('us'),
+                       died=pl.Datetime('us')))
 
 # %% ../../nbs/data/03_trajectories.ipynb #e1bb07c0
 TIMES = dict(patients=None, admissions='admittime', transfers='intime', services='transfertime', omr='chartdate', poe='ordertime',
-             labevents='charttime', microbiologyevents='charttime,chartdate', pharmacy='entertime', prescriptions='starttime', emar='charttime',
-             procedures_icd='chartdate', hcpcsevents='chartdate', diagnoses_icd=None, drgcodes=None, radiology='charttime', discharge='charttime',
-             edstays='intime', triage='intime', medrecon='charttime', pyxis='charttime', vitalsign='charttime', diagnosis='outtime',
-             icustays='intime', chartevents='charttime', datetimeevents='charttime', inputevents='starttime', ingredientevents='starttime',
+             labevents='charttime', microbiologyevents='charttime,chartdate', pharmacy='entertime', prescriptions='starttime',
+             emar='charttime', procedures_icd='chartdate', hcpcsevents='chartdate', diagnoses_icd=None, drgcodes=None,
+             radiology='charttime', discharge='charttime', edstays='intime', triage='intime', medrecon='charttime',
+             pyxis='charttime', vitalsign='charttime', diagnosis='outtime', icustays='intime', chartevents='charttime',
+             datetimeevents='charttime', inputevents='starttime', ingredientevents='starttime',
              outputevents='charttime', procedureevents='starttime')
 STORED = ('labevents', 'microbiologyevents', 'radiology', 'discharge') # have a storetime that the `available` policy uses
 UNTIL = dict(admissions='dischtime', edstays='outtime', icustays='outtime')
@@ -112,40 +116,62 @@ _ARRIVAL = r'(?is)((?:allergies|chief complaint):.*?)\n\s*(?:discharge |admissio
 
 _OVERWRITTEN = {('pharmacy', 'status')}
 
-def _lookups(source, table, protocol):
-    "[(frame, left columns, looked-up column)] of a table."
-    def item(d): return source.scan(d, ['itemid', 'label']).unique('itemid', keep='last', maintain_order=True).select('itemid', item_name='label')
-    def icd(frame, name): return frame.select(pl.col('icd_version').cast(pl.Int64), pl.col('icd_code').cast(pl.String), pl.col('long_title').alias(name)).unique(['icd_version', 'icd_code'], keep='last', maintain_order=True)
-    def ccs(kind):
-        m = code_map(source, kind)
-        return [] if m is None else [(icd(m.lazy(), 'CCS Type'), ['icd_version', 'icd_code'], 'CCS Type')]
-    if table == 'labevents': return [(item('d_labitems'), ['itemid'], 'item_name')]
-    if table in ('chartevents', 'datetimeevents', 'inputevents', 'ingredientevents', 'outputevents', 'procedureevents'): return [(item('d_items'), ['itemid'], 'item_name')]
-    if table == 'diagnoses_icd': return [(icd(source.scan('d_icd_diagnoses'), 'diagnoses'), ['icd_version', 'icd_code'], 'diagnoses'), *ccs('d_ccs_diagnoses')]
-    if table == 'procedures_icd': return [(icd(source.scan('d_icd_procedures'), 'procedures'), ['icd_version', 'icd_code'], 'procedures'), *ccs('d_ccs_procedures')]
-    if table == 'diagnosis': return ccs('d_ccs_diagnoses')
-    if table in ('prescriptions', 'medrecon') and (m := code_map(source, 'd_atc_prescriptions')) is not None:
-        return [(m.lazy().select(ndc11=pl.col('ndc_code').str.zfill(11), **{'ATC Type': 'atc_name'}).unique('ndc11', keep='last', maintain_order=True), ['ndc11'], 'ATC Type')]
-    if table == 'radiology' and source.has('radiology_detail'):
-        d = source.scan('radiology_detail', ['note_id', 'field_name', 'field_value']).filter(pl.col('field_name') == 'exam_name', pl.col('field_value').is_not_null())
-        return [(d.unique(['note_id', 'field_value'], keep='first', maintain_order=True).group_by('note_id').agg(pl.col('field_value').sort()).select('note_id', exam_name=pl.col('field_value').list.join(ITEM)), ['note_id'], 'exam_name')]
-    if table == 'admissions' and protocol == 'official' and source.has('discharge'):
-        d = source.scan('discharge', ['hadm_id', 'text']).filter(pl.col('hadm_id').is_not_null())
-        return [(d.select('hadm_id', admission_info=pl.col('text').str.extract(_ARRIVAL).str.strip_chars()).unique('hadm_id', keep='first', maintain_order=True), ['hadm_id'], 'admission_info')]
-    return []
+def _items(source, table): # itemid and its label
+    items = source.scan(table, ['itemid', 'label']).unique('itemid', keep='last', maintain_order=True)
+    return items.select('itemid', item_name='label')
+
+def _icd(frame, name): # a code and its title, as column `name`
+    codes = frame.select(pl.col('icd_version').cast(pl.Int64), pl.col('icd_code').cast(pl.String),
+                         pl.col('long_title').alias(name))
+    return codes.unique(['icd_version', 'icd_code'], keep='last', maintain_order=True)
+
+def _exams(source): # the examinations of a report, in one cell
+    names = source.scan('radiology_detail', ['note_id', 'field_name', 'field_value'])
+    names = names.filter(pl.col('field_name') == 'exam_name', pl.col('field_value').is_not_null())
+    names = names.unique(['note_id', 'field_value'], keep='first', maintain_order=True)
+    names = names.group_by('note_id').agg(pl.col('field_value').sort())
+    return names.select('note_id', exam_name=pl.col('field_value').list.join(ITEM))
+
+def _on_arrival(source): # allergies to history, out of the discharge summary
+    notes = source.scan('discharge', ['hadm_id', 'text']).filter(pl.col('hadm_id').is_not_null())
+    notes = notes.select('hadm_id', admission_info=pl.col('text').str.extract(_ARRIVAL).str.strip_chars())
+    return notes.unique('hadm_id', keep='first', maintain_order=True)
+
+def dictionaries(source:Source, # where the tables are
+                 table:str,     # an event table
+                 protocol:str   # strict or official
+)->list: # (LazyFrame, columns to join on, looked-up column) each
+    "Where the looked-up columns of a table come from."
+    icd, ccs = ['icd_version', 'icd_code'], None
+    if table in ('diagnoses_icd', 'diagnosis', 'procedures_icd'):
+        ccs = code_map(source, 'd_ccs_procedures' if table == 'procedures_icd' else 'd_ccs_diagnoses')
+    out = []
+    if table == 'labevents': out.append((_items(source, 'd_labitems'), ['itemid'], 'item_name'))
+    elif 'item_name' in DISPLAY[table].looked_up: out.append((_items(source, 'd_items'), ['itemid'], 'item_name'))
+    elif table == 'diagnoses_icd': out.append((_icd(source.scan('d_icd_diagnoses'), 'diagnoses'), icd, 'diagnoses'))
+    elif table == 'procedures_icd': out.append((_icd(source.scan('d_icd_procedures'), 'procedures'), icd, 'procedures'))
+    elif table == 'radiology' and source.has('radiology_detail'): out.append((_exams(source), ['note_id'], 'exam_name'))
+    elif table == 'admissions' and protocol == 'official' and source.has('discharge'):
+        out.append((_on_arrival(source), ['hadm_id'], 'admission_info'))
+    elif table in ('prescriptions', 'medrecon') and (atc := code_map(source, 'd_atc_prescriptions')) is not None:
+        classes = atc.lazy().select(ndc11=pl.col('ndc_code').str.zfill(11), **{'ATC Type': 'atc_name'})
+        out.append((classes.unique('ndc11', keep='last', maintain_order=True), ['ndc11'], 'ATC Type'))
+    if ccs is not None: out.append((_icd(ccs.lazy(), 'CCS Type'), icd, 'CCS Type'))
+    return out
 
 # %% ../../nbs/data/03_trajectories.ipynb #566a2e4b
 def stream_table(source:Source, # where the tables are
                  table:str,     # an event table
                  protocol:str,  # strict or official
                  times:str      # available or charttime
-)->tuple: # (LazyFrame of `MERGED` columns; function that says of each numeric column whether it holds whole numbers without gaps, or None)
+)->tuple: # LazyFrame of `MERGED` columns; function that says which numeric columns hold whole numbers without gaps, or None
     "The rows of one table as trajectory rows, and what its numeric columns are."
     shown = DISPLAY[table].columns
     lf = source.scan(table, row_index='row')
     if table in ('triage', 'diagnosis'):
-        lf = lf.join(source.scan('edstays', ['stay_id', 'intime', 'outtime']).unique('stay_id', keep='first', maintain_order=True), on='stay_id', how='left', maintain_order='left')
-    lookups = _lookups(source, table, protocol)
+        lf = lf.join(source.scan('edstays', ['stay_id', 'intime', 'outtime'])
+                     .unique('stay_id', keep='first', maintain_order=True), on='stay_id', how='left', maintain_order='left')
+    lookups = dictionaries(source, table, protocol)
     if any('ndc11' in on for _, on, _ in lookups):
         lf = lf.with_columns(ndc11=pl.col('ndc').cast(pl.String).str.split('.').list.first().str.zfill(11))
     for frame, on, _ in lookups: lf = lf.join(frame, on=on, how='left', maintain_order='left')
@@ -156,13 +182,17 @@ def stream_table(source:Source, # where the tables are
     instant = pl.coalesce([pl.col(c).cast(pl.Datetime('us')) for c in time]) if time else pl.lit(None, pl.Datetime('us'))
     if table == 'triage': instant = instant + pl.duration(seconds=1)
     def column(name, default=None): return pl.col(name) if name in schema else pl.lit(default)
-    stay = column('note_seq' if DISPLAY[table].module == 'note' else 'stay_id', 0) if DISPLAY[table].module != 'hosp' else pl.lit(0)
+    stay = (column('note_seq' if DISPLAY[table].module == 'note' else 'stay_id', 0) if DISPLAY[table].module != 'hosp'
+            else pl.lit(0))
     row = pl.col('row').cast(pl.Int64) if protocol == 'official' else pl.lit(0)
-    order = (MODULES_IN_ORDER.index(DISPLAY[table].module)*2**61 + (stay.cast(pl.Int64).fill_null(0) % 2**26)*2**35 + TIE[table]*2**30 + row % 2**30)
-    cells = pl.concat_str([_text(c, schema[c]) if c in found else pl.lit('') for c in shown], separator=FIELD) if shown else pl.lit('')
+    order = (MODULES_IN_ORDER.index(DISPLAY[table].module)*2**61 + (stay.cast(pl.Int64).fill_null(0) % 2**26)*2**35
+             + TIE[table]*2**30 + row % 2**30)
+    cells = pl.concat_str([_text(c, schema[c]) if c in found else pl.lit('') for c in shown],
+                          separator=FIELD) if shown else pl.lit('')
     rows = lf.select(pl.col('subject_id'), pl.lit(table).cast(TABLE).alias('table'), time=instant, order=order.cast(pl.Int64),
                      hadm_id=column('hadm_id').cast(pl.Int64), stay_id=column('stay_id').cast(pl.Int64), cells=cells,
-                     until=column(UNTIL.get(table, '')).cast(pl.Datetime('us')), died=column(DIED.get(table, '')).cast(pl.Datetime('us')))
+                     until=column(UNTIL.get(table, '')).cast(pl.Datetime('us')),
+                     died=column(DIED.get(table, '')).cast(pl.Datetime('us')))
     whole = [(pl.col(c).is_not_null().all() & (pl.col(c).cast(pl.Float64).floor() == pl.col(c)).all()).alias(c) for c in numeric]
     stats = (lambda first=None: (lf.head(first) if first else lf).select(whole)) if numeric else None
     return rows, stats
@@ -177,14 +207,17 @@ def order_rows(rows:pl.DataFrame, # `MERGED` rows of some patients
     first = pl.col('table') == 'patients'
     ties = ['order'] if protocol == 'official' else ['order', 'hadm_id', 'cells']
     timed = rows.filter(first | pl.col('time').is_not_null()).with_columns(
-        key=pl.when(first).then(pl.lit(-2**62)).otherwise(pl.col('time').dt.epoch('us'))).sort('subject_id', 'key', *ties, maintain_order=True).drop('key')
+        key=pl.when(first).then(pl.lit(-2**62)).otherwise(pl.col('time').dt.epoch('us'))).sort(
+        'subject_id', 'key', *ties, maintain_order=True).drop('key')
     loose = rows.filter(~first & pl.col('time').is_null())
     if not len(loose): return timed
     timed = timed.with_row_index('at')
     last = timed.filter(pl.col('hadm_id').is_not_null()).group_by('subject_id', 'hadm_id').agg(pl.col('at').max())
     whole = timed.group_by('subject_id').agg(end=pl.col('at').max())
-    loose = (loose.join(last, on=['subject_id', 'hadm_id'], how='left', maintain_order='left').join(whole, on='subject_id', how='left', maintain_order='left')
-             .with_columns(at=pl.coalesce('at', 'end'), late=pl.col('table').cast(pl.String).replace_strict(_LATE, default=2, return_dtype=pl.Int8),
+    loose = (loose.join(last, on=['subject_id', 'hadm_id'], how='left', maintain_order='left')
+             .join(whole, on='subject_id', how='left', maintain_order='left')
+             .with_columns(at=pl.coalesce('at', 'end'),
+                           late=pl.col('table').cast(pl.String).replace_strict(_LATE, default=2, return_dtype=pl.Int8),
                            lost=pl.col('at').is_null()))
     loose = loose.sort('at', 'lost', 'late', *ties, maintain_order=True)
     both = pl.concat([timed.select('at', *MERGED), loose.select('at', *MERGED)])
@@ -200,7 +233,8 @@ def number_events(rows:pl.DataFrame, # `MERGED` rows in trajectory order
     new = new_patient | (pl.col('table') != pl.col('table').shift(1))
     if protocol == 'strict': new = new | pl.col('hadm_id').ne_missing(pl.col('hadm_id').shift(1))
     rows = rows.with_columns(run=new.cum_sum() - 1)
-    runs = rows.group_by('run', maintain_order=True).agg(pl.col('subject_id').first(), start=pl.col('time').min(), end=pl.col('time').max())
+    runs = rows.group_by('run', maintain_order=True).agg(
+        pl.col('subject_id').first(), start=pl.col('time').min(), end=pl.col('time').max())
     runs = runs.with_columns(event=(pl.col('run') - pl.col('run').min().over('subject_id')).cast(pl.Int32))
     at = rows['run']
     return rows.with_columns(runs['event'].gather(at), runs['start'].gather(at), runs['end'].gather(at)).select(list(STORE))
@@ -214,7 +248,8 @@ def _stream_to_parts(source, table, protocol, times, shards, folder):
     with source.explaining(table):
         rows, stats = stream_table(source, table, protocol, times)
         rows = rows.with_columns(shard=pl.col('subject_id') % shards)
-        sink = rows.sink_parquet(pl.PartitionBy(part, key='shard', include_key=False), compression='lz4', statistics=False, mkdir=True, lazy=True)
+        sink = rows.sink_parquet(pl.PartitionBy(part, key='shard', include_key=False), compression='lz4', statistics=False,
+                                 mkdir=True, lazy=True)
         if stats is not None: # a gap or a fraction in the first rows settles it for most columns
             head = stats(10_000).collect(engine='streaming')
             stats = stats().select(settled) if (settled := [c for c in head.columns if head[c][0] is not False]) else None
@@ -237,7 +272,8 @@ def _assemble(shard, parts, out, protocol):
     with writing(path) as tmp: store.write_parquet(tmp, compression='zstd', compression_level=1, row_group_size=250_000)
 
 # %% ../../nbs/data/03_trajectories.ipynb #f8a50c07
-KEYED = ('patients', 'admissions', 'edstays', 'icustays', 'd_items', 'd_labitems', 'd_icd_diagnoses', 'd_icd_procedures') # a duplicate key here would spoil what is joined to it
+# a duplicate key here would spoil what is joined to it
+KEYED = ('patients', 'admissions', 'edstays', 'icustays', 'd_items', 'd_labitems', 'd_icd_diagnoses', 'd_icd_procedures')
 
 def source_files(source:Source # the tables
 )->dict: # name -> Path of everything a store is made of
@@ -263,25 +299,36 @@ def build_trajectories(source:Source,      # the tables
         for t in (bar := tqdm(tables, desc='tables', unit='table')):
             bar.set_postfix_str(t)
             if whole := _stream_to_parts(source, t, p.protocol, p.times, shards, parts)['integers']: integers[t] = whole
-        for _ in tqdm(Parallel(p.workers, return_as='generator')(delayed(_assemble)(s, parts, out, p.protocol) for s in range(shards)), desc='shards', unit='shard', total=shards): pass
+        for _ in tqdm(Parallel(p.workers, return_as='generator')(delayed(_assemble)(s, parts, out, p.protocol)
+                                                                 for s in range(shards)),
+                      desc='shards', unit='shard', total=shards): pass
         lost = [json.loads(f.read_text()) for f in sorted(parts.glob('lost-*.json'))]
         counts = count_rows(out)
         shutil.rmtree(parts)
-        return counts | dict(shards=shards, integers=integers, access=source.access, source=source.version,
-                             dropped={'subject_id not in patients': {t: sum(x.get(t, 0) for x in lost) for t in DISPLAY if any(t in x for x in lost)}})
+        return counts | dict(
+            shards=shards, integers=integers, access=source.access, source=source.version,
+            dropped={'subject_id not in patients': {t: sum(x.get(t, 0) for x in lost)
+                                                    for t in DISPLAY if any(t in x for x in lost)}})
     inputs = inputs if inputs is not None else fingerprint(source_files(source), run.folder/'fingerprints.json')
-    return build(run.trajectories, make, inputs, dict(protocol=p.protocol, times=p.times, shard_patients=p.shard_patients), 'data.trajectories')
+    return build(run.trajectories, make, inputs, dict(protocol=p.protocol, times=p.times, shard_patients=p.shard_patients),
+                 'data.trajectories')
 
 def count_rows(folder:Path # a trajectory store
 )->dict: # patients, rows, events and, by table, rows, events, rows without a time
     "Counts of a store, streamed."
     lf = scan_store(folder)
-    by = lf.group_by('table').agg(pl.len().alias('rows'), pl.col('time').is_null().sum().alias('timeless'), first=pl.col('time').min(), last=pl.col('time').max()).collect(engine='streaming')
+    by = lf.group_by('table').agg(
+        pl.len().alias('rows'), pl.col('time').is_null().sum().alias('timeless'),
+        first=pl.col('time').min(), last=pl.col('time').max()).collect(engine='streaming')
     new = (pl.col('event') != pl.col('event').shift(1)) | (pl.col('subject_id') != pl.col('subject_id').shift(1))
-    events = pl.concat([pl.read_parquet(f, columns=['subject_id', 'event', 'table']).filter(new.fill_null(True)).group_by('table').len('events') for f in store_files(folder)]).group_by('table').agg(pl.col('events').sum())
+    events = pl.concat([
+        pl.read_parquet(f, columns=['subject_id', 'event', 'table']).filter(new.fill_null(True)).group_by('table').len('events')
+        for f in store_files(folder)]).group_by('table').agg(pl.col('events').sum())
     by = by.join(events, on='table').sort('table')
-    return dict(patients=lf.select(pl.col('subject_id').n_unique()).collect(engine='streaming').item(), rows=int(by['rows'].sum()), events=int(by['events'].sum()),
-                tables={r['table']: {k: r[k] for k in ('rows', 'events', 'timeless', 'first', 'last')} for r in by.iter_rows(named=True)})
+    return dict(patients=lf.select(pl.col('subject_id').n_unique()).collect(engine='streaming').item(),
+                rows=int(by['rows'].sum()), events=int(by['events'].sum()),
+                tables={r['table']: {k: r[k] for k in ('rows', 'events', 'timeless', 'first', 'last')}
+                        for r in by.iter_rows(named=True)})
 
 def store_files(folder:Path # a trajectory store
 )->list: # its shards in order

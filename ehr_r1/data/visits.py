@@ -61,7 +61,8 @@ def joined(*parts)->pl.Series: # text
 def shown(numbers)->pl.Series: # text
     "Numbers as MIMIC-IV prints them: whole ones without a point."
     v = pl.col('v')
-    return pl.DataFrame({'v': gaps(numbers)}).select(pl.when(v == v.round()).then(v.cast(pl.Int64).cast(pl.String)).otherwise(v.cast(pl.String)))['v']
+    return pl.DataFrame({'v': gaps(numbers)}).select(
+        pl.when(v == v.round()).then(v.cast(pl.Int64).cast(pl.String)).otherwise(v.cast(pl.String)))['v']
 
 # %% ../../nbs/data/02c_visits.ipynb #b90e77fc
 def repeat(counts)->tuple[np.ndarray, np.ndarray]: # (which parent, 0-based number within it)
@@ -104,7 +105,8 @@ class Block:
     def devices(self):
         "Ventilator, vasopressors, lines and catheter of stays with intensive care."
         v, a, u = self.v, self.lib.arrays, self.rng.random((self.n, 4))
-        need = lambda field: v['icu'] & (v['vent' if field == 'vent' else 'pressor'] < sigmoid(a[field][self.k] + .8*(self.s - 1)))
+        need = lambda field: v['icu'] & (
+            v['vent' if field == 'vent' else 'pressor'] < sigmoid(a[field][self.k] + .8*(self.s - 1)))
         self.ventilated, self.pressor = need('vent'), need('pressor')
         surgical = self.is_a('coronary_bypass', 'valve_replacement')
         self.vent_hours = np.where(surgical, 5 + 8*u[:, 0], 10 + 60*u[:, 0]*self.severity)
@@ -153,9 +155,10 @@ def people(b:Block)->dict: # columns
 # %% ../../nbs/data/02c_visits.ipynb #406e222a
 KINDS = ['EW EMER.', 'OBSERVATION ADMIT', 'EU OBSERVATION', 'URGENT', 'SURGICAL SAME DAY ADMISSION', 'ELECTIVE', 'DIRECT EMER.',
     'DIRECT OBSERVATION', 'AMBULATORY OBSERVATION']
-PLACES = ['EMERGENCY ROOM', 'TRANSFER FROM HOSPITAL', 'PHYSICIAN REFERRAL', 'CLINIC REFERRAL', 'WALK-IN/SELF REFERRAL', 'PROCEDURE SITE',
-    'TRANSFER FROM SKILLED NURSING FACILITY']
-HOMES = ['HOME', 'HOME HEALTH CARE', 'SKILLED NURSING FACILITY', 'REHAB', 'HOSPICE', 'DIED', 'CHRONIC/LONG TERM ACUTE CARE', 'AGAINST ADVICE']
+PLACES = ['EMERGENCY ROOM', 'TRANSFER FROM HOSPITAL', 'PHYSICIAN REFERRAL', 'CLINIC REFERRAL', 'WALK-IN/SELF REFERRAL',
+    'PROCEDURE SITE', 'TRANSFER FROM SKILLED NURSING FACILITY']
+HOMES = ['HOME', 'HOME HEALTH CARE', 'SKILLED NURSING FACILITY', 'REHAB', 'HOSPICE', 'DIED', 'CHRONIC/LONG TERM ACUTE CARE',
+    'AGAINST ADVICE']
 
 def planned(c:dict)->bool:
     "Whether a condition is mostly a planned admission."
@@ -182,7 +185,8 @@ def homes(b:Block, u)->np.ndarray: # index into HOMES
     a = b.adm; who = b.who[a]
     need = -1.2 + .05*(b.p['age'][who] - 65) + .5*b.p['burden'][who] + .8*b.v['icu'][a] + .4*b.s[a]
     facility = np.array([2, 3, 6])[np.searchsorted([.75, .92], u[:, 4])]
-    alive_ = np.where(u[:, 3] < .75*sigmoid(need - .6), facility, np.where(u[:, 3] < .85*sigmoid(need + .9), 1, np.where(u[:, 3] > .985, 7, 0)))
+    alive_ = np.where(u[:, 3] < .75*sigmoid(need - .6), facility,
+                      np.where(u[:, 3] < .85*sigmoid(need + .9), 1, np.where(u[:, 3] > .985, 7, 0)))
     return np.where(b.v['died'][a], 5, alive_)
 
 def admissions(b:Block)->dict: # columns
@@ -192,13 +196,13 @@ def admissions(b:Block)->dict: # columns
     kind, place = admission_kinds(b, u)
     b.home = np.full(b.n, -1); b.home[a] = homes(b, u)
     ed = lambda x: when(np.where(v['ed'][a], x[a], -1))
-    return dict(**b.row(a), admittime=when(b.admit[a]), dischtime=when(b.disch[a]), deathtime=when(np.where(v['died'][a], b.disch[a], -1)),
-                admission_type=words(KINDS, kind),
+    return dict(**b.row(a), admittime=when(b.admit[a]), dischtime=when(b.disch[a]),
+                deathtime=when(np.where(v['died'][a], b.disch[a], -1)), admission_type=words(KINDS, kind),
                 admit_provider_id=words(PROVIDERS, b.provider[a]), admission_location=words(PLACES, place),
-                discharge_location=words(HOMES, b.home[a]),
-                insurance=pl.Series(p['insurance'][who]), language=pl.Series(p['language'][who]), marital_status=pl.Series(p['marital'][who]),
-                race=pl.Series(p['race'][who]),
-                edregtime=ed(b.t), edouttime=ed(b.out), hospital_expire_flag=v['died'][a].astype(int))
+                discharge_location=words(HOMES, b.home[a]), insurance=pl.Series(p['insurance'][who]),
+                language=pl.Series(p['language'][who]), marital_status=pl.Series(p['marital'][who]),
+                race=pl.Series(p['race'][who]), edregtime=ed(b.t), edouttime=ed(b.out),
+                hospital_expire_flag=v['died'][a].astype(int))
 
 # %% ../../nbs/data/02c_visits.ipynb #4ecb7917
 SERVICES = ['MED', 'CMED', 'SURG', 'OMED', 'CSURG', 'NSURG', 'NMED', 'ORTHO']
@@ -213,7 +217,8 @@ def services(b:Block)->dict: # columns
     later = np.minimum(b.admit[a] + ((5 + 25*u[:, 2])*HOUR).astype(np.int64), (b.admit[a] + b.disch[a])//2)
     visit = np.r_[a, a[change]]
     return dict(**b.row(visit), transfertime=when(np.r_[b.admit[a] + 60 + (u[:, 2]*60).astype(np.int64), later[change]]),
-                prev_service=words(SERVICES, np.r_[np.full(len(a), -1), first[change]]), curr_service=words(SERVICES, np.r_[first, own[change]]))
+                prev_service=words(SERVICES, np.r_[np.full(len(a), -1), first[change]]),
+                curr_service=words(SERVICES, np.r_[first, own[change]]))
 
 # %% ../../nbs/data/02c_visits.ipynb #2ce8e458
 def segments(b:Block)->dict: # rows: visit, j (number within the visit), kind, unit, a, z
@@ -238,19 +243,22 @@ def segments(b:Block)->dict: # rows: visit, j (number within the visit), kind, u
     pacu = adm & ~ed & ~icu & b.of_condition(lambda c: planned(c) and any(day == 0 for _, day in c['procedures'].values()))
     first = np.where(v['short'] & (u[:, 0] < .5), at['Emergency Department Observation'], np.where(pacu, at['PACU'], ward))
     two = adm & ~icu & (pacu | (((u[:, 1] < .3) | (first != ward)) & (b.disch - arrive > 20*HOUR)))
-    split = arrive + np.minimum((np.where(pacu, 5 + 4*u[:, 2], 8 + 26*u[:, 2])*60).astype(np.int64)*60, (b.disch - arrive)//120*60)
+    split = arrive + np.minimum((np.where(pacu, 5 + 4*u[:, 2], 8 + 26*u[:, 2])*60).astype(np.int64)*60,
+                                (b.disch - arrive)//120*60)
     add(adm & ~icu, 1, 1, first, arrive, np.where(two, split, b.disch))
     add(two, 2, 2, np.where((first == ward) & (u[:, 3] < .5), at['Med/Surg'], ward), split, b.disch)
     # with it: perhaps a ward first; a ward after each ICU stay that is left alive
     add(icu & ~direct, 1, 1, ward, arrive, in1)
     j = np.where(direct, 1, 2)
-    step_down = np.where((u[:, 3] < .4) & (ward == at.get('Medicine/Cardiology', -1)), at['Medicine/Cardiology Intermediate'], ward)
+    step_down = np.where((u[:, 3] < .4) & (ward == at.get('Medicine/Cardiology', -1)),
+                         at['Medicine/Cardiology Intermediate'], ward)
     for number, (mask, a, z, until) in enumerate(((icu, in1, out1, np.where(again, in2, b.disch)), (again, in2, out2, b.disch))):
         add(mask, j + 2*number, np.where(j + 2*number == 1, 1, 2), intensive, a, z)
         add(mask & (z < b.disch - 600), j + 2*number + 1, 2, step_down, z, until)
     add(adm, 9, 3, -1, b.disch, 0)
     both = lambda x, y: np.r_[x[icu], y[again]]
-    b.icu = dict(visit=np.r_[np.flatnonzero(icu), np.flatnonzero(again)], number=np.r_[np.zeros(icu.sum(), int), np.ones(again.sum(), int)],
+    b.icu = dict(visit=np.r_[np.flatnonzero(icu), np.flatnonzero(again)],
+                 number=np.r_[np.zeros(icu.sum(), int), np.ones(again.sum(), int)],
                  id=both(b.stay + j, b.stay + j + 2), a=both(in1, in2), z=both(out1, out2), unit=both(intensive, intensive))
     s = stack(parts)
     return take(s, np.lexsort((s['j'], s['visit'])))

@@ -25,17 +25,20 @@ from .scoring import auroc
 
 # %% ../../nbs/evaluation/22_baselines.ipynb #bd32b036
 COUNTED = dict( # table -> columns whose values are codes
-    patients=['gender'], admissions=['admission_type', 'admission_location'], transfers=['eventtype', 'careunit'], services=['curr_service'],
-    omr=['result_name'], poe=['order_type', 'order_subtype'], labevents=['item_name', 'flag'], microbiologyevents=['test_name', 'ab_name', 'interpretation'],
-    pharmacy=['medication'], prescriptions=['drug', 'ATC Type'], emar=['medication', 'event_txt'], procedures_icd=['procedures', 'CCS Type'],
-    diagnoses_icd=['diagnoses', 'CCS Type'], radiology=['exam_name'], discharge=['note_type'], edstays=['gender', 'race'], medrecon=['name', 'ATC Type'],
-    pyxis=['name'], vitalsign=['rhythm'], diagnosis=['icd_title', 'CCS Type'], chartevents=['item_name'], datetimeevents=['item_name'],
-    inputevents=['item_name'], ingredientevents=['item_name'], outputevents=['item_name'], procedureevents=['item_name'])
+    patients=['gender'], admissions=['admission_type', 'admission_location'], transfers=['eventtype', 'careunit'],
+    services=['curr_service'], omr=['result_name'], poe=['order_type', 'order_subtype'], labevents=['item_name', 'flag'],
+    microbiologyevents=['test_name', 'ab_name', 'interpretation'], pharmacy=['medication'], prescriptions=['drug', 'ATC Type'],
+    emar=['medication', 'event_txt'], procedures_icd=['procedures', 'CCS Type'], diagnoses_icd=['diagnoses', 'CCS Type'],
+    radiology=['exam_name'], discharge=['note_type'], edstays=['gender', 'race'], medrecon=['name', 'ATC Type'],
+    pyxis=['name'], vitalsign=['rhythm'], diagnosis=['icd_title', 'CCS Type'], chartevents=['item_name'],
+    datetimeevents=['item_name'], inputevents=['item_name'], ingredientevents=['item_name'], outputevents=['item_name'],
+    procedureevents=['item_name'])
 
 _VITALS = [(None, c) for c in ('temperature', 'heartrate', 'resprate', 'o2sat', 'sbp', 'dbp', 'pain')]
 MEASURED = dict( # table -> (column naming what is measured, column of the number)
-    patients=[(None, 'anchor_age')], omr=[('result_name', 'result_value')], labevents=[('item_name', 'valuenum')], triage=[*_VITALS, (None, 'acuity')],
-    vitalsign=_VITALS, chartevents=[('item_name', 'valuenum')], outputevents=[('item_name', 'value')])
+    patients=[(None, 'anchor_age')], omr=[('result_name', 'result_value')], labevents=[('item_name', 'valuenum')],
+    triage=[*_VITALS, (None, 'acuity')], vitalsign=_VITALS, chartevents=[('item_name', 'valuenum')],
+    outputevents=[('item_name', 'value')])
 
 WORDS = dict(triage='chiefcomplaint') # table -> column of which each word is a code
 
@@ -45,10 +48,12 @@ def observations(facts:pl.DataFrame # sample_id, table, time, cells: the rows th
     "Codes and measurements seen in each sample."
     facts = facts.with_columns(pl.col('sample_id').cast(pl.Categorical))
     parts = [facts.select('sample_id', code=pl.lit('rows:')+pl.col('table').cast(pl.String), value=pl.lit(None, pl.Float64))]
-    for (table,), rows in facts.with_columns(pl.col('table').cast(pl.String)).partition_by('table', as_dict=True, maintain_order=True).items():
+    for (table,), rows in facts.with_columns(pl.col('table').cast(pl.String)).partition_by(
+            'table', as_dict=True, maintain_order=True).items():
         if table not in COUNTED and table not in MEASURED: continue
         at = {c: f'{i}' for i, c in enumerate(DISPLAY[table].columns)}
-        cells = rows.select('sample_id', pl.col('cells').str.split_exact('\x1f', len(at)-1).struct.rename_fields(list(at.values()))).unnest('cells')
+        cells = rows.select('sample_id', pl.col('cells').str.split_exact('\x1f', len(at)-1).struct.rename_fields(
+            list(at.values()))).unnest('cells')
         def seen(code, value=None):
             return cells.select('sample_id', code=code, value=value if value is not None else pl.lit(None, pl.Float64))
         def filled(column): return pl.when(pl.col(column).str.len_bytes() > 0).then(pl.col(column))
@@ -60,7 +65,8 @@ def observations(facts:pl.DataFrame # sample_id, table, time, cells: the rows th
             code = pl.lit(f'{table}:{c}=')+filled(at[name]) if name else pl.lit(f'{table}:{c}')
             parts.append(seen(code, number).filter(pl.col('code').is_not_null() & pl.col('value').is_finite()))
         if table in WORDS:
-            words = cells.select('sample_id', code=pl.col(at[WORDS[table]]).str.to_lowercase().str.extract_all(r'[a-z]+')).explode('code').drop_nulls()
+            words = cells.select('sample_id', code=pl.col(at[WORDS[table]]).str.to_lowercase().str.extract_all(
+                r'[a-z]+')).explode('code').drop_nulls()
             parts.append(words.select('sample_id', code=pl.lit(f'{table}:word=')+pl.col('code'), value=pl.lit(None, pl.Float64)))
     return pl.concat(parts).with_columns(pl.col('code').cast(pl.Categorical))
 
@@ -75,16 +81,19 @@ class Vocabulary:
 
 def _binned(seen, cuts):
     "How often each code and bin was seen in each sample."
-    steps = cuts.sort('code', 'cut').select('code', pl.int_range(1, pl.len()+1).over('code').cast(pl.Int8).alias('bin'), pl.col('cut').alias('value')).sort('value')
+    steps = cuts.sort('code', 'cut').select(
+        'code', pl.int_range(1, pl.len()+1).over('code').cast(pl.Int8).alias('bin'), pl.col('cut').alias('value')).sort('value')
     plain = seen.filter(pl.col('value').is_null()).select('sample_id', 'code', bin=pl.lit(-1, pl.Int8))
     values = seen.filter(pl.col('value').is_not_null()).join(cuts.select('code').unique(), on='code', how='semi').sort('value')
-    values = values.join_asof(steps, on='value', by='code', check_sortedness=False).select('sample_id', 'code', pl.col('bin').fill_null(0))
+    values = values.join_asof(steps, on='value', by='code', check_sortedness=False).select(
+        'sample_id', 'code', pl.col('bin').fill_null(0))
     return pl.concat([plain, values]).group_by('sample_id', 'code', 'bin').len('n')
 
 def learn_vocabulary(seen:pl.DataFrame # observations of training samples, no others
 )->Vocabulary: # columns and cuts
     "Columns and cuts, from training samples."
-    values = seen.filter(pl.col('value').is_not_null()).group_by('code').agg(pl.col('value').sort()).filter(pl.col('value').list.len() >= VALUES)
+    values = seen.filter(pl.col('value').is_not_null()).group_by('code').agg(pl.col('value').sort()).filter(
+        pl.col('value').list.len() >= VALUES)
     tenths = [pl.col('value').list.get((pl.col('value').list.len()*d)//10) for d in range(1, 10)]
     cuts = values.select('code', cut=pl.concat_list(tenths).list.unique()).explode('cut')
     columns = _binned(seen, cuts).group_by('code', 'bin').len().filter(pl.col('len') >= SUPPORT).select('code', 'bin')
@@ -96,8 +105,10 @@ def count_matrix(seen:pl.DataFrame,     # observations
 )->sparse.csr_matrix: # samples x columns: how often each code was seen
     "Counts of codes."
     rows = pl.DataFrame(dict(sample_id=sample_ids), schema=dict(sample_id=pl.Categorical)).with_row_index('row')
-    c = _binned(seen, vocabulary.cuts).join(rows, on='sample_id').join(vocabulary.columns.with_row_index('column'), on=['code', 'bin']).sort('row', 'column')
-    return sparse.csr_matrix((c['n'].to_numpy().astype(float), (c['row'].to_numpy(), c['column'].to_numpy())), shape=(len(rows), vocabulary.columns.height))
+    c = _binned(seen, vocabulary.cuts).join(rows, on='sample_id').join(
+        vocabulary.columns.with_row_index('column'), on=['code', 'bin']).sort('row', 'column')
+    return sparse.csr_matrix((c['n'].to_numpy().astype(float), (c['row'].to_numpy(), c['column'].to_numpy())),
+                             shape=(len(rows), vocabulary.columns.height))
 
 def unit_rows(counts:sparse.csr_matrix # samples x codes
 )->sparse.csr_matrix: # log(1+count), each row of length 1
@@ -117,9 +128,12 @@ def dense_features(seen:pl.DataFrame,             # observations, in the order o
     "Counts of the most common codes and latest values of the most common measurements."
     support = np.diff(counts[training].tocsc().indptr)
     top = np.sort(np.argsort(-support, kind='stable')[:codes])
-    rows = pl.DataFrame(dict(sample_id=sample_ids, training=training), schema_overrides=dict(sample_id=pl.Categorical)).with_row_index('row')
-    latest = seen.filter(pl.col('value').is_not_null()).group_by('sample_id', 'code', maintain_order=True).last().join(rows, on='sample_id')
-    common = latest.filter('training').group_by('code').len().filter(pl.col('len') >= SUPPORT).sort('len', pl.col('code').cast(pl.String), descending=[True, False]).head(measurements)
+    rows = pl.DataFrame(dict(sample_id=sample_ids, training=training),
+                        schema_overrides=dict(sample_id=pl.Categorical)).with_row_index('row')
+    latest = seen.filter(pl.col('value').is_not_null()).group_by('sample_id', 'code', maintain_order=True).last().join(
+        rows, on='sample_id')
+    common = latest.filter('training').group_by('code').len().filter(pl.col('len') >= SUPPORT).sort(
+        'len', pl.col('code').cast(pl.String), descending=[True, False]).head(measurements)
     at = latest.join(common.select('code').with_row_index('column'), on='code')
     values = np.full((len(rows), len(common)), np.nan)
     values[at['row'].to_numpy(), at['column'].to_numpy()] = at['value'].to_numpy()
@@ -217,7 +231,8 @@ def _risk(samples, make, split, seed):
     can_tune = len(tune) >= TUNING and 0 < y[tune].sum() < len(tune)
     fits = [_logistic(x[train], y[train], c) for c in (STRENGTHS if can_tune else STRENGTHS[1:2])]
     fit = max(fits, key=lambda f: auroc(y[tune], f.predict_proba(x[tune])[:, 1])) if can_tune else fits[0]
-    trees = HistGradientBoostingClassifier(max_iter=200 if can_tune else 60, learning_rate=.1, max_leaf_nodes=8, min_samples_leaf=10, l2_regularization=1.,
+    trees = HistGradientBoostingClassifier(max_iter=200 if can_tune else 60, learning_rate=.1, max_leaf_nodes=8,
+                                           min_samples_leaf=10, l2_regularization=1.,
                                            early_stopping=can_tune, random_state=seed % 2**32)
     with threadpool_limits(1, 'openmp'):  # sums in one order, whatever the number of cores
         trees.fit(dense[train], y[train], **(dict(X_val=dense[tune], y_val=y[tune]) if can_tune else {}))
@@ -228,7 +243,7 @@ def _risk(samples, make, split, seed):
 PREDICTIONS = dict(sample_id=pl.String, task=pl.String, answer=pl.List(pl.String), risk=pl.Float64, fallback=pl.String)
 
 def fit_task(samples:pl.DataFrame, # of one task: sample_id, subject_id, task, family, split, label
-             facts,                # sample_id, table, time, cells of these samples, or a function from the samples (without labels) to them
+             facts,                # their sample_id, table, time, cells, or a function to them from the samples without labels
              seed:int=0            # of the run
 )->dict: # system -> predictions for the held-out samples
     "Fit the baselines of one task on train, choose on tuning, answer for held_out."
@@ -241,29 +256,38 @@ def fit_task(samples:pl.DataFrame, # of one task: sample_id, subject_id, task, f
     if not (samples['split'] == 'held_out').any(): return {s: pl.DataFrame(schema=PREDICTIONS) for s in systems}
     split, ids = samples['split'].to_numpy(), samples['sample_id']
     def make(trees=False):
-        rows = facts(samples.drop('label')) if callable(facts) else facts.join(samples.select('sample_id'), on='sample_id', how='semi', maintain_order='left')
+        rows = facts(samples.drop('label')) if callable(facts) else facts.join(
+            samples.select('sample_id'), on='sample_id', how='semi', maintain_order='left')
         seen = observations(rows)
         training = split == 'train'
-        vocabulary = learn_vocabulary(seen.join(samples.filter(training).select(pl.col('sample_id').cast(pl.Categorical)), on='sample_id', how='semi'))
+        vocabulary = learn_vocabulary(seen.join(
+            samples.filter(training).select(pl.col('sample_id').cast(pl.Categorical)), on='sample_id', how='semi'))
         counts = count_matrix(seen, ids, vocabulary)
         return unit_rows(counts), dense_features(seen, ids, counts, training) if trees else None
     if family == 'risk':
-        made, value = _risk(samples.with_columns(pl.col('label').fill_null(['no'])), make, split, seed_of(seed, 'baselines', task)), 'risk'
+        made, value = (_risk(samples.with_columns(pl.col('label').fill_null(['no'])), make, split,
+                             seed_of(seed, 'baselines', task)), 'risk')
     else: made, value = _decision(samples.with_columns(pl.col('label').fill_null([])), make, split), 'answer'
     held = ids.filter(samples['split'] == 'held_out')
     empty = {c: [None]*len(held) for c in ('answer', 'risk')}
-    return {s: pl.DataFrame(dict(sample_id=held, task=[task]*len(held)) | empty | {value: list(v), 'fallback': [why]*len(held)}, schema=PREDICTIONS) for s, (v, why) in made.items()}
+    return {s: pl.DataFrame(dict(sample_id=held, task=[task]*len(held)) | empty | {value: list(v), 'fallback': [why]*len(held)},
+                            schema=PREDICTIONS)
+            for s, (v, why) in made.items()}
 
 # %% ../../nbs/evaluation/22_baselines.ipynb #f4f9b4c8
 def run_baselines(samples:pl.DataFrame, # of all tasks and splits
-                  facts,                # window facts of these samples, or a function from a task's samples (without labels) to them
+                  facts,                # their window facts, or a function to them from a task's samples without labels
                   seed:int=0,           # of the run
                   workers:int=2,        # tasks at a time
                   progress:bool=True    # show a bar
 )->dict: # system -> predictions for the held-out samples of all tasks
     "Predictions of the four baselines."
     groups = sorted(samples.partition_by('task', as_dict=True).items())
-    def of(part): return facts if callable(facts) else facts.join(part.select('sample_id'), on='sample_id', how='semi', maintain_order='left')
-    done = Parallel(n_jobs=min(workers, len(groups)) or 1, return_as='generator', pre_dispatch='n_jobs')(delayed(fit_task)(part, of(part), seed) for _, part in groups)
+    def of(part):
+        return facts if callable(facts) else facts.join(
+            part.select('sample_id'), on='sample_id', how='semi', maintain_order='left')
+    done = Parallel(n_jobs=min(workers, len(groups)) or 1, return_as='generator', pre_dispatch='n_jobs')(
+        delayed(fit_task)(part, of(part), seed) for _, part in groups)
     made = list(tqdm(done, total=len(groups), desc='baselines', disable=not progress))
-    return {s: pl.concat([m[s] for m in made if s in m]) if any(s in m for m in made) else pl.DataFrame(schema=PREDICTIONS) for s in SYSTEMS}
+    return {s: pl.concat([m[s] for m in made if s in m]) if any(s in m for m in made) else pl.DataFrame(schema=PREDICTIONS)
+            for s in SYSTEMS}

@@ -28,7 +28,8 @@ def read_samples(run:Run,  # samples must stand
     "The samples of a run, all splits; a run without caps is fitted and scored on those that the caps would choose."
     samples = pl.concat([scan_samples(run, name).drop('messages', 'candidates').collect() for name in SETS])
     if p.caps == 'paper' or not len(samples): return samples
-    chosen = [choose(task.drop('split', 'weight'), replace(p, caps='paper'))[0] for task in samples.partition_by('task', maintain_order=True)]
+    chosen = [choose(task.drop('split', 'weight'), replace(p, caps='paper'))[0]
+              for task in samples.partition_by('task', maintain_order=True)]
     return pl.concat(chosen).select(samples.columns)
 
 def write_predictions(folder:str|Path, # the run's predictions/
@@ -56,16 +57,20 @@ def predict_ceiling(samples:pl.DataFrame, # EHR-Bench rows with hadm_id and stay
     for key, rows in (('stay_id', by_stay), ('hadm_id', ~by_stay)):
         known = truth.filter(rows & pl.col(key).is_not_null()).select('task', 'subject_id', key, 'risk')
         if (twice := known.filter(pl.struct('task', 'subject_id', key).is_duplicated())).height:
-            raise ValueError(f"truth: {twice['task'][0]} of {key} {twice[key][0]} stands there more than once ({twice.height} such rows)")
+            raise ValueError(f"truth: {twice['task'][0]} of {key} {twice[key][0]} stands there more than once "
+                             f"({twice.height} such rows)")
         part = asked.filter(rows)
-        if part.height: parts.append(part.select('sample_id', 'task', 'subject_id', key).join(known, on=['task', 'subject_id', key], how='left').select('sample_id', 'task', 'risk'))
+        if part.height:
+            parts.append(part.select('sample_id', 'task', 'subject_id', key).join(
+                known, on=['task', 'subject_id', key], how='left').select('sample_id', 'task', 'risk'))
     made = pl.concat(parts) if parts else pl.DataFrame(schema={c: PREDICTIONS[c] for c in ('sample_id', 'task', 'risk')})
     lack = pl.when(pl.col('risk').is_null()).then(pl.lit('not in truth'))
-    return made.select('sample_id', 'task', pl.lit(None, PREDICTIONS['answer']).alias('answer'), 'risk', fallback=lack).sort('task', 'sample_id')
+    return made.select('sample_id', 'task', pl.lit(None, PREDICTIONS['answer']).alias('answer'), 'risk', fallback=lack).sort(
+        'task', 'sample_id')
 
 # %% ../../nbs/evaluation/23_benchmark.ipynb #a555ae1c
 def predict_baselines(samples:pl.DataFrame, # all splits, from `read_samples`
-                      facts,                # function from a task's samples to their window facts (sample_id, table, time, cells), or all of them
+                      facts,                # window facts: rows of `FACTS`, or a function to them from a task's samples
                       folder:str|Path,      # predictions/
                       truth:pl.DataFrame|None=None, # of the synthetic hospital
                       seed:int=0,           # of the run
@@ -82,7 +87,8 @@ def task_facts(part:pl.DataFrame, # samples of one task
 )->pl.DataFrame: # sample_id, table, time, cells
     "The window facts of one task."
     found = sorted((folder/part['task'][0]).glob('*.parquet'))
-    return pl.read_parquet(found) if found else pl.DataFrame(schema=dict(sample_id=pl.String, table=pl.String, time=pl.Datetime('us'), cells=pl.String))
+    return pl.read_parquet(found) if found else pl.DataFrame(
+        schema=dict(sample_id=pl.String, table=pl.String, time=pl.Datetime('us'), cells=pl.String))
 
 def write_facts(run:Run,              # the run; its trajectories must stand
                 samples:pl.DataFrame, # all splits and tasks
@@ -109,7 +115,8 @@ def build_predictions(run:Run,  # the run; its trajectories and samples must sta
         samples, facts = read_samples(run, p), out/'facts'
         shutil.rmtree(facts, ignore_errors=True)
         write_facts(run, samples, facts)
-        counts = predict_baselines(samples, partial(task_facts, folder=facts), out, pl.read_parquet(truth) if truth else None, p.seed, p.workers)
+        counts = predict_baselines(samples, partial(task_facts, folder=facts), out, pl.read_parquet(truth) if truth else None,
+                                   p.seed, p.workers)
         shutil.rmtree(facts)
         return counts
     return build(run.predictions, make, inputs, dict(seed=p.seed, caps=p.caps), 'evaluation.benchmark')
@@ -124,7 +131,8 @@ def calibration_table(samples:pl.DataFrame, # EHR-Bench rows
         m = match_risk(samples, frame)
         if not m.height: continue
         groups = {**{task: t for (task,), t in m.partition_by('task', as_dict=True, maintain_order=True).items()}, 'overall': m}
-        parts += [calibration(t['gold'], t['risk']).select(pl.lit(system).alias('system'), pl.lit(task).alias('task'), pl.all()) for task, t in groups.items()]
+        parts += [calibration(t['gold'], t['risk']).select(pl.lit(system).alias('system'), pl.lit(task).alias('task'), pl.all())
+                  for task, t in groups.items()]
     return pl.concat(parts) if parts else pl.DataFrame(schema=dict(system=pl.String, task=pl.String))
 
 def score_run(samples:pl.DataFrame,   # EHR-Bench rows
@@ -137,7 +145,8 @@ def score_run(samples:pl.DataFrame,   # EHR-Bench rows
     "Score all systems of a run, compare them in pairs and write the tables."
     scores = evaluate(samples, predictions, seed, replicates)
     pairs = [compare(scores, a, b, tasks) for a, b in combinations(predictions, 2)]
-    made = dict(scores=score_table(scores, tasks), comparisons=pl.concat(pairs) if pairs else pl.DataFrame(schema=COMPARISON), calibration=calibration_table(samples, predictions))
+    made = dict(scores=score_table(scores, tasks), comparisons=pl.concat(pairs) if pairs else pl.DataFrame(schema=COMPARISON),
+                calibration=calibration_table(samples, predictions))
     Path(folder).mkdir(parents=True, exist_ok=True)
     for name, frame in made.items():
         with writing(Path(folder)/f'{name}.parquet') as tmp: frame.write_parquet(tmp)
@@ -148,13 +157,17 @@ def build_scores(run:Run,  # the run; its samples and predictions must stand
                  p:Profile # seed, replicates
 )->bool: # False if it was up to date
     "The scores stage; the 42 tasks of the headline enter the overall rows."
-    inputs = dict(samples=read_manifest(run.samples)['key'], **fingerprint({f.stem: f for f in run.predictions.glob('*.parquet')}))
+    inputs = dict(samples=read_manifest(run.samples)['key'],
+                  **fingerprint({f.stem: f for f in run.predictions.glob('*.parquet')}))
     headline = {t for t, task in TASKS.items() if task.in_42}
-    def make(out): return score_run(read_samples(run, p).filter(pl.col('split') == 'held_out'), read_predictions(run.predictions), out, headline, p.seed, p.replicates)
+    def make(out):
+        return score_run(read_samples(run, p).filter(pl.col('split') == 'held_out'), read_predictions(run.predictions), out,
+                         headline, p.seed, p.replicates)
     return build(run.scores, make, inputs, dict(seed=p.seed, replicates=p.replicates), 'evaluation.benchmark')
 
 # %% ../../nbs/evaluation/23_benchmark.ipynb #6cabac17
 def published()->pl.DataFrame: # paper, item, system, metric, value, half_width_95, note
     "Results that others published."
-    schema = dict(paper=pl.String, item=pl.String, system=pl.String, metric=pl.String, value=pl.Float64, half_width_95=pl.Float64, note=pl.String)
+    schema = dict(paper=pl.String, item=pl.String, system=pl.String, metric=pl.String, value=pl.Float64,
+                  half_width_95=pl.Float64, note=pl.String)
     return pl.read_csv(files('ehr_r1.evaluation').joinpath('published.csv').read_bytes(), schema=schema)

@@ -15,10 +15,13 @@ from tqdm import tqdm
 from ..config import Run, build, read_manifest, writing
 
 SMALLEST = 10 # counts below this are suppressed for credentialed data (the usual rule for data use agreements)
-STYLE = {'figure.dpi': 100, 'font.size': 9.5, 'axes.titlesize': 10.5, 'axes.titlelocation': 'left', 'axes.spines.top': False, 'axes.spines.right': False, 'axes.axisbelow': True,
-         'grid.color': '#e6e6e6', 'legend.frameon': False, 'figure.constrained_layout.use': True} # matplotlib settings of all reports
-SOURCES = {'synthetic': 'a synthetic hospital in the layout of MIMIC-IV; nobody in it is real', 'demo-2.2': 'the open MIMIC-IV demo, version 2.2',
-           'unknown': 'tables in the layout of MIMIC-IV, of no release known here'} | {v: f'MIMIC-IV {v}' for v in ('2.2', '3.0', '3.1', '3.x')}
+STYLE = {'figure.dpi': 100, 'font.size': 9.5, 'axes.titlesize': 10.5, 'axes.titlelocation': 'left', 'axes.spines.top': False,
+         'axes.spines.right': False, 'axes.axisbelow': True, 'grid.color': '#e6e6e6', 'legend.frameon': False,
+         'figure.constrained_layout.use': True} # matplotlib settings of all reports
+SOURCES = {'synthetic': 'a synthetic hospital in the layout of MIMIC-IV; nobody in it is real',
+           'demo-2.2': 'the open MIMIC-IV demo, version 2.2',
+           'unknown': 'tables in the layout of MIMIC-IV, of no release known here',
+           **{v: f'MIMIC-IV {v}' for v in ('2.2', '3.0', '3.1', '3.x')}}
 
 # %% ../../nbs/evaluation/24_reporting.ipynb #28e000b6
 def suppress(table:pl.DataFrame, # an aggregate
@@ -44,9 +47,12 @@ class Report:
               seed:int           # the same; must be the run's
     ):
         "Print what the run was made from; every report starts with it."
-        if seed != self.params['seed']: raise ValueError(f"run {self.run.name} was made with seed {self.params['seed']}, not {seed}")
-        for name, value in dict(run=f'{self.run.name} (profile {profile}, seed {seed})', data=SOURCES.get(self.source, self.source), access=self.access,
-                                settings=', '.join(f'{k} {self.params[k]}' for k in ('protocol', 'style', 'caps'))).items(): print(f'{name}: {value}')
+        if seed != self.params['seed']:
+            raise ValueError(f"run {self.run.name} was made with seed {self.params['seed']}, not {seed}")
+        print(f'run: {self.run.name} (profile {profile}, seed {seed})')
+        print(f'data: {SOURCES.get(self.source, self.source)}')
+        print(f'access: {self.access}')
+        print('settings: ' + ', '.join(f'{k} {self.params[k]}' for k in ('protocol', 'style', 'caps')))
     def count(self, n:int # people, stays, rows or samples
     )->str: # for a sentence
         "A count in words; from credentialed data small ones are not told."
@@ -65,7 +71,8 @@ class Report:
         "Write a figure as PNG and SVG, the same bytes for the same data."
         with matplotlib.rc_context({'svg.hashsalt': name}):
             for kind, meta in (('png', {'Software': None}), ('svg', {'Date': None, 'Creator': None})):
-                with writing(self.folder/f'{name}.{kind}') as f: fig.savefig(f, format=kind, dpi=150, bbox_inches='tight', metadata=meta)
+                with writing(self.folder/f'{name}.{kind}') as f:
+                    fig.savefig(f, format=kind, dpi=150, bbox_inches='tight', metadata=meta)
 
 def shown(table:pd.DataFrame # from `Report.table`
 )->HTML: # the same in every run
@@ -94,14 +101,18 @@ def run_report(template:Path,   # a notebook with a cell tagged `parameters`
     import nbformat, papermill # here, for they take seconds that the reports themselves and the other stages need not wait
     known = {p for p in papermill.inspect_notebook(str(template))}
     _parameters(nbformat.read(template, 4))
-    if unknown := set(parameters) - known: raise ValueError(f"{template.name}: no parameter {', '.join(sorted(unknown))}; its parameters cell has {', '.join(sorted(known))}")
+    if unknown := set(parameters) - known:
+        raise ValueError(f"{template.name}: no parameter {', '.join(sorted(unknown))}; its parameters cell has {', '.join(sorted(known))}")
     old = os.environ.get('EHR_R1_HOME')
     os.environ['EHR_R1_HOME'] = str(Path(home).resolve())
-    try: nb = papermill.execute_notebook(str(template), None, parameters=parameters, cwd=str(folder), kernel_name='python3', progress_bar=False, log_output=False)
+    try:
+        nb = papermill.execute_notebook(str(template), None, parameters=parameters, cwd=str(folder), kernel_name='python3',
+                                        progress_bar=False, log_output=False)
     finally:
         if old is None: os.environ.pop('EHR_R1_HOME', None)
         else: os.environ['EHR_R1_HOME'] = old
-    if not any('injected-parameters' in c.metadata.get('tags', []) for c in nb.cells): raise RuntimeError(f'{template.name}: the parameters did not arrive')
+    if not any('injected-parameters' in c.metadata.get('tags', []) for c in nb.cells):
+        raise RuntimeError(f'{template.name}: the parameters did not arrive')
     nb.metadata.pop('papermill', None); nb.metadata.pop('widgets', None)
     for i, c in enumerate(nb.cells):
         c.metadata = {k: v for k, v in c.metadata.items() if k == 'tags'}; c['id'] = f'cell-{i}'
@@ -120,6 +131,8 @@ def run_reports(run:Run,       # its scores must stand
     files = sorted(Path(templates).glob('[0-9]*.ipynb'))
     if not files: raise FileNotFoundError(f'no report notebooks in {templates}; run from the root of the repository')
     stages = {s: read_manifest(getattr(run, s))['key'] for s in ('trajectories', 'index', 'samples', 'predictions', 'scores')}
+    for s in ('graphs', 'chains'): # where there is knowledge
+        if (getattr(run, s)/'manifest.json').exists(): stages[s] = read_manifest(getattr(run, s))['key']
     access = read_manifest(run.trajectories)['counts']['access']
     source = lambda f: hashlib.blake2b(''.join(c.source for c in nbformat.read(f, 4).cells).encode(), digest_size=16).hexdigest()
     def make(out):
@@ -127,4 +140,5 @@ def run_reports(run:Run,       # its scores must stand
             bar.set_postfix_str(f.stem)
             if not (out/f.name).exists(): run_report(f, out, parameters, home)
         return dict(reports=[f.stem for f in files], access=access)
-    return build(run.reports if access == 'open' else run.private_reports, make, stages | {f.name: source(f) for f in files}, parameters, 'evaluation.reporting')
+    folder, inputs = run.reports if access == 'open' else run.private_reports, stages | {f.name: source(f) for f in files}
+    return build(folder, make, inputs, parameters, 'evaluation.reporting')

@@ -106,18 +106,24 @@ def calibration(gold,       # 1 for yes, 0 for no
     n, yes, total = (np.bincount(at, weights=x, minlength=bins) for x in (np.ones_like(risk), gold, risk))
     edges = np.arange(bins+1)/bins
     return pl.DataFrame(dict(low=edges[:-1], high=edges[1:], samples=n.astype(int), positives=yes.astype(int),
-                             mean_risk=_ratio(total, n), observed=_ratio(yes, n))).with_columns(pl.col('mean_risk', 'observed').fill_nan(None))
+                             mean_risk=_ratio(total, n), observed=_ratio(yes, n))).with_columns(
+        pl.col('mean_risk', 'observed').fill_nan(None))
 
 # %% ../../nbs/evaluation/20_scoring.ipynb #6b525a9a
 def _match(samples, predictions, family, value):
     "Samples of a family, of the tasks the predictions cover, with the predicted value beside them."
-    for frame, name, need in ((samples, 'samples', ['sample_id', 'subject_id', 'task', 'family', 'label']), (predictions, 'predictions', ['sample_id', 'task'])):
+    for frame, name, need in ((samples, 'samples', ['sample_id', 'subject_id', 'task', 'family', 'label']),
+                              (predictions, 'predictions', ['sample_id', 'task'])):
         if lack := [c for c in need if c not in frame.columns]: raise ValueError(f"{name}: no column {', '.join(lack)}")
         if (twice := frame.filter(pl.col('sample_id').is_duplicated())).height:
-            raise ValueError(f"{name}: sample_id {twice['sample_id'][0]!r} stands there more than once ({twice.height} such rows)")
+            raise ValueError(f"{name}: sample_id {twice['sample_id'][0]!r} stands there more than once "
+                             f"({twice.height} such rows)")
     lost = predictions.join(samples, on=['sample_id', 'task'], how='anti')
-    if lost.height: raise ValueError(f"predictions: {lost.height} rows fit no sample, e.g. {lost['sample_id'][0]!r}; are they of another run?")
-    kept = samples.filter(pl.col('family') == family).select('sample_id', 'subject_id', 'task', 'label').join(predictions.select('task').unique(), on='task', how='semi')
+    if lost.height:
+        raise ValueError(f"predictions: {lost.height} rows fit no sample, e.g. {lost['sample_id'][0]!r}; "
+                         "are they of another run?")
+    kept = samples.filter(pl.col('family') == family).select('sample_id', 'subject_id', 'task', 'label').join(
+        predictions.select('task').unique(), on='task', how='semi')
     if value not in predictions.columns:
         if kept.height: raise ValueError(f"predictions: {family} tasks are there, but no column {value}")
         predictions = predictions.with_columns(pl.lit(None).alias(value))
@@ -137,9 +143,12 @@ def match_risk(samples:pl.DataFrame,    # EHR-Bench rows
     "Risk samples with the predicted risk beside what happened."
     m = _match(samples, predictions, 'risk', 'risk')
     bad = m.filter(pl.col('risk').is_not_null() & ~pl.col('risk').cast(pl.Float64).is_between(0, 1))
-    if bad.height: raise ValueError(f"predictions: risk {bad['risk'][0]} of sample {bad['sample_id'][0]!r} is not between 0 and 1 ({bad.height} such rows)")
+    if bad.height:
+        raise ValueError(f"predictions: risk {bad['risk'][0]} of sample {bad['sample_id'][0]!r} "
+                         f"is not between 0 and 1 ({bad.height} such rows)")
     other = m.filter(~pl.col('label').list.join('\n').is_in(['yes', 'no']))
-    if other.height: raise ValueError(f"samples: label of {other['sample_id'][0]!r} is neither yes nor no ({other.height} such rows)")
+    if other.height:
+        raise ValueError(f"samples: label of {other['sample_id'][0]!r} is neither yes nor no ({other.height} such rows)")
     return m.select('sample_id', 'subject_id', 'task', gold=(pl.col('label').list.first() == 'yes').cast(pl.Int8),
                     risk=pl.col('risk').cast(pl.Float64).fill_null(.5), missing=pl.col('risk').is_null())
 
@@ -150,8 +159,10 @@ def score_risk(samples:pl.DataFrame,    # EHR-Bench rows
     rows = []
     for (task,), t in match_risk(samples, predictions).partition_by('task', as_dict=True, maintain_order=True).items():
         y, p = t['gold'].to_numpy(), t['risk'].to_numpy()
-        rows.append(dict(task=task, auroc=auroc(y, p), auprc=auprc(y, p), brier=brier(y, p), samples=len(y), positives=int(y.sum()), missing=int(t['missing'].sum())))
-    schema = dict(task=pl.String, auroc=pl.Float64, auprc=pl.Float64, brier=pl.Float64, samples=pl.Int64, positives=pl.Int64, missing=pl.Int64)
+        rows.append(dict(task=task, auroc=auroc(y, p), auprc=auprc(y, p), brier=brier(y, p), samples=len(y),
+                         positives=int(y.sum()), missing=int(t['missing'].sum())))
+    schema = dict(task=pl.String, auroc=pl.Float64, auprc=pl.Float64, brier=pl.Float64, samples=pl.Int64,
+                  positives=pl.Int64, missing=pl.Int64)
     return pl.DataFrame(rows, schema=schema).with_columns(pl.col('auroc', 'auprc', 'brier').fill_nan(None))
 
 # %% ../../nbs/evaluation/20_scoring.ipynb #d857c54a
@@ -221,16 +232,19 @@ def evaluate(samples:pl.DataFrame,    # EHR-Bench rows
         for (task,), t in score_decision(samples, frame).partition_by('task', as_dict=True, maintain_order=True).items():
             who, f1 = t['subject_id'].to_numpy(), t['f1'].to_numpy()
             draws, = _replicate(resamples, who, [lambda w: weighted_mean(f1, w)])
-            out.append(Score(system, task, 'decision', 'f1', weighted_mean(f1), draws, np.unique(who), len(f1), None, int(t['missing'].sum())))
+            out.append(Score(system, task, 'decision', 'f1', weighted_mean(f1), draws, np.unique(who), len(f1), None,
+                             int(t['missing'].sum())))
         for (task,), t in match_risk(samples, frame).partition_by('task', as_dict=True, maintain_order=True).items():
             who, y, p = (t[c].to_numpy() for c in ('subject_id', 'gold', 'risk'))
             draws = _replicate(resamples, who, [lambda w, f=f: f(y, p, w) for f in RISK_METRICS.values()])
             for (metric, f), d in zip(RISK_METRICS.items(), draws):
-                out.append(Score(system, task, 'risk', metric, f(y, p), d, np.unique(who), len(y), int(y.sum()), int(t['missing'].sum())))
+                out.append(Score(system, task, 'risk', metric, f(y, p), d, np.unique(who), len(y), int(y.sum()),
+                                 int(t['missing'].sum())))
     return out
 
 # %% ../../nbs/evaluation/20_scoring.ipynb #57cfed1b
-SCORES = dict(system=pl.String, task=pl.String, family=pl.String, metric=pl.String, value=pl.Float64, low=pl.Float64, high=pl.Float64,
+SCORES = dict(system=pl.String, task=pl.String, family=pl.String, metric=pl.String,
+              value=pl.Float64, low=pl.Float64, high=pl.Float64,
               samples=pl.Int64, patients=pl.Int64, positives=pl.Int64, tasks=pl.Int64, missing=pl.Int64, note=pl.String)
 
 def _mean_of(draws):
@@ -242,9 +256,12 @@ def _overall(scores):
     "The mean over tasks of one system, family and metric."
     used = [s for s in scores if np.isfinite(s.value)]
     first = scores[0]
-    return Score(first.system, 'overall', first.family, first.metric, float(np.mean([s.value for s in used])) if used else np.nan,
-                 _mean_of([s.draws for s in used]) if used else np.zeros(0), np.unique(np.concatenate([s.subjects for s in scores])),
-                 sum(s.samples for s in scores), None if first.family == 'decision' else sum(s.positives for s in scores), sum(s.missing for s in scores)), len(used)
+    return Score(first.system, 'overall', first.family, first.metric,
+                 float(np.mean([s.value for s in used])) if used else np.nan,
+                 _mean_of([s.draws for s in used]) if used else np.zeros(0),
+                 np.unique(np.concatenate([s.subjects for s in scores])), sum(s.samples for s in scores),
+                 None if first.family == 'decision' else sum(s.positives for s in scores),
+                 sum(s.missing for s in scores)), len(used)
 
 def _row(s, tasks=1, note=None):
     low, high = interval(s.draws) if len(s.subjects) > 1 else (None, None)
@@ -253,7 +270,8 @@ def _row(s, tasks=1, note=None):
         if s.metric in ('auroc', 'auprc') and s.positives in (0, s.samples): note = 'only yes' if s.positives else 'only no'
         elif len(s.subjects) < 2: note = 'one patient: no interval'
         elif low is None and len(s.draws): note = 'undefined in most resamples: no interval'
-    return dict(system=s.system, task=s.task, family=s.family, metric=s.metric, value=s.value if np.isfinite(s.value) else None, low=low, high=high,
+    return dict(system=s.system, task=s.task, family=s.family, metric=s.metric,
+                value=s.value if np.isfinite(s.value) else None, low=low, high=high,
                 samples=s.samples, patients=len(s.subjects), positives=s.positives, tasks=tasks, missing=s.missing, note=note)
 
 def _grouped(scores, key):
@@ -266,9 +284,11 @@ def score_table(scores:list,    # from `evaluate`
 )->pl.DataFrame: # columns of `SCORES`
     "Scores with 95 % intervals, in long format, overall rows included."
     rows = [_row(s) for s in scores]
-    for group in _grouped([s for s in scores if tasks is None or s.task in tasks], lambda s: (s.system, s.family, s.metric)).values():
+    for group in _grouped([s for s in scores if tasks is None or s.task in tasks],
+                          lambda s: (s.system, s.family, s.metric)).values():
         o, used = _overall(group)
-        rows.append(_row(o, used, None if used == len(group) else f'{used} of {len(group)} tasks; undefined: ' + ', '.join(s.task for s in group if not np.isfinite(s.value))))
+        rows.append(_row(o, used, None if used == len(group) else f'{used} of {len(group)} tasks; undefined: ' + ', '.join(
+            s.task for s in group if not np.isfinite(s.value))))
     return pl.DataFrame(rows, schema=SCORES)
 
 def score_all(samples:pl.DataFrame, # EHR-Bench rows
@@ -303,9 +323,11 @@ def compare(scores:list, # from `evaluate`, both systems in it
     def add(task, family, metric, difference, draws, parts):
         subjects = len(np.unique(np.concatenate([s.subjects for s in parts])))
         low, high = interval(draws) if subjects > 1 else (None, None)
-        rows.append(dict(first=first, second=second, task=task, family=family, metric=metric, difference=difference, low=low, high=high,
-                         p=p_value(draws) if subjects > 1 else None, samples=sum(s.samples for s in parts), patients=subjects, tasks=len(parts)))
+        rows.append(dict(first=first, second=second, task=task, family=family, metric=metric,
+                         difference=difference, low=low, high=high, p=p_value(draws) if subjects > 1 else None,
+                         samples=sum(s.samples for s in parts), patients=subjects, tasks=len(parts)))
     for k in both: add(*k, a[k].value-b[k].value, a[k].draws-b[k].draws, [a[k]])
     for (family, metric), keys in _grouped([k for k in both if tasks is None or k[0] in tasks], lambda k: k[1:]).items():
-        add('overall', family, metric, float(np.mean([a[k].value-b[k].value for k in keys])), _mean_of([a[k].draws-b[k].draws for k in keys]), [a[k] for k in keys])
+        add('overall', family, metric, float(np.mean([a[k].value-b[k].value for k in keys])),
+            _mean_of([a[k].draws-b[k].draws for k in keys]), [a[k] for k in keys])
     return pl.DataFrame(rows, schema=COMPARISON)
