@@ -37,7 +37,8 @@ class Reproduction:
             raise ValueError('profile paper is for real tables: give DATA=<folder of MIMIC-IV>')
         self.data, self.codes, self.knowledge_folder = data, codes, knowledge
         base = PROFILES[profile_name]
-        changed = {k: getattr(self.profile, k) for k in overrides if k != 'workers' and getattr(self.profile, k) != getattr(base, k)}
+        now = {k: getattr(self.profile, k) for k in overrides if k != 'workers'}
+        changed = {k: v for k, v in now.items() if v != getattr(base, k)}
         self.dataset = Path(data).resolve().name if data else 'hospital'
         name = '.'.join([profile_name, *([self.dataset] if data else []), *sorted(f'{k}-{v}' for k, v in changed.items())])
         self.run = Run(run or name.replace(' ', '_'), home)

@@ -25,7 +25,7 @@ def template(path, *cells):
 def home(tmp_path_factory):
     "A small synthetic hospital, up to its scores; with so few patients some AUROC are undefined."
     r = Reproduction('smoke', run='r', home=tmp_path_factory.mktemp('home'), patients=60, shard_patients=20, replicates=20, ins_per_task=60)
-    for stage in ('hospital', 'trajectories', 'index', 'samples', 'baselines', 'scores'): getattr(r, stage)()
+    for stage in ('hospital', 'trajectories', 'index', 'samples', 'knowledge', 'graphs', 'chains', 'baselines', 'scores'): getattr(r, stage)()
     return r.home
 
 def copied(home, folder):
@@ -41,7 +41,7 @@ def reported(home):
 
 # -- templates
 
-def test_there_are_three_reports(): assert [p.stem for p in TEMPLATES] == ['01_cohort', '02_tasks', '03_benchmark']
+def test_there_are_four_reports(): assert [p.stem for p in TEMPLATES] == ['01_cohort', '02_tasks', '03_benchmark', '04_thinking_graphs']
 
 @pytest.mark.parametrize('path', TEMPLATES, ids=lambda p: p.stem)
 def test_template_has_parameters_and_no_outputs(path):
@@ -81,7 +81,7 @@ def test_reports_need_templates_and_scores(home, tmp_path):
 def test_reports_are_whole(reported, home, script):
     names = {p.name for p in reported.reports.iterdir()}
     assert {p.name for p in TEMPLATES} | {'manifest.json', 'measured.json', 'benchmark.png', 'benchmark.csv'} <= names
-    for kind in ('png', 'svg'): assert {n for n in names if n.endswith(kind)} >= {f'{n}.{kind}' for n in ('cohort_tables', 'cohort_events', 'tasks_counts', 'benchmark', 'benchmark_risks')}
+    for kind in ('png', 'svg'): assert {n for n in names if n.endswith(kind)} >= {f'{n}.{kind}' for n in ('cohort_tables', 'cohort_events', 'tasks_counts', 'benchmark', 'benchmark_risks', 'graphs_counts', 'graphs_lift')}
     assert not [n for n in names if n.startswith('.')] and read_manifest(reported.reports)['counts']['access'] == 'open'
     check = script('.ci/check_commit.py')
     for path in TEMPLATES:
@@ -121,6 +121,29 @@ def test_nothing_scored_is_said_and_drawn(home, tmp_path):
     said = text(nbformat.read(tmp_path/'out'/'03_benchmark.ipynb', as_version=4))
     assert '**Risks.** No risk task could be scored.' in said and '**Decisions.** Over' in said and (tmp_path/'out'/'benchmark_risks.png').exists()
 
+def test_no_knowledge_is_said(home, tmp_path):
+    run = copied(home, tmp_path)
+    for stage in ('knowledge', 'graphs', 'chains'): shutil.rmtree(getattr(run, stage))
+    (tmp_path/'out').mkdir()
+    run_report(FOLDER/'04_thinking_graphs.ipynb', tmp_path/'out', SETTINGS, tmp_path)
+    assert 'no medical knowledge stood beside the tables' in text(nbformat.read(tmp_path/'out'/'04_thinking_graphs.ipynb', as_version=4))
+
+def test_cases_are_pages_and_ratings_come_back(reported, home, tmp_path):
+    pages = [p for p in reported.reports.iterdir() if p.name.startswith('case_')]
+    assert len(pages) == 3 and all('passes all filters' in p.read_text() and '✗' not in p.read_text() for p in pages)
+    run = copied(home, tmp_path)
+    sheet = run.folder/'rating'/'sheet'/'ratings.csv'
+    assert sheet.exists() and (sheet.parent/'rating.html').exists()
+    rows = pd.read_csv(sheet, dtype=str)
+    (run.folder/'rating'/'returned').mkdir()
+    for rater, shift in (('ann', 0), ('bob', 1)):
+        filled = rows.copy()
+        for q in rows.columns[rows.isna().all()]: filled[q] = rater if q == 'rater' else [str(1 + (i + shift*(i % 2)) % 5) for i in range(len(rows))]
+        filled.to_csv(run.folder/'rating'/'returned'/f'{rater}.csv', index=False)
+    (tmp_path/'out').mkdir()
+    run_report(FOLDER/'04_thinking_graphs.ipynb', tmp_path/'out', SETTINGS, tmp_path)
+    assert 'kappa' in (tmp_path/'out'/'graphs_agreement.csv').read_text()
+
 # -- credentialed data
 
 def test_suppress_hides_counts_from_1_to_9_and_their_row():
@@ -135,7 +158,7 @@ def test_small_counts_of_credentialed_data_stand_nowhere(home, tmp_path):
     (run.trajectories/'manifest.json').write_text(json.dumps(manifest))
     assert run_reports(run, FOLDER, SETTINGS, tmp_path) and not run.reports.exists()
     out = run.private_reports
-    counting = re.compile(r'^(samples|patients|positives|negatives|rows|events|number|yes|no|index|dropped|eligible|windows|cut|ehr_(ins|bench).*|(yes|no)_patients|window of .*|patient has .*)$')
+    counting = re.compile(r'^(samples|patients|positives|negatives|rows|events|number|yes|no|index|dropped|eligible|windows|cut|evidence|concepts|graphs|chains|cases|kept|pairs|terms|ehr_(ins|bench).*|(yes|no)_patients|window of .*|patient has .*)$')
     seen, hidden = 0, 0
     for path in out.glob('*.csv'):
         d = pl.read_csv(path, infer_schema_length=None)
@@ -144,6 +167,7 @@ def test_small_counts_of_credentialed_data_stand_nowhere(home, tmp_path):
             assert not d.filter(pl.col(c).is_between(1, SMALLEST - 1)).height, f'{path.name}: {c}'
             seen += d[c].count(); hidden += d[c].null_count()
     assert seen > 100 and hidden > 100
+    assert not list(out.glob('case_*'))
     scores = pl.read_csv(out/'benchmark.csv', infer_schema_length=None)
     assert scores.filter(pl.col('samples').is_null())['note'].null_count() == scores['samples'].null_count() > 0
     for path in TEMPLATES:

@@ -60,11 +60,13 @@ def code_books()->dict[str, pl.DataFrame]: # by table
         rows = [(r[f'icd{v}'], v, r[f'title{v}'], r['ccs' if v == 10 else 'ccs9'],
             r['ccs_name' if v == 10 else 'ccs9_name']) for r in table.values() for v in (10, 9)]
         schema = dict(icd_code=pl.String, icd_version=pl.Int64, long_title=pl.String, ccs_category=pl.String, name=pl.String)
-        return pl.DataFrame(rows, schema=schema, orient='row').unique(['icd_code', 'icd_version'], keep='first', maintain_order=True)
+        codes = pl.DataFrame(rows, schema=schema, orient='row')
+        return codes.unique(['icd_code', 'icd_version'], keep='first', maintain_order=True)
     items, null = lib.items, pl.lit(None, pl.Float64)
     out = dict(d_labitems=lib.labs.select('itemid', 'label', 'fluid', 'category'),
                d_items=items.select(
-                   pl.col('itemid').cast(pl.Int64), 'label', 'abbreviation', 'linksto', 'category', unitname='unit', param_type='param_type', lownormalvalue=null, highnormalvalue=null),
+                   pl.col('itemid').cast(pl.Int64), 'label', 'abbreviation', 'linksto', 'category', unitname='unit',
+                   param_type='param_type', lownormalvalue=null, highnormalvalue=null),
                d_hcpcs=pl.DataFrame(dict(
                    code=['G0378'], category=[None], long_description=['Hospital observation service, per hour'],
                    short_description=['Hospital observation per hr'])),
@@ -73,8 +75,8 @@ def code_books()->dict[str, pl.DataFrame]: # by table
                d_atc_prescriptions=lib.drugs.select(ndc_code='ndc', atc_code='atc', atc_name='atc_name'))
     for name, table in (('diagnoses', icd(lib.diagnoses)), ('procedures', icd(lib.procedures))):
         out[f'd_icd_{name}'] = table.select('icd_code', 'icd_version', 'long_title')
-        classes = table.select('icd_code', pl.col('icd_version').cast(pl.String), pl.col('name').alias('long_title'), 'ccs_category')
-        out[f'd_ccs_{name}'] = classes
+        version = pl.col('icd_version').cast(pl.String)
+        out[f'd_ccs_{name}'] = table.select('icd_code', version, pl.col('name').alias('long_title'), 'ccs_category')
     return out
 
 # %% ../../nbs/data/02_hospital.ipynb #b393a477

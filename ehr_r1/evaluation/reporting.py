@@ -102,7 +102,8 @@ def run_report(template:Path,   # a notebook with a cell tagged `parameters`
     known = {p for p in papermill.inspect_notebook(str(template))}
     _parameters(nbformat.read(template, 4))
     if unknown := set(parameters) - known:
-        raise ValueError(f"{template.name}: no parameter {', '.join(sorted(unknown))}; its parameters cell has {', '.join(sorted(known))}")
+        raise ValueError(f"{template.name}: no parameter {', '.join(sorted(unknown))}; "
+                         f"its parameters cell has {', '.join(sorted(known))}")
     old = os.environ.get('EHR_R1_HOME')
     os.environ['EHR_R1_HOME'] = str(Path(home).resolve())
     try:

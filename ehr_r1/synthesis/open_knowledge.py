@@ -236,4 +236,5 @@ def build_knowledge(run:Run, # its knowledge is written
         compiled = compile_knowledge(out/'rrf', out)
         shutil.rmtree(out/'rrf')
         return compiled | dict(sources=counts)
-    return build(run.knowledge, make, fingerprint(files, run.folder/'fingerprints-knowledge.json'), {}, 'synthesis.open_knowledge')
+    inputs = fingerprint(files, run.folder/'fingerprints-knowledge.json')
+    return build(run.knowledge, make, inputs, {}, 'synthesis.open_knowledge')

@@ -30,7 +30,8 @@ def _titles(style): return list(TITLES.values()) if style == 'compact' else [d.t
 
 @cache
 def _header(style): # how an event begins; only real titles count, whatever a note says
-    return re.compile(rf'^## ({"|".join(map(re.escape, sorted(_titles(style), key=len, reverse=True)))})(?: \[([^\]\n]*)\])?$', re.M)
+    titles = '|'.join(map(re.escape, sorted(_titles(style), key=len, reverse=True)))
+    return re.compile(rf'^## ({titles})(?: \[([^\]\n]*)\])?$', re.M)
 
 def read_record(text:str, # a prompt
                 style:str # official or compact

@@ -128,9 +128,6 @@ def sample_terms(rows:pl.DataFrame,    # rows of a trajectory store, patients wh
     terms = shown.sort('sample', 'term', 'row', 'surface').unique(['sample', 'term'], keep='last', maintain_order=True)
     return terms.with_columns(task=samples['task'].gather(terms['sample'])).select(list(TERMS))
 
-# Only decision tasks have graphs, and not `next_event`, whose answer is no medical concept. Each shard is read once; its terms and its
-# targets go to disk, so that no more than one shard or one task is ever in memory.
-
 # %% ../../nbs/synthesis/13_thinking_graph.ipynb #f716ab65
 GRAPHED = tuple(t.name for t in TASKS.values() if t.family == 'decision' and t.name != 'next_event')
 
