@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['SYSTEM', 'SETS', 'SAMPLES', 'FACTS', 'split_of', 'filters', 'choose', 'Record', 'Candidates', 'render',
-           'build_samples', 'scan_samples', 'shown_rows', 'window_facts']
+           'build_samples', 'scan_samples', 'read_samples', 'shown_rows', 'window_facts']
 
 # %% ../../nbs/data/06_samples.ipynb #8ee571b6
 import gzip, random, shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from datetime import timedelta
 from functools import cache, partial
 from pathlib import Path
@@ -255,6 +256,16 @@ def scan_samples(run:Run, # the run
 )->pl.LazyFrame: # `SAMPLES` rows
     "The samples of one set, lazily."
     return pl.scan_parquet(sorted((run.samples/name).glob('shard-*.parquet')), schema=SAMPLES)
+
+def read_samples(run:Run,  # samples must stand
+                 p:Profile # filters and caps, where the run has none
+)->pl.DataFrame: # EHR-Ins and EHR-Bench without prompts
+    "The samples of a run, all splits; a run without caps is fitted and scored on those that the caps would choose."
+    samples = pl.concat([scan_samples(run, name).drop('messages', 'candidates').collect() for name in SETS])
+    if p.caps == 'paper' or not len(samples): return samples
+    chosen = [choose(task.drop('split', 'weight'), replace(p, caps='paper'))[0]
+              for task in samples.partition_by('task', maintain_order=True)]
+    return pl.concat(chosen).select(samples.columns)
 
 # %% ../../nbs/data/06_samples.ipynb #27bbd403
 def shown_rows(rows:pl.DataFrame,   # rows of a trajectory store, patients whole

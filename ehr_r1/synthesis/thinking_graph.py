@@ -17,7 +17,7 @@ import polars as pl
 from joblib import Parallel, delayed
 from tqdm import tqdm
 from ..config import Profile, Run, build, read_manifest, writing
-from ..data.samples import scan_samples, shown_rows
+from ..data.samples import read_samples, shown_rows
 from ..data.serialize import TITLES
 from ..data.tables import Source
 from ..data.tasks import TASKS
@@ -136,20 +136,23 @@ def _dictionary(names): # one a process
     frame = pl.read_parquet(names)
     return Matcher(frame), frame.filter('preferred').unique('cui', keep='first', maintain_order=True).select('cui', 'name')
 
-def graph_samples(run:Run,  # samples must stand
-                  file:Path # a shard of the trajectory store
+def graph_samples(run:Run,            # samples must stand
+                  file:Path,          # a shard of the trajectory store
+                  chosen:Path|None=None # sample_ids to keep to; None: all
 )->pl.DataFrame: # `SAMPLES` rows without messages and candidates
     "The EHR-Ins samples of a shard that get a thinking graph."
-    samples = pl.scan_parquet(run.samples/'ehr_ins'/file.name).filter(pl.col('task').is_in(list(GRAPHED)))
-    return samples.drop('messages', 'candidates').collect()
+    samples = pl.scan_parquet(run.samples/'ehr_ins'/file.name).drop('messages', 'candidates')
+    samples = samples.filter(pl.col('task').is_in(list(GRAPHED)))
+    if chosen: samples = samples.join(pl.scan_parquet(chosen), on='sample_id', how='semi', maintain_order='left')
+    return samples.collect()
 
 def _rows_of(file, samples):
     return pl.read_parquet(file).filter(pl.col('subject_id').is_in(samples['subject_id'].unique().implode()))
 
-def _write_terms(number, file, run, out, names):
+def _write_terms(number, file, run, out, names, chosen):
     "Terms and targets of one shard, on disk; a sample's number is unique over all shards."
     if (out/'terms'/file.name).exists(): return
-    samples, matcher, preferred = graph_samples(run, file), *(_dictionary(names) if names else (None, None))
+    samples, matcher, preferred = graph_samples(run, file, chosen), *(_dictionary(names) if names else (None, None))
     terms = sample_terms(_rows_of(file, samples), samples, matcher, preferred) if len(samples) else pl.DataFrame(schema=TERMS)
     targets = samples.select('task', 'split', term='label').with_row_index('sample').explode('term')
     for name, frame in (('targets', targets), ('terms', terms)):
@@ -210,9 +213,9 @@ LINK = pl.Struct(dict(target=pl.String, history=pl.String, surface=pl.String, ta
 GRAPHS = pl.Schema(dict(sample_id=pl.String, subject_id=pl.Int64, task=pl.String, split=pl.String, label=pl.List(pl.String),
                         links=pl.List(LINK)))
 
-def _write_graphs(number, file, run, out):
+def _write_graphs(number, file, run, out, chosen):
     "The graphs of one shard; returns counts by task."
-    samples = graph_samples(run, file)
+    samples = graph_samples(run, file, chosen)
     lift, paths = pl.read_parquet(out/'lift.parquet'), pl.read_parquet(out/'paths.parquet', columns=['history', 'target'])
     terms = pl.read_parquet(out/'terms'/file.name).select(pl.col('sample') - number*2**23, 'surface', 'row', history='term')
     targets = samples.select('task', target='label').with_row_index('sample').explode('target')
@@ -240,7 +243,11 @@ def build_graphs(run:Run,      # the run; samples and knowledge must stand
         def each(work, what):
             jobs = Parallel(p.workers, return_as='generator')(delayed(work)(i, f) for i, f in enumerate(files))
             return list(tqdm(jobs, desc=what, unit='shard', total=len(files)))
-        each(partial(_write_terms, run=run, out=out, names=names), 'terms')
+        chosen = None
+        if p.caps == 'none': # as everywhere: fitted on what the caps would choose
+            chosen = out/'chosen.parquet'
+            with writing(chosen) as tmp: read_samples(run, p).select('sample_id').write_parquet(tmp)
+        each(partial(_write_terms, run=run, out=out, names=names, chosen=chosen), 'terms')
         lift = pl.concat([task_lift(out, t) for t in tqdm(GRAPHED, desc='lift', unit='task')])
         terms = pl.concat([lift['target'], lift['history']]).unique().sort()
         concepts = link_terms(terms, Knowledge(run.knowledge), icd_codes(source))
@@ -253,8 +260,9 @@ def build_graphs(run:Run,      # the run; samples and knowledge must stand
             paths.select('history', 'target', 'length'), on=['history', 'target'], how='left', maintain_order='left')
         for name, frame in dict(lift=lift, concepts=concepts, paths=paths).items():
             with writing(out/f'{name}.parquet') as tmp: frame.write_parquet(tmp, compression='zstd')
-        counted = each(partial(_write_graphs, run=run, out=out), 'graphs')
+        counted = each(partial(_write_graphs, run=run, out=out, chosen=chosen), 'graphs')
         for name in ('terms', 'targets'): shutil.rmtree(out/name)
+        if chosen: chosen.unlink()
         tasks = {t: dict.fromkeys(counted[0], 0) for t in GRAPHED}
         for counts in counted:
             for what, rows in counts.items():
@@ -262,7 +270,7 @@ def build_graphs(run:Run,      # the run; samples and knowledge must stand
         graphs = sum(c['graphs'] for c in tasks.values())
         return dict(tasks=tasks, graphs=graphs, pairs=len(lift), paths=len(paths), terms=len(terms),
                     linked=int(concepts['cui'].is_not_null().sum()), access=upstream['samples']['counts']['access'])
-    return build(run.graphs, make, {s: m['key'] for s, m in upstream.items()}, {}, 'synthesis.thinking_graph')
+    return build(run.graphs, make, {s: m['key'] for s, m in upstream.items()}, dict(caps=p.caps), 'synthesis.thinking_graph')
 
 # %% ../../nbs/synthesis/13_thinking_graph.ipynb #70c212b2
 def scan_graphs(run:Run # graphs must stand
