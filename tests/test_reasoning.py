@@ -169,7 +169,7 @@ from ehr_r1.synthesis.reasoning import build_chains
 build_chains(Run('r', sys.argv[1]), profile('smoke', patients=200, shard_patients=100, teacher='server', chains_per_task=2, variants='knowledge'), 'hospital')
 '''
 
-def test_killed_stage_goes_on_without_asking_again(hospital, model, tmp_path):
+def test_killed_stage_goes_on_without_asking_again(hospital, model, tmp_path, monkeypatch):
     import shutil
     run, _ = hospital
     (tmp_path/'runs'/'r').mkdir(parents=True)
@@ -192,6 +192,9 @@ def test_killed_stage_goes_on_without_asking_again(hospital, model, tmp_path):
     asked = len(Model.asked)
     shutil.rmtree(again.chains)
     subprocess.run([sys.executable, '-c', ASK, str(tmp_path)], env=env, check=True, stderr=subprocess.DEVNULL)
+    assert len(Model.asked) == asked and scan_chains(again).collect().equals(chains)
+    monkeypatch.setenv('EHR_R1_TEACHER_RECORD', str(record)) # and once more from the record alone
+    build_chains(again, profile('smoke', patients=200, shard_patients=100, teacher='replay', chains_per_task=2, variants='knowledge'), 'hospital')
     assert len(Model.asked) == asked and scan_chains(again).collect().equals(chains)
 
 def test_credentialed_text_stays_here(hospital, monkeypatch, tmp_path):
