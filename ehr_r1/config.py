@@ -126,9 +126,9 @@ def demo_folder()->Path|None: # the folder, or None where it is not
     return None
 
 # %% ../nbs/00_config.ipynb #ecec4035
-MODULES = ('config', 'data.tables', 'data.conditions', 'data.courses', 'data.visits', 'data.emergency', 'data.laboratory',
-           'data.orders', 'data.intensive', 'data.notes', 'data.terms', 'data.hospital', 'data.trajectories', 'data.timeline',
-           'data.serialize', 'data.tasks', 'data.samples', 'data.official',
+MODULES = ('config', 'data.schema', 'data.tables', 'data.conditions', 'data.courses', 'data.visits', 'data.emergency',
+           'data.laboratory', 'data.orders', 'data.intensive', 'data.notes', 'data.terms', 'data.hospital', 'data.trajectories',
+           'data.timeline', 'data.serialize', 'data.tasks', 'data.samples', 'data.official',
            'synthesis.knowledge', 'synthesis.open_knowledge', 'synthesis.entities', 'synthesis.cooccurrence',
            'synthesis.thinking_graph', 'synthesis.teachers', 'synthesis.reasoning', 'synthesis.rating', 'synthesis.cases',
            'evaluation.scoring', 'evaluation.baselines', 'evaluation.benchmark', 'evaluation.reporting', 'pipeline')

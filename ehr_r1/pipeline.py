@@ -112,7 +112,7 @@ def main(args:list|None=None # words after `ehr_r1`; default: the command line's
             said = {True: f'done in {time.time()-start:.1f} s', False: 'up to date',
                     None: 'left out; no medical knowledge beside the tables (KNOWLEDGE=folder)'}
             print(f'{s}: {said[ran]}', flush=True)
-    except (TeacherError, ValueError, FileNotFoundError) as e: # TableError and KnowledgeError are ValueErrors
+    except (TeacherError, ValueError, FileNotFoundError, ImportError) as e: # TableError and KnowledgeError are ValueErrors
         print(f'{type(e).__name__}: {e}', file=sys.stderr)
         return 1
     return 0

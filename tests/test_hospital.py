@@ -6,7 +6,7 @@ from ehr_r1.data import hospital
 from ehr_r1.data.conditions import matrix, read_library
 from ehr_r1.data.courses import courses, patients, true_risks
 from ehr_r1.data.hospital import BLOCK, FORMATS, block_tables, build_hospital
-from ehr_r1.data.tables import TABLES
+from ehr_r1.data.schema import TABLES
 
 PATIENTS = BLOCK + 20          # two blocks, the second cut short
 

@@ -20,7 +20,7 @@ from .intensive import chart_intensive
 from .laboratory import chart_laboratory
 from .notes import chart_notes
 from .orders import chart_orders
-from .tables import TABLES
+from .schema import TABLES
 from .terms import write_terms
 from .visits import BLOCK, PROVIDERS, Block, chart_visits, new_block, nullable, same
 

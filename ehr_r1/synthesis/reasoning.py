@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['SECTIONS', 'LEAKS', 'SHORTEST', 'SHARE', 'SAMPLES_EACH', 'TRIES', 'TEMPERATURE', 'CHAINS', 'read_record',
            'read_chain', 'final_results', 'supported', 'support', 'fault_of', 'Case', 'told', 'ask', 'verbalise',
-           'Verbaliser', 'open_teacher', 'cases_of', 'write_chains', 'chosen_graphs', 'count_chains', 'build_chains',
-           'scan_chains', 'kept_chains']
+           'Verbaliser', 'open_teacher', 'cases_of', 'write_chains', 'chosen_graphs', 'count_chains', 'cost_of',
+           'build_chains', 'scan_chains', 'kept_chains']
 
 # %% ../../nbs/synthesis/15_reasoning.ipynb #6de44a9e
 import os, re
@@ -311,6 +311,14 @@ def count_chains(chains:pl.LazyFrame # `CHAINS` rows
     lost = {v: dict(faults.filter(variant=v).select('fault', 'len').rows()) for v, in by}
     return {v: dict(tasks={r.pop('task'): r for r in part.iter_rows(named=True)}, faults=lost[v]) for (v,), part in by.items()}
 
+def cost_of(variants:dict, # from `count_chains`
+            price:tuple|None # dollars for a million tokens of prompt and of answer
+)->float|None: # dollars; None where no price is known
+    "What the chains cost."
+    if price is None: return None
+    tokens = lambda kind: sum(t[kind] for v in variants.values() for t in v['tasks'].values())
+    return round((tokens('prompt_tokens')*price[0] + tokens('completion_tokens')*price[1])/1e6, 4)
+
 def build_chains(run:Run,     # samples and graphs must stand
                  p:Profile,   # teacher, variant, cap, seed, workers
                  dataset:str  # name of the data set, for the guard
@@ -329,7 +337,9 @@ def build_chains(run:Run,     # samples and graphs must stand
         for _ in tqdm(jobs, desc='chains', unit='shard', total=len(files)): pass
         (out/'chosen.parquet').unlink()
         chains = pl.scan_parquet(sorted(out.glob('shard-*.parquet')), schema=CHAINS)
-        return dict(teacher=teacher.name, access=access, variants=count_chains(chains))
+        variants = count_chains(chains)
+        dollars = cost_of(variants, getattr(teacher, 'price', None))
+        return dict(teacher=teacher.name, access=access, variants=variants, dollars=dollars)
     params = dict(teacher=teacher.name, variants=p.variants, chains_per_task=p.chains_per_task, seed=p.seed, style=p.style)
     return build(run.chains, make, {s: m['key'] for s, m in upstream.items()}, params, 'synthesis.reasoning')
 

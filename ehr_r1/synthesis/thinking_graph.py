@@ -7,7 +7,7 @@ __all__ = ['WIDTH', 'LINE', 'TERMS', 'GRAPHED', 'PATHS', 'LINK', 'GRAPHS', 'Link
            'graph_samples', 'task_lift', 'pair_paths', 'build_graphs', 'scan_graphs', 'read_graphs']
 
 # %% ../../nbs/synthesis/13_thinking_graph.ipynb #451b85c0
-import shutil
+import os, shutil
 from dataclasses import dataclass
 from datetime import datetime
 from functools import cache, partial
@@ -22,7 +22,7 @@ from ..data.serialize import TITLES
 from ..data.tables import Source
 from ..data.tasks import TASKS
 from .cooccurrence import lift_pairs
-from .entities import Matcher, entities, icd_codes, link_terms
+from .entities import Matcher, QuickUmls, entities, icd_codes, link_terms
 from .knowledge import Knowledge
 
 # %% ../../nbs/synthesis/13_thinking_graph.ipynb #ee9275c8
@@ -133,8 +133,9 @@ GRAPHED = tuple(t.name for t in TASKS.values() if t.family == 'decision' and t.n
 
 @cache
 def _dictionary(names): # one a process
-    frame = pl.read_parquet(names)
-    return Matcher(frame), frame.filter('preferred').unique('cui', keep='first', maintain_order=True).select('cui', 'name')
+    frame, quick = pl.read_parquet(names), os.environ.get('EHR_R1_QUICKUMLS')
+    preferred = frame.filter('preferred').unique('cui', keep='first', maintain_order=True).select('cui', 'name')
+    return QuickUmls(quick) if quick else Matcher(frame), preferred
 
 def graph_samples(run:Run,            # samples must stand
                   file:Path,          # a shard of the trajectory store
@@ -238,6 +239,7 @@ def build_graphs(run:Run,      # the run; samples and knowledge must stand
 )->bool: # False if it was up to date
     "Build the thinking graphs of a run."
     upstream = {s: read_manifest(getattr(run, s)) for s in ('trajectories', 'samples', 'knowledge')}
+    params = dict(caps=p.caps, quickumls=Path(os.environ.get('EHR_R1_QUICKUMLS', '')).name)
     def make(out):
         files, names = sorted(run.trajectories.glob('shard-*.parquet')), run.knowledge/'names.parquet'
         def each(work, what):
@@ -270,7 +272,7 @@ def build_graphs(run:Run,      # the run; samples and knowledge must stand
         graphs = sum(c['graphs'] for c in tasks.values())
         return dict(tasks=tasks, graphs=graphs, pairs=len(lift), paths=len(paths), terms=len(terms),
                     linked=int(concepts['cui'].is_not_null().sum()), access=upstream['samples']['counts']['access'])
-    return build(run.graphs, make, {s: m['key'] for s, m in upstream.items()}, dict(caps=p.caps), 'synthesis.thinking_graph')
+    return build(run.graphs, make, {s: m['key'] for s, m in upstream.items()}, params, 'synthesis.thinking_graph')
 
 # %% ../../nbs/synthesis/13_thinking_graph.ipynb #70c212b2
 def scan_graphs(run:Run # graphs must stand
