@@ -2,6 +2,11 @@
 import importlib.util, os, re, socket
 from pathlib import Path
 import pytest
+from hypothesis import settings
+
+# the same examples in every run; HYPOTHESIS_PROFILE=default looks for new ones
+settings.register_profile('fixed', derandomize=True)
+settings.load_profile(os.environ.get('HYPOTHESIS_PROFILE', 'fixed'))
 
 ROOT = Path(__file__).resolve().parent.parent
 REQUIRED = os.environ.get('EHR_R1_REQUIRE_SHARED') == '1'   # set by .ci/run where ../shared exists
