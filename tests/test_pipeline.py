@@ -12,7 +12,7 @@ from ehr_r1.pipeline import Reproduction, main
 
 def digests(folder, *without):
     "Relative path -> digest of every file, measured times aside."
-    return {str(f.relative_to(folder)): hashlib.md5(f.read_bytes()).hexdigest() for f in sorted(Path(folder).rglob('*')) if f.is_file() and f.name not in ('measured.json', 'fingerprints.json', *without)}
+    return {str(f.relative_to(folder)): hashlib.md5(f.read_bytes()).hexdigest() for f in sorted(Path(folder).rglob('*')) if f.is_file() and f.name not in ('measured.json', 'fingerprints.json', 'fingerprints-knowledge.json', *without)}
 
 def prepare(tables, home, **settings):
     p, run = profile('smoke', shard_patients=20, **settings), Run('t', home)
@@ -101,10 +101,11 @@ def test_words_of_the_command(capsys):
     assert Reproduction('demo', 'x/mimic-iv-demo-2.2', protocol='official', caps='none').run.name == 'demo.mimic-iv-demo-2.2.caps-none.protocol-official'
     assert Reproduction('smoke', workers='1').run.name == 'smoke'
 
-COMMAND = [sys.executable, '-c', 'import sys; from ehr_r1.pipeline import main; sys.exit(main())', 'hospital', 'trajectories', 'index', 'samples', 'baselines', 'scores',
-           'profile=smoke', 'patients=60', 'shard_patients=20', 'replicates=20', 'run=k']
+COMMAND = [sys.executable, '-c', 'import sys; from ehr_r1.pipeline import main; sys.exit(main())', 'hospital', 'trajectories', 'index', 'samples', 'knowledge', 'graphs', 'chains', 'baselines',
+           'scores', 'profile=smoke', 'patients=60', 'shard_patients=20', 'replicates=20', 'run=k']
 MOMENTS = ['hospital.partial/key', 'trajectories.partial/parts/emar.json', 'trajectories.partial/shard-00001.parquet', 'index.partial/shard-00000.parquet',
-           'samples.partial/shard-00000.done', 'predictions.partial/key', 'scores.partial/key']
+           'samples.partial/shard-00000.done', 'graphs.partial/terms/shard-00001.parquet', 'graphs.partial/lift.parquet', 'graphs.partial/shard-00000.parquet',
+           'chains.partial/shard-00000.parquet', 'predictions.partial/key', 'scores.partial/key']
 
 def test_killed_at_many_moments_it_ends_with_the_same_bytes(tmp_path):
     def start(home): return subprocess.Popen(COMMAND, env=os.environ | dict(EHR_R1_HOME=str(home)), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)

@@ -128,6 +128,13 @@ def test_no_knowledge_is_said(home, tmp_path):
     run_report(FOLDER/'04_thinking_graphs.ipynb', tmp_path/'out', SETTINGS, tmp_path)
     assert 'no medical knowledge stood beside the tables' in text(nbformat.read(tmp_path/'out'/'04_thinking_graphs.ipynb', as_version=4))
 
+def test_one_patient_gives_reports_too(tmp_path):
+    r = Reproduction('smoke', run='r', home=tmp_path, patients=1, replicates=20)
+    for stage in ('hospital', 'trajectories', 'index', 'samples', 'knowledge', 'graphs', 'chains', 'baselines', 'scores'): getattr(r, stage)()
+    assert read_manifest(r.run.chains)['counts']['variants'] == {} and not len(pl.scan_parquet(r.run.graphs/'shard-*.parquet').collect())
+    (tmp_path/'out').mkdir()
+    for path in TEMPLATES: run_report(path, tmp_path/'out', SETTINGS, tmp_path)
+
 def test_cases_are_pages_and_ratings_come_back(reported, home, tmp_path):
     pages = [p for p in reported.reports.iterdir() if p.name.startswith('case_')]
     assert len(pages) == 3 and all('passes all filters' in p.read_text() and '✗' not in p.read_text() for p in pages)

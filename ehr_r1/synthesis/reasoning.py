@@ -17,7 +17,7 @@ from pathlib import Path
 import polars as pl
 from joblib import Parallel, delayed
 from tqdm import tqdm
-from ..config import Profile, Run, build, read_manifest, seed_of, writing
+from ..config import Profile, Run, build, fingerprint, read_manifest, seed_of, writing
 from ..data.serialize import TITLES
 from ..data.tasks import TASKS
 from ..data.trajectories import DISPLAY
@@ -242,8 +242,9 @@ def open_teacher(kind:str, # verbaliser, server, vllm or replay
     if kind == 'vllm': return Recorded(Vllm(model), file)
     price = tuple(float(x) for x in os.environ.get('EHR_R1_TEACHER_PRICE', '').split(',') if x)
     return Recorded(Server(_set('EHR_R1_TEACHER_URL'), model, os.environ.get('EHR_R1_TEACHER_KEY', '')), file, price or None)
+
 CHAINS = pl.Schema(dict(sample_id=pl.String, subject_id=pl.Int64, task=pl.String, split=pl.String, teacher=pl.String,
-                        variant=pl.String, attempt=pl.Int8, chain=pl.String, fault=pl.String, supported=pl.Int16, lines=pl.Int16, 
+                        variant=pl.String, attempt=pl.Int8, chain=pl.String, fault=pl.String, supported=pl.Int16, lines=pl.Int16,
                         prompt_tokens=pl.Int32, completion_tokens=pl.Int32))
 
 def cases_of(run:Run,           # samples and graphs must stand
@@ -341,7 +342,9 @@ def build_chains(run:Run,     # samples and graphs must stand
         dollars = cost_of(variants, getattr(teacher, 'price', None))
         return dict(teacher=teacher.name, access=access, variants=variants, dollars=dollars)
     params = dict(teacher=teacher.name, variants=p.variants, chains_per_task=p.chains_per_task, seed=p.seed, style=p.style)
-    return build(run.chains, make, {s: m['key'] for s, m in upstream.items()}, params, 'synthesis.reasoning')
+    inputs = {s: m['key'] for s, m in upstream.items()}
+    if p.teacher == 'replay': inputs |= fingerprint(dict(record=teacher.record.file))
+    return build(run.chains, make, inputs, params, 'synthesis.reasoning')
 
 def scan_chains(run:Run # chains must stand
 )->pl.LazyFrame: # `CHAINS` rows

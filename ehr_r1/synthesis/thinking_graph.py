@@ -21,6 +21,7 @@ from ..data.samples import read_samples, shown_rows
 from ..data.serialize import TITLES
 from ..data.tables import Source
 from ..data.tasks import TASKS
+from ..data.trajectories import store_files
 from .cooccurrence import lift_pairs
 from .entities import Matcher, QuickUmls, entities, icd_codes, link_terms
 from .knowledge import Knowledge
@@ -132,7 +133,7 @@ def sample_terms(rows:pl.DataFrame,    # rows of a trajectory store, patients wh
 GRAPHED = tuple(t.name for t in TASKS.values() if t.family == 'decision' and t.name != 'next_event')
 
 @cache
-def _dictionary(names): # one a process
+def _dictionary(names, key): # one a process; the key tells the knowledge of one time from that of another
     frame, quick = pl.read_parquet(names), os.environ.get('EHR_R1_QUICKUMLS')
     preferred = frame.filter('preferred').unique('cui', keep='first', maintain_order=True).select('cui', 'name')
     return QuickUmls(quick) if quick else Matcher(frame), preferred
@@ -150,10 +151,10 @@ def graph_samples(run:Run,            # samples must stand
 def _rows_of(file, samples):
     return pl.read_parquet(file).filter(pl.col('subject_id').is_in(samples['subject_id'].unique().implode()))
 
-def _write_terms(number, file, run, out, names, chosen):
+def _write_terms(number, file, run, out, key, chosen):
     "Terms and targets of one shard, on disk; a sample's number is unique over all shards."
     if (out/'terms'/file.name).exists(): return
-    samples, matcher, preferred = graph_samples(run, file, chosen), *(_dictionary(names) if names else (None, None))
+    samples, (matcher, preferred) = graph_samples(run, file, chosen), _dictionary(run.knowledge/'names.parquet', key)
     terms = sample_terms(_rows_of(file, samples), samples, matcher, preferred) if len(samples) else pl.DataFrame(schema=TERMS)
     targets = samples.select('task', 'split', term='label').with_row_index('sample').explode('term')
     for name, frame in (('targets', targets), ('terms', terms)):
@@ -241,7 +242,7 @@ def build_graphs(run:Run,      # the run; samples and knowledge must stand
     upstream = {s: read_manifest(getattr(run, s)) for s in ('trajectories', 'samples', 'knowledge')}
     params = dict(caps=p.caps, quickumls=Path(os.environ.get('EHR_R1_QUICKUMLS', '')).name)
     def make(out):
-        files, names = sorted(run.trajectories.glob('shard-*.parquet')), run.knowledge/'names.parquet'
+        files = store_files(run.trajectories)
         def each(work, what):
             jobs = Parallel(p.workers, return_as='generator')(delayed(work)(i, f) for i, f in enumerate(files))
             return list(tqdm(jobs, desc=what, unit='shard', total=len(files)))
@@ -249,7 +250,7 @@ def build_graphs(run:Run,      # the run; samples and knowledge must stand
         if p.caps == 'none': # as everywhere: fitted on what the caps would choose
             chosen = out/'chosen.parquet'
             with writing(chosen) as tmp: read_samples(run, p).select('sample_id').write_parquet(tmp)
-        each(partial(_write_terms, run=run, out=out, names=names, chosen=chosen), 'terms')
+        each(partial(_write_terms, run=run, out=out, key=upstream['knowledge']['key'], chosen=chosen), 'terms')
         lift = pl.concat([task_lift(out, t) for t in tqdm(GRAPHED, desc='lift', unit='task')])
         terms = pl.concat([lift['target'], lift['history']]).unique().sort()
         concepts = link_terms(terms, Knowledge(run.knowledge), icd_codes(source))
