@@ -1,10 +1,10 @@
 # Make orders set-up, stages and reports. Whether a stage is up to date is its manifest's business, so stages are phony here.
 PYTHON ?= python3
 VENV ?= .venv
-OPTIONS := PROFILE DATA RUN PROTOCOL STYLE CAPS SEED CODES KNOWLEDGE TEACHER WORKERS
+OPTIONS := PROFILE DATA RUN PROTOCOL STYLE CAPS SEED CODES KNOWLEDGE TEACHER MODEL WORKERS
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help env reproduce hospital trajectories index samples knowledge graphs chains baselines scores reports test lab docs notebooks readme lock hooks clean
+.PHONY: help env reproduce hospital trajectories index samples knowledge graphs chains baselines base adapt reason reinforce answers scores reports test lab docs notebooks readme lock hooks clean
 
 BIN := $(abspath $(VENV))/bin
 STAMP := $(VENV)/installed
@@ -46,9 +46,19 @@ chains: graphs ## stage 7: reasoning chains, written by TEACHER and filtered
 	$(stage)
 baselines: chains ## stage 8: predictions of the systems that need no language model
 	$(stage)
-scores: baselines ## stage 9: F1, AUROC, AUPRC, Brier with intervals
+base: baselines ## stage 9: the base model, trained from scratch on records (MODEL=small, ...) or a checkpoint (MODEL=folder or name)
 	$(stage)
-reports: scores ## stage 10: report notebooks, tables and figures
+adapt: base ## stage 10: domain adaptation, EHR-R1's first training stage
+	$(stage)
+reason: adapt ## stage 11: reasoning enhancement, its second
+	$(stage)
+reinforce: reason ## stage 12: reinforcement learning, its third
+	$(stage)
+answers: reinforce ## stage 13: every model asked
+	$(stage)
+scores: answers ## stage 14: F1, AUROC, AUPRC, Brier with intervals
+	$(stage)
+reports: scores ## stage 15: report notebooks, tables and figures
 	$(stage)
 
 test: env ## notebooks, tests, library and notebooks in step, smoke profile end to end

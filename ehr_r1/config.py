@@ -37,6 +37,27 @@ class Profile:
     teacher: str = 'verbaliser'     # who writes the chains: verbaliser, server, vllm or replay
     variants: str = 'knowledge,no_knowledge,no_sections' # ways of asking the teacher, the first is the one to train on
     chains_per_task: int = 0        # samples a task that get a chain at most; 0: all that have a graph
+    model: str = 'small'            # a size of `training.models`, a checkpoint (folder or name on the hub), or none
+    lora: int = 0                   # rank of the adapters; 0: all weights are trained
+    context: int = 384              # longest prompt in the model's tokens (EHR-R1: 8,192, with reasoning 10,000 to 12,288)
+    answer_tokens: int = 192        # longest answer, reasoning included (EHR-R1: 2,048 in training, 4,096 at evaluation)
+    base_steps: int = 400           # stage 0, for models from scratch only
+    adapt_steps: int = 400          # stage 1; 0: one epoch, as EHR-R1
+    reason_steps: int = 200         # stage 2; 0: five epochs, as EHR-R1
+    reinforce_steps: int = 10       # stage 3; 0: one epoch, as EHR-R1
+    base_rate: float = 2e-3         # learning rates; EHR-R1's 2e-5, 2e-5 and 2e-6 are for models that can already read
+    adapt_rate: float = 1e-3
+    reason_rate: float = 1e-3
+    reinforce_rate: float = 1e-4
+    batch: int = 16                 # sequences a step in stages 0 and 1 (EHR-R1: 8)
+    reason_batch: int = 16          # the same in stage 2 (EHR-R1: 64)
+    prompts: int = 4                # a step of stage 3 (EHR-R1: 4)
+    completions: int = 8            # of each prompt (EHR-R1: 16)
+    micro_batch: int = 0            # sequences a device holds at a time; 0: all of a step (stage 3: a prompt's completions)
+    curriculum: bool = False        # short answers first, instead of a drawn order
+    ablations: str = ''             # more stage 2 models: some of no_knowledge, no_sections, plain
+    scaling: str = ''               # more stage 1 models, on these shares of the steps, e.g. 0.1,0.3
+    lm_per_task: int = 20           # EHR-Bench samples a task that language models answer; 0: all
     shard_patients: int = 1000      # patients a file of the trajectory store, about; at most 512 files
     replicates: int = 1000          # bootstrap replicates of the intervals
     workers: int = 2                # processes where a stage runs shards side by side
@@ -50,9 +71,17 @@ class Profile:
                 raise ValueError(f"{key}={getattr(self, key)!r}: must be one of {', '.join(v or repr(v) for v in values)}")
         if bad := set(self.variants.split(',')) - set(VARIANTS):
             raise ValueError(f"variants={self.variants!r}: {', '.join(sorted(bad))} is not among {', '.join(VARIANTS)}")
+        if bad := set(filter(None, self.ablations.split(','))) - {*VARIANTS[1:], 'plain'}:
+            raise ValueError(f"ablations={self.ablations!r}: {', '.join(sorted(bad))} is not among no_knowledge, no_sections, plain")
+        if not all(0 < s < 1 for s in self.shares): raise ValueError(f"scaling={self.scaling!r}: shares lie between 0 and 1")
         for f in fields(self):
-            if f.type == 'int' or f.type is int:
+            if f.type in ('int', 'float', int, float):
                 if getattr(self, f.name) < 0: raise ValueError(f"{f.name}={getattr(self, f.name)}: must not be negative")
+
+    @property
+    def shares(self) -> tuple: # of the steps of stage 1
+        "What `scaling` names."
+        return tuple(float(s) for s in self.scaling.split(',') if s)
 
     @property
     def times(self) -> str: # available or charttime
@@ -61,10 +90,16 @@ class Profile:
 
 # %% ../nbs/00_config.ipynb #85258af4
 PROFILES = {p.name: p for p in [
-    Profile('smoke', patients=300, ins_per_task=300, bench_per_task=100, replicates=200, shard_patients=50),
+    Profile('smoke', patients=300, ins_per_task=300, bench_per_task=100, replicates=200, shard_patients=50,
+            model='tiny', context=256, answer_tokens=160, base_steps=6, adapt_steps=6, reason_steps=6, reinforce_steps=2,
+            batch=8, reason_batch=8, prompts=1, completions=4, ablations='plain', scaling='0.5', lm_per_task=2),
     Profile('demo', ins_per_task=2_000, shard_patients=50),
-    Profile('study', patients=20_000, ins_per_task=20_000),
-    Profile('paper', patients=300_000, style='official', chains_per_task=12_500),
+    Profile('study', patients=20_000, ins_per_task=4_000, model='base', base_steps=3_000, adapt_steps=4_000, reason_steps=2_000,
+            reinforce_steps=150, completions=16, ablations='no_knowledge,no_sections,plain', scaling='0.1,0.3', lm_per_task=100),
+    Profile('paper', patients=300_000, style='official', chains_per_task=12_500, model='Qwen/Qwen3-1.7B', context=8_192,
+            answer_tokens=4_096, base_steps=0, adapt_steps=0, reason_steps=0, reinforce_steps=0, adapt_rate=2e-5, reason_rate=2e-5,
+            reinforce_rate=2e-6, batch=8, reason_batch=64, completions=16, micro_batch=1,
+            ablations='no_knowledge,no_sections,plain', lm_per_task=0),
 ]}
 
 def profile(name:str='demo', # one of `PROFILES`
@@ -77,7 +112,12 @@ def profile(name:str='demo', # one of `PROFILES`
     for key in overrides:
         if key not in known or key == 'name':
             raise ValueError(f"no setting {key!r}; there are {', '.join(k for k in known if k != 'name')}")
-    try: return replace(base, **{k: known[k](v) for k, v in overrides.items()})
+    def convert(kind, v):
+        if kind is bool and isinstance(v, str):
+            if v.lower() not in ('true', 'false', '1', '0', 'yes', 'no'): raise ValueError(f'{v!r} is neither true nor false')
+            return v.lower() in ('true', '1', 'yes')
+        return kind(v)
+    try: return replace(base, **{k: convert(known[k], v) for k, v in overrides.items()})
     except ValueError as e: raise ValueError(f"profile {name}: {e}") from None
 
 # %% ../nbs/00_config.ipynb #cad925ba
@@ -102,7 +142,8 @@ def uniform(seed:int, # from `seed_of`: names the purpose of the draw
     return (state >> np.uint64(11)).astype(float) * 2**-53
 
 # %% ../nbs/00_config.ipynb #2bcea174
-STAGES = ('hospital', 'trajectories', 'index', 'samples', 'knowledge', 'graphs', 'chains', 'predictions', 'scores')
+STAGES = ('hospital', 'trajectories', 'index', 'samples', 'knowledge', 'graphs', 'chains', 'predictions', 'checkpoints',
+          'answers', 'scores')
 
 class Run:
     "The folders of one run."
@@ -131,7 +172,9 @@ MODULES = ('config', 'data.schema', 'data.tables', 'data.conditions', 'data.cour
            'data.timeline', 'data.serialize', 'data.tasks', 'data.samples', 'data.official',
            'synthesis.knowledge', 'synthesis.open_knowledge', 'synthesis.entities', 'synthesis.cooccurrence',
            'synthesis.thinking_graph', 'synthesis.teachers', 'synthesis.reasoning', 'synthesis.rating', 'synthesis.cases',
-           'evaluation.scoring', 'evaluation.baselines', 'evaluation.benchmark', 'evaluation.reporting', 'pipeline')
+           'evaluation.scoring', 'evaluation.baselines', 'evaluation.benchmark',
+           'training.models', 'training.examples', 'training.rewards', 'training.stages',
+           'evaluation.engines', 'evaluation.inference', 'evaluation.answers', 'evaluation.reporting', 'pipeline')
 
 def code_version(module:str # a name of `MODULES`
 )->str: # 16 hex digits

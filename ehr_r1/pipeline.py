@@ -14,12 +14,14 @@ from .data.samples import build_samples
 from .data.tables import open_source
 from .data.tasks import build_index
 from .data.trajectories import build_trajectories
+from .evaluation.answers import build_answers, systems
 from .evaluation.benchmark import build_predictions, build_scores
 from .evaluation.reporting import run_reports
 from .synthesis.open_knowledge import build_knowledge, find_knowledge
 from .synthesis.reasoning import build_chains
 from .synthesis.teachers import TeacherError
 from .synthesis.thinking_graph import build_graphs
+from .training.stages import build_adapted, build_base, build_reasoned, build_reinforced
 
 # %% ../nbs/50_pipeline.ipynb #3a776cf0
 class Reproduction:
@@ -43,6 +45,9 @@ class Reproduction:
         name = '.'.join([profile_name, *([self.dataset] if data else []), *sorted(f'{k}-{v}' for k, v in changed.items())])
         self.run = Run(run or name.replace(' ', '_'), home)
         self.home = self.run.folder.parent.parent
+
+    @property
+    def trains(self): return self.profile.model != 'none'
 
     def hospital(self):
         "Write the synthetic hospital, unless real tables are given."
@@ -81,6 +86,29 @@ class Reproduction:
         "Predictions of the systems that need no language model, and with the synthetic hospital of the true risk."
         return build_predictions(self.run, self.profile, None if self.data else self.run.hospital/'tables'/'truth.parquet')
 
+    def base(self):
+        "The base model: from scratch with stage 0, or a checkpoint."
+        return build_base(self.run, self.profile) if self.trains else None
+
+    def adapt(self):
+        "Stage 1, domain adaptation, and the same on smaller shares of the data."
+        return any([build_adapted(self.run, self.profile, s) for s in (1., *self.profile.shares)]) if self.trains else None
+
+    def reason(self):
+        "Stage 2, reasoning enhancement, and its ablations."
+        if not (self.trains and self.run.knowledge.exists()): return None
+        variants = ('knowledge', *filter(None, self.profile.ablations.split(',')))
+        return any([build_reasoned(self.run, self.profile, v) for v in variants])
+
+    def reinforce(self):
+        "Stage 3, reinforcement learning."
+        return build_reinforced(self.run, self.profile) if self.trains and self.run.knowledge.exists() else None
+
+    def answers(self):
+        "Every model asked for a sample of EHR-Bench."
+        if not self.trains: return None
+        return any([build_answers(self.run, self.profile, s, self.dataset) for s in systems(self.run)])
+
     def scores(self): "Scores with intervals."; return build_scores(self.run, self.profile)
 
     def reports(self):
@@ -88,7 +116,8 @@ class Reproduction:
         p = self.profile
         return run_reports(self.run, Path('nbs/reports'), dict(profile=p.name, run=self.run.name, seed=p.seed), self.home)
 
-ORDER = ('hospital', 'trajectories', 'index', 'samples', 'knowledge', 'graphs', 'chains', 'baselines', 'scores', 'reports')
+ORDER = ('hospital', 'trajectories', 'index', 'samples', 'knowledge', 'graphs', 'chains', 'baselines', 'base', 'adapt', 'reason',
+         'reinforce', 'answers', 'scores', 'reports')
 
 # %% ../nbs/50_pipeline.ipynb #0b8c95ed
 def main(args:list|None=None # words after `ehr_r1`; default: the command line's
@@ -110,7 +139,8 @@ def main(args:list|None=None # words after `ehr_r1`; default: the command line's
             start = time.time(); ran = getattr(r, s)()
             if s == 'hospital' and r.data: continue
             said = {True: f'done in {time.time()-start:.1f} s', False: 'up to date',
-                    None: 'left out; no medical knowledge beside the tables (KNOWLEDGE=folder)'}
+                    None: 'left out; ' + ('no medical knowledge beside the tables (KNOWLEDGE=folder)' if r.trains or s in ('graphs', 'chains')
+                                        else 'MODEL=none')}
             print(f'{s}: {said[ran]}', flush=True)
     except (TeacherError, ValueError, FileNotFoundError, ImportError) as e: # TableError and KnowledgeError are ValueErrors
         print(f'{type(e).__name__}: {e}', file=sys.stderr)

@@ -1,9 +1,9 @@
 """Teachers: answers survive faults, kills and full disks, nothing is asked twice, and credentialed text stays here."""
-import asyncio, importlib.util, json, os, signal, socket, subprocess, sys, textwrap, time
+import asyncio, json, os, signal, socket, subprocess, sys, textwrap, time
 import psutil, pytest
 from ehr_r1.synthesis.teachers import (Answer, Recorded, Replay, Request, Server, TeacherError, Vllm, allowed_endpoints, digest,
                                        endpoint_of, guard)
-from faulty_proxy import JSON, Proxy, forward, parrot, said, some_faults
+from faulty_proxy import JSON, Proxy, parrot, said, some_faults
 
 def ask_for(text, key=None, **more): return Request(key or text, (dict(role='user', content=text),), **more)
 def questions(n, **more): return [ask_for(f'question {i}', **more) for i in range(n)]
@@ -310,127 +310,6 @@ def test_this_machine_is_not_reached_through_a_proxy(monkeypatch):
         for name in ('HTTP_PROXY', 'http_proxy', 'ALL_PROXY'): monkeypatch.setenv(name, f'http://127.0.0.1:{outside.port}')
         assert len(list(server(here).ask(questions(2)))) == 2 and outside.connections == 0
         assert len(list(Server('http://teacher.invalid/v1', 'parrot').ask(questions(2)))) == 2 == len(outside.seen) # they do work
-
-# a real server, and the same model in a process of its own
-
-needs_vllm = pytest.mark.skipif(importlib.util.find_spec('vllm') is None, reason='vLLM is not installed')
-VLLM = {**os.environ, 'VLLM_CPU_KVCACHE_SPACE': '1', 'HF_HUB_OFFLINE': '1', 'VLLM_NO_USAGE_STATS': '1', 'TQDM_DISABLE': '1'}
-
-@pytest.fixture(scope='module')
-def tiny(tmp_path_factory):
-    "A model of 100,000 random weights with a tokenizer trained here."
-    import torch
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
-    folder = tmp_path_factory.mktemp('tiny')
-    t = Tokenizer(models.BPE())
-    t.pre_tokenizer, t.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    t.train_from_iterator(['user: question 12\nassistant: Sodium 138, potassium 4.1'],
-                          trainers.BpeTrainer(vocab_size=300, special_tokens=['<end>'], initial_alphabet=alphabet))
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=t, eos_token='<end>', pad_token='<end>')
-    tokenizer.chat_template = ("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
-                               "{% if add_generation_prompt %}assistant: {% endif %}")
-    tokenizer.save_pretrained(folder)
-    torch.manual_seed(0)
-    config = Qwen3Config(vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=2,
-                         num_attention_heads=2, num_key_value_heads=1, head_dim=32, max_position_embeddings=512,
-                         tie_word_embeddings=True, initializer_range=.2, bos_token_id=None,
-                         eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
-    Qwen3ForCausalLM(config).save_pretrained(folder)
-    return folder
-
-@pytest.fixture(scope='module')
-def vllm_server(tiny):
-    "Address of vLLM's own server on the CPU."
-    with socket.socket() as free: free.bind(('127.0.0.1', 0)); port = free.getsockname()[1]
-    log = open(tiny.parent/'server.log', 'w+')
-    began = time.monotonic()
-    command = [sys.executable, '-m', 'vllm.entrypoints.openai.api_server', '--model', str(tiny), '--served-model-name', 'tiny',
-               '--host', '127.0.0.1', '--port', str(port), '--max-model-len', '512', '--dtype', 'float32', '--enforce-eager',
-               '--generation-config', 'vllm'] # the command `vllm` of vllm-cpu looks for a package named vllm and ends
-    process = subprocess.Popen(command, stdout=log, stderr=log, env=VLLM, start_new_session=True)
-    try:
-        while True:
-            log.seek(0); said = log.read()[-2000:]
-            assert process.poll() is None, f'the server ended: {said}'
-            assert time.monotonic() - began < 240, f'the server does not start: {said}'
-            with socket.socket() as s:
-                if s.connect_ex(('127.0.0.1', port)) == 0: break
-            time.sleep(.5)
-        print(f'vLLM server up after {time.monotonic() - began:.0f} s')
-        yield f'http://127.0.0.1:{port}/v1'
-    finally:
-        family = [*psutil.Process(process.pid).children(recursive=True), process] if process.poll() is None else []
-        os.killpg(process.pid, signal.SIGTERM)
-        try: process.wait(10)
-        except subprocess.TimeoutExpired: pass
-        for p in family:
-            try: p.kill()
-            except (psutil.NoSuchProcess, ProcessLookupError): pass
-        process.wait(10); log.close()
-
-@needs_vllm
-def test_vllm_server_behind_a_faulty_proxy(vllm_server, tmp_path):
-    requests = questions(200, max_tokens=16)
-    with Proxy(forward(vllm_server), fault=some_faults) as proxy:
-        teacher = Recorded(Server(proxy.url, 'tiny', concurrency=16, pause=.05), tmp_path/'a.jsonl')
-        began = time.monotonic()
-        got = by_key(teacher.ask(requests))
-        seconds = time.monotonic() - began
-        print(f'{200/seconds:.0f} requests/s, {teacher.completion_tokens/seconds:.0f} tokens/s through {dict(proxy.faults)}')
-        assert set(proxy.faults) == {'429', '500', 'drop', 'half'} and min(proxy.faults.values()) > 10
-        assert [k for k, _ in got] == sorted(r.key for r in requests)
-        assert set(proxy.delivered.values()) == {1} and len(proxy.delivered) == 200
-        assert len({x['digest'] for x in lines(tmp_path/'a.jsonl')}) == 200 == len(lines(tmp_path/'a.jsonl'))
-        assert all(a.teacher == 'tiny' and a.prompt_tokens > 5 and 0 < a.completion_tokens <= 16 for _, a in got)
-        assert {a.finish for _, a in got} <= {'stop', 'length'} and len({a.text for _, a in got}) > 100
-        assert any(a.finish == 'length' and a.completion_tokens == 16 for _, a in got)
-        before = proxy.connections
-        again = Recorded(Server(proxy.url, 'tiny'), tmp_path/'a.jsonl')
-        assert by_key(again.ask(requests)) == got == by_key(Replay(tmp_path/'a.jsonl').ask(requests))
-        assert again.asked == 0 and proxy.connections == before
-
-@needs_vllm
-def test_killed_and_resumed_with_vllm(vllm_server, tmp_path):
-    with Proxy(forward(vllm_server), fault=some_faults) as proxy:
-        file = tmp_path/'a.jsonl'
-        stopped(start(url=proxy.url, model='tiny', file=str(file), n=200), file, 60, signal.SIGKILL)
-        assert 60 <= len(resumed(proxy, file, 200, 'tiny')) < 200
-
-@needs_vllm
-def test_vllm_server_says_what_is_wrong(vllm_server):
-    assert "it has 'tiny'" in fails(Server(vllm_server, 'huge'))
-    assert 'end in /v1' in fails(Server(vllm_server.removesuffix('/v1'), 'tiny'))
-    assert "'long'" in (message := fails(Server(vllm_server, 'tiny'), [ask_for('word '*600, key='long')])) and '512' in message
-
-IN_PROCESS = textwrap.dedent('''
-    import json, sys
-    from ehr_r1.synthesis.teachers import Recorded, Request, Server, TeacherError, Vllm
-    model, url, file = sys.argv[1:]
-    names = [f'question {i}' for i in range(40)]
-    asked = [Request(q, (dict(role='user', content=q),), temperature=0., max_tokens=16) for q in names]
-    here = Recorded(Vllm(model, 'here', batch=16, max_model_len=512, enforce_eager=True, dtype='float32'), file)
-    first, again = dict((r.key, a) for r, a in here.ask(asked)), dict((r.key, a) for r, a in here.ask(asked))
-    there = dict((r.key, a) for r, a in Server(url, 'tiny').ask(asked))
-    assert first == again and here.asked == 40 and {a.teacher for a in first.values()} == {'here'}
-    try: list(here.ask([Request('long', (dict(role='user', content='word '*600),))]))
-    except TeacherError as e: assert 'long' in str(e) and '512' in str(e)
-    else: raise AssertionError('a prompt that is too long was answered')
-    same = sum((first[k].text, first[k].finish, first[k].prompt_tokens, first[k].completion_tokens) ==
-               (there[k].text, there[k].finish, there[k].prompt_tokens, there[k].completion_tokens) for k in there)
-    print('same', same, len({a.text for a in first.values()}))
-''')
-
-@needs_vllm
-def test_vllm_in_the_process_answers_as_the_server_does(tiny, vllm_server, tmp_path):
-    command = [sys.executable, '-c', IN_PROCESS, str(tiny), vllm_server, str(tmp_path/'a.jsonl')]
-    env = VLLM | {'VLLM_ENABLE_V1_MULTIPROCESSING': '0'}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240, env=env)
-    assert done.returncode == 0, done.stderr[-2000:]
-    same, texts = map(int, done.stdout.strip().splitlines()[-1].split()[1:])
-    print(f'{same} of 40 answers the same, {texts} different ones')
-    assert same >= 38 and texts > 20 # greedy; batches of another size may round another way
 
 def test_vllm_missing_is_said(monkeypatch):
     monkeypatch.setitem(sys.modules, 'vllm', None)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['write_predictions', 'read_predictions', 'predict_ceiling', 'predict_baselines', 'task_facts', 'write_facts',
-           'build_predictions', 'calibration_table', 'score_run', 'build_scores', 'published']
+           'build_predictions', 'calibration_table', 'score_run', 'read_answers', 'build_scores', 'published']
 
 # %% ../../nbs/evaluation/23_benchmark.ipynb #03830a98
 import shutil
@@ -129,29 +129,42 @@ def score_run(samples:pl.DataFrame,   # EHR-Bench rows
               folder:str|Path,        # scores/
               tasks=None,             # tasks that enter the overall rows (the 42); None: all
               seed:int=0,             # of the run
-              replicates:int=1000     # of the bootstrap
+              replicates:int=1000,    # of the bootstrap
+              prefix:str=''           # of the tables' names
 )->dict: # table -> rows
     "Score all systems of a run, compare them in pairs and write the tables."
     scores = evaluate(samples, predictions, seed, replicates)
     pairs = [compare(scores, a, b, tasks) for a, b in combinations(predictions, 2)]
     made = dict(scores=score_table(scores, tasks), comparisons=pl.concat(pairs) if pairs else pl.DataFrame(schema=COMPARISON),
                 calibration=calibration_table(samples, predictions))
+    made = {prefix + name: frame for name, frame in made.items()}
     Path(folder).mkdir(parents=True, exist_ok=True)
     for name, frame in made.items():
         with writing(Path(folder)/f'{name}.parquet') as tmp: frame.write_parquet(tmp)
         with writing(Path(folder)/f'{name}.csv') as tmp: frame.write_csv(tmp)
     return {name: frame.height for name, frame in made.items()}
 
+def read_answers(run:Run # whatever language models have answered
+)->dict: # system -> its predictions, by name
+    "Predictions of the language models of a run."
+    found = [f for f in sorted(run.answers.glob('*/predictions.parquet')) if (f.parent/'manifest.json').exists()]
+    return {f.parent.name: pl.read_parquet(f) for f in found if not f.parent.name.endswith(('.partial', '.old'))}
+
 def build_scores(run:Run,  # the run; its samples and predictions must stand
                  p:Profile # seed, replicates
 )->bool: # False if it was up to date
     "The scores stage; the 42 tasks of the headline enter the overall rows."
-    inputs = dict(samples=read_manifest(run.samples)['key'],
-                  **fingerprint({f.stem: f for f in run.predictions.glob('*.parquet')}))
+    inputs = dict(samples=read_manifest(run.samples)['key'], **fingerprint({f.stem: f for f in run.predictions.glob('*.parquet')}),
+                  **{f'answers/{s}': read_manifest(run.answers/s)['key'] for s in read_answers(run)})
     headline = {t for t, task in TASKS.items() if task.in_42}
     def make(out):
-        return score_run(read_samples(run, p).filter(pl.col('split') == 'held_out'), read_predictions(run.predictions), out,
-                         headline, p.seed, p.replicates)
+        samples, others = read_samples(run, p).filter(pl.col('split') == 'held_out'), read_predictions(run.predictions)
+        counts = score_run(samples, others, out, headline, p.seed, p.replicates)
+        if models := read_answers(run): # on the samples that they were asked, all systems
+            asked = samples.join(pl.concat([f.select('sample_id') for f in models.values()]).unique(), on='sample_id', how='semi')
+            both = {s: f.join(asked, on='sample_id', how='semi') for s, f in (others | models).items()}
+            counts |= score_run(asked, both, out, headline, p.seed, p.replicates, 'models_')
+        return counts
     return build(run.scores, make, inputs, dict(seed=p.seed, replicates=p.replicates), 'evaluation.benchmark')
 
 # %% ../../nbs/evaluation/23_benchmark.ipynb #6cabac17
