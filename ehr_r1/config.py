@@ -39,25 +39,25 @@ class Profile:
     chains_per_task: int = 0        # samples a task that get a chain at most; 0: all that have a graph
     model: str = 'small'            # a size of `training.models`, a checkpoint (folder or name on the hub), or none
     lora: int = 0                   # rank of the adapters; 0: all weights are trained
-    context: int = 384              # longest prompt in the model's tokens (EHR-R1: 8,192, with reasoning 10,000 to 12,288)
+    context: int = 256              # longest prompt in the model's tokens (EHR-R1: 8,192, with reasoning 10,000 to 12,288)
     answer_tokens: int = 192        # longest answer, reasoning included (EHR-R1: 2,048 in training, 4,096 at evaluation)
-    base_steps: int = 400           # stage 0, for models from scratch only
-    adapt_steps: int = 400          # stage 1; 0: one epoch, as EHR-R1
-    reason_steps: int = 200         # stage 2; 0: five epochs, as EHR-R1
+    base_steps: int = 500           # stage 0, for models from scratch only
+    adapt_steps: int = 1_500         # stage 1; 0: one epoch, as EHR-R1
+    reason_steps: int = 400         # stage 2; 0: five epochs, as EHR-R1
     reinforce_steps: int = 10       # stage 3; 0: one epoch, as EHR-R1
-    base_rate: float = 2e-3         # learning rates; EHR-R1's 2e-5, 2e-5 and 2e-6 are for models that can already read
-    adapt_rate: float = 1e-3
+    base_rate: float = 3e-3         # learning rates; EHR-R1's 2e-5, 2e-5 and 2e-6 are for models that can already read
+    adapt_rate: float = 2e-3
     reason_rate: float = 1e-3
     reinforce_rate: float = 1e-4
-    batch: int = 16                 # sequences a step in stages 0 and 1 (EHR-R1: 8)
-    reason_batch: int = 16          # the same in stage 2 (EHR-R1: 64)
+    batch: int = 8                  # sequences a step in stages 0 and 1 (EHR-R1: 8)
+    reason_batch: int = 8           # the same in stage 2 (EHR-R1: 64)
     prompts: int = 4                # a step of stage 3 (EHR-R1: 4)
     completions: int = 8            # of each prompt (EHR-R1: 16)
     micro_batch: int = 0            # sequences a device holds at a time; 0: all of a step (stage 3: a prompt's completions)
     curriculum: bool = False        # short answers first, instead of a drawn order
     ablations: str = ''             # more stage 2 models: some of no_knowledge, no_sections, plain
     scaling: str = ''               # more stage 1 models, on these shares of the steps, e.g. 0.1,0.3
-    lm_per_task: int = 20           # EHR-Bench samples a task that language models answer; 0: all
+    lm_per_task: int = 20           # samples a decision task that language models answer, of risks four times that; 0: all
     shard_patients: int = 1000      # patients a file of the trajectory store, about; at most 512 files
     replicates: int = 1000          # bootstrap replicates of the intervals
     workers: int = 2                # processes where a stage runs shards side by side
@@ -72,7 +72,8 @@ class Profile:
         if bad := set(self.variants.split(',')) - set(VARIANTS):
             raise ValueError(f"variants={self.variants!r}: {', '.join(sorted(bad))} is not among {', '.join(VARIANTS)}")
         if bad := set(filter(None, self.ablations.split(','))) - {*VARIANTS[1:], 'plain'}:
-            raise ValueError(f"ablations={self.ablations!r}: {', '.join(sorted(bad))} is not among no_knowledge, no_sections, plain")
+            raise ValueError(f"ablations={self.ablations!r}: {', '.join(sorted(bad))} is not among "
+                             'no_knowledge, no_sections, plain')
         if not all(0 < s < 1 for s in self.shares): raise ValueError(f"scaling={self.scaling!r}: shares lie between 0 and 1")
         for f in fields(self):
             if f.type in ('int', 'float', int, float):
@@ -92,13 +93,13 @@ class Profile:
 PROFILES = {p.name: p for p in [
     Profile('smoke', patients=300, ins_per_task=300, bench_per_task=100, replicates=200, shard_patients=50,
             model='tiny', context=256, answer_tokens=160, base_steps=6, adapt_steps=6, reason_steps=6, reinforce_steps=2,
-            batch=8, reason_batch=8, prompts=1, completions=4, ablations='plain', scaling='0.5', lm_per_task=2),
+            prompts=1, completions=4, ablations='plain', scaling='0.5', lm_per_task=2),
     Profile('demo', ins_per_task=2_000, shard_patients=50),
-    Profile('study', patients=20_000, ins_per_task=4_000, model='base', base_steps=3_000, adapt_steps=4_000, reason_steps=2_000,
-            reinforce_steps=150, completions=16, ablations='no_knowledge,no_sections,plain', scaling='0.1,0.3', lm_per_task=100),
+    Profile('study', patients=20_000, ins_per_task=3_000, base_steps=2_000, adapt_steps=6_000, reason_steps=2_000,
+            reinforce_steps=100, completions=16, ablations='no_knowledge,no_sections,plain', scaling='0.1,0.3', lm_per_task=50),
     Profile('paper', patients=300_000, style='official', chains_per_task=12_500, model='Qwen/Qwen3-1.7B', context=8_192,
-            answer_tokens=4_096, base_steps=0, adapt_steps=0, reason_steps=0, reinforce_steps=0, adapt_rate=2e-5, reason_rate=2e-5,
-            reinforce_rate=2e-6, batch=8, reason_batch=64, completions=16, micro_batch=1,
+            answer_tokens=4_096, base_steps=0, adapt_steps=0, reason_steps=0, reinforce_steps=0,
+            adapt_rate=2e-5, reason_rate=2e-5, reinforce_rate=2e-6, reason_batch=64, completions=16, micro_batch=1,
             ablations='no_knowledge,no_sections,plain', lm_per_task=0),
 ]}
 

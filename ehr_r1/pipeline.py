@@ -139,8 +139,8 @@ def main(args:list|None=None # words after `ehr_r1`; default: the command line's
             start = time.time(); ran = getattr(r, s)()
             if s == 'hospital' and r.data: continue
             said = {True: f'done in {time.time()-start:.1f} s', False: 'up to date',
-                    None: 'left out; ' + ('no medical knowledge beside the tables (KNOWLEDGE=folder)' if r.trains or s in ('graphs', 'chains')
-                                        else 'MODEL=none')}
+                    None: 'left out; ' + ('MODEL=none' if not r.trains and ORDER.index(s) > ORDER.index('baselines') else
+                                          'no medical knowledge beside the tables (KNOWLEDGE=folder)')}
             print(f'{s}: {said[ran]}', flush=True)
     except (TeacherError, ValueError, FileNotFoundError, ImportError) as e: # TableError and KnowledgeError are ValueErrors
         print(f'{type(e).__name__}: {e}', file=sys.stderr)

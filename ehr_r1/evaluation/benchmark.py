@@ -154,7 +154,8 @@ def build_scores(run:Run,  # the run; its samples and predictions must stand
                  p:Profile # seed, replicates
 )->bool: # False if it was up to date
     "The scores stage; the 42 tasks of the headline enter the overall rows."
-    inputs = dict(samples=read_manifest(run.samples)['key'], **fingerprint({f.stem: f for f in run.predictions.glob('*.parquet')}),
+    inputs = dict(samples=read_manifest(run.samples)['key'],
+                  **fingerprint({f.stem: f for f in run.predictions.glob('*.parquet')}),
                   **{f'answers/{s}': read_manifest(run.answers/s)['key'] for s in read_answers(run)})
     headline = {t for t, task in TASKS.items() if task.in_42}
     def make(out):

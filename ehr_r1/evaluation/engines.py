@@ -162,10 +162,10 @@ class Transformers(Engine):
         return out
     def _padded(self, rows): # ids and mask, padded on the left
         import torch
-        width = max(map(len, rows))
-        ids, mask = ([[fill(t) for t in [None]*(width - len(r)) + r] for r in rows]
-                     for fill in (lambda t: t or 0, lambda t: int(t is not None)))
-        return torch.tensor(ids, device=self.model.device), torch.tensor(mask, device=self.model.device)
+        rows = [torch.tensor(r, dtype=torch.long) for r in rows]
+        ids, mask = (torch.nn.utils.rnn.pad_sequence(x, batch_first=True, padding_side='left').to(self.model.device)
+                     for x in (rows, [torch.ones_like(r) for r in rows]))
+        return ids, mask
     def _prefill(self, rows, groups, keep):
         "Logits of the last token, mask and cache of each row, the rows of the groups in their order."
         import torch

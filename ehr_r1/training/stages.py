@@ -51,11 +51,11 @@ def _shared(p, out, steps): # what all stages have in common
 def base_config(p:Profile, # base_rate, batch
                 out:Path,  # where the trainer keeps its checkpoints
                 steps:int  # of the optimiser
-): # trl.SFTConfig
+): # transformers.TrainingArguments
     "Stage 0: next-token prediction on all tokens. Not in the paper, which starts from pretrained bases."
-    from trl import SFTConfig
-    return SFTConfig(**_shared(p, out, steps), **_held(p.batch, p), learning_rate=p.base_rate, max_length=None,
-                     completion_only_loss=False, weight_decay=.01, adam_beta2=.98)
+    from transformers import TrainingArguments
+    return TrainingArguments(**_shared(p, out, steps), **_held(p.batch, p), learning_rate=p.base_rate, weight_decay=.01,
+                             adam_beta2=.98, include_num_input_tokens_seen='all')
 
 def adapt_config(p:Profile, # adapt_rate, batch
                  out:Path,  # where the trainer keeps its checkpoints
@@ -110,9 +110,10 @@ def _metrics(file, extra=None):
     class Metrics(TrainerCallback):
         def on_train_begin(self, args, state, control, **kwargs):
             if not state.is_world_process_zero: return
-            self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc=file.parent.name.removesuffix('.partial'), unit='step')
-            kept = [l for l in file.read_text().splitlines() if json.loads(l)['step'] <= state.global_step] if file.exists() else []
-            if not state.global_step: kept = []
+            name, at = file.parent.name.removesuffix('.partial'), state.global_step
+            self.bar = tqdm(total=state.max_steps, initial=at, desc=name, unit='step')
+            lines = file.read_text().splitlines() if at and file.exists() else []
+            kept = [l for l in lines if json.loads(l)['step'] <= at]
             self.before, self.start = json.loads(kept[-1])['seconds'] if kept else 0., time.monotonic()
             with writing(file) as tmp: tmp.write_text(''.join(l + '\n' for l in kept))
             if extra and not kept: self.add(0, extra(kwargs['model']))
@@ -124,10 +125,12 @@ def _metrics(file, extra=None):
         def on_train_end(self, args, state, control, **kwargs):
             if state.is_world_process_zero: self.bar.close()
         def on_log(self, args, state, control, logs=None, **kwargs):
-            if state.is_world_process_zero and 'train_runtime' not in logs:
+            if state.is_world_process_zero and 'train_loss' not in logs: # which closes a training
                 name = 'reward' if 'reward' in logs else 'loss'
                 self.bar.set_postfix_str(f'{name} {logs.get(name, 0):.3f}', refresh=False)
-                self.add(state.global_step, {k.removeprefix('train/'): v for k, v in logs.items() if isinstance(v, (int, float))})
+                values = {k.replace('num_input_tokens_seen', 'num_tokens'): v for k, v in logs.items()
+                          if isinstance(v, (int, float)) and not k.startswith('train_')}
+                self.add(state.global_step, values)
         def on_save(self, args, state, control, **kwargs):
             if extra and state.is_world_process_zero: self.add(state.global_step, extra(kwargs['model']))
     return Metrics()
@@ -194,18 +197,24 @@ def train(out:str|Path # folder with job.json and examples/
         held = pl.read_parquet(out/'gate.parquet')['answer'].to_list()
         extra = lambda m: copying(m, tokenizer, held)
     lora = None
-    if p.lora:
+    if p.lora and stage != 'base':
         from peft import LoraConfig
         lora = LoraConfig(r=p.lora, lora_alpha=2*p.lora, target_modules=TARGETS.split(), task_type='CAUSAL_LM')
-    shared = dict(model=model, args=config, processing_class=tokenizer, peft_config=lora, callbacks=[_metrics(out/'metrics.jsonl', extra)])
+    shared = dict(model=model, args=config, processing_class=tokenizer, peft_config=lora,
+                  callbacks=[_metrics(out/'metrics.jsonl', extra)])
     if stage == 'reinforce':
         rows = scan_examples(out/'examples').head(steps*p.prompts).select('prompt', 'label', 'family', 'sample_id').collect()
         model.generation_config.update(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
         trainer = GRPOTrainer(reward_funcs=grpo_rewards(), train_dataset=datasets.Dataset.from_list(rows.to_dicts()), **shared)
     else:
         batch = p.reason_batch if stage == 'reason' else p.batch
-        stream = partial(_encoded, out/'examples', batch, p.seed, tokenizer)
-        trainer = SFTTrainer(train_dataset=datasets.IterableDataset.from_generator(stream), **shared)
+        stream = partial(_encoded, out/'examples', batch, p.seed, tokenizer, stage != 'base')
+        shared['train_dataset'] = datasets.IterableDataset.from_generator(stream)
+        if stage == 'base': # nothing is masked, so transformers' own trainer does; TRL's head costs a small model half its speed
+            shared.pop('peft_config')
+            padded = transformers.DataCollatorForLanguageModeling(tokenizer, mlm=False)
+            trainer = transformers.Trainer(data_collator=padded, **shared)
+        else: trainer = SFTTrainer(**shared)
     trainer.remove_callback(transformers.PrinterCallback); trainer.remove_callback(transformers.ProgressCallback)
     trainer.train(resume_from_checkpoint=get_last_checkpoint(str(out/'trainer')) if (out/'trainer').exists() else None)
     trainer.save_model(str(out/('adapter' if p.lora else 'model')))
@@ -216,16 +225,18 @@ def train(out:str|Path # folder with job.json and examples/
         tokenizer.save_pretrained(out/'model')
     trainer.accelerator.wait_for_everyone()
 
-def _encoded(folder, batch, seed, tokenizer):
-    for row in in_batches(folder, batch, seed, 0): yield encode(row, tokenizer)
+def _encoded(folder, batch, seed, tokenizer, masked):
+    for row in in_batches(folder, batch, seed, 0):
+        x = encode(row, tokenizer)
+        yield x if masked else dict(input_ids=x['input_ids'])
 
 def _launch(out):
     "Train here, or on the processes that an accelerate configuration names."
     config = os.environ.get('EHR_R1_ACCELERATE')
     if not config: return train(out)
     if not Path(config).is_file(): raise ValueError(f'EHR_R1_ACCELERATE: there is no file {config}')
-    subprocess.run([sys.executable, '-m', 'accelerate.commands.launch', '--config_file', config, '-m', 'ehr_r1.training.stages', str(out)],
-                   check=True)
+    launch = [sys.executable, '-m', 'accelerate.commands.launch', '--config_file', config]
+    subprocess.run([*launch, '-m', 'ehr_r1.training.stages', str(out)], check=True)
 
 # %% ../../nbs/training/33_stages.ipynb #fbf37964
 def model_at(run:Run,   # the run
@@ -262,8 +273,9 @@ def _vocabulary(run, p):
     chosen = choose_examples(run, 'adapt', p.seed)['sample_id'].head(4_000)
     files = sorted((run.samples/'ehr_ins').glob('*.parquet'))
     text = pl.col('messages').list.get(1).struct.field('content')
-    rows = pl.scan_parquet(files).filter(pl.col('sample_id').is_in(chosen.implode())).select(text.alias('t'), pl.col('label').list.join('\n'))
-    for t, label in rows.collect(engine='streaming').sort('t').rows():
+    rows = pl.scan_parquet(files).filter(pl.col('sample_id').is_in(chosen.implode()))
+    rows = rows.select(text.alias('text'), pl.col('label').list.join('\n')).collect(engine='streaming')
+    for t, label in rows.sort('text', 'label').rows():
         yield t; yield label
     if (run.chains/'manifest.json').exists():
         yield from kept_chains(run).select('chain', 'split').filter(pl.col('split') == 'train').head(4_000).collect()['chain']
@@ -316,12 +328,14 @@ def _supervised(run, p, stage, system, start, variant, steps, settings):
             return write_examples(run, chosen, writer, out/'examples', variant, p.workers)
         counts = _once(out/'examples.json', examples)
         if not counts['examples']:
-            raise ModelError(f"{system}: no example fits {p.context} + {p.answer_tokens} tokens ({counts['left_out']}); raise context or answer_tokens")
+            raise ModelError(f"{system}: no example fits {p.context} + {p.answer_tokens} tokens ({counts['left_out']}); "
+                             'raise context or answer_tokens')
         n = steps or -(-counts['examples']*EPOCHS[stage]//each)
         counts |= _run(out, p, stage, model_at(run, start), n, parameters)
         (out/'examples.json').unlink()
         return counts
-    return build(run.checkpoints/system, make, inputs, _settings(p, *settings.split()) | dict(steps=steps, variant=variant), 'training.stages')
+    params = _settings(p, *settings.split()) | dict(steps=steps, variant=variant)
+    return build(run.checkpoints/system, make, inputs, params, 'training.stages')
 
 def build_adapted(run:Run,       # samples and the base must stand
                   p:Profile,     # adapt_steps, batch

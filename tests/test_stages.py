@@ -1,0 +1,278 @@
+"""Training: several processes and a killed run give what one undisturbed process gives; which tokens bear loss; settings; order."""
+import json, os, random, shutil, signal, subprocess, sys
+from dataclasses import asdict
+from itertools import islice
+from pathlib import Path
+import polars as pl, pytest
+from hypothesis import given, settings, strategies as st
+from ehr_r1.config import Run, profile
+from ehr_r1.training.examples import BLOCK, EXAMPLES, choose_examples, in_batches
+from ehr_r1.training import stages
+from ehr_r1.training.models import ModelError, answer_text, chat_text, new_model, train_tokenizer
+from ehr_r1.training.stages import CONFIGS, EPOCHS, TARGETS, _launch, read_metrics, train
+
+CONFIGURATIONS = sorted((Path(__file__).parent.parent/'ehr_r1'/'training'/'accelerate').glob('*.yaml'))
+COLOURS = ('red', 'green', 'blue', 'white')
+
+def questions(n):
+    "Pairs of a record and a colour that does not follow from it, so that a trained model answers in the right form and is often wrong."
+    rng = random.Random(1)
+    return [(f'Room {rng.randint(100, 999)}, bed {rng.randint(1, 9)}. ' * rng.randint(1, 4) + 'Which colour?', rng.choice(COLOURS))
+            for _ in range(n)]
+
+@pytest.fixture(scope='module')
+def start(tmp_path_factory):
+    "A tiny model with random weights."
+    out = tmp_path_factory.mktemp('start')
+    tokenizer = train_tokenizer([t for pair in questions(100) for t in pair], 320)
+    tokenizer.save_pretrained(out)
+    new_model('tiny', tokenizer, 1, 256).save_pretrained(out)
+    return out
+
+def prepare(out, start, stage='adapt', steps=8, **changes):
+    "A folder that `train` can be called on."
+    from transformers import AutoTokenizer
+    tokenizer, rows = AutoTokenizer.from_pretrained(start), []
+    def count(text): return len(tokenizer(text, add_special_tokens=False).input_ids)
+    for i, (text, label) in enumerate(questions(160)):
+        prompt = chat_text(tokenizer, [dict(role='system', content='S'), dict(role='user', content=text)], 'think')
+        answer = answer_text('hm', [label])
+        rows.append((str(i), 'colour', 'decision', 'think', prompt, answer, [label], count(prompt), count(answer) + 1, 0))
+    (out/'examples').mkdir(parents=True)
+    pl.DataFrame(rows, schema=EXAMPLES, orient='row').write_parquet(out/'examples'/'examples-00000.parquet', row_group_size=30)
+    p = profile('smoke', **dict(batch=8, prompts=2, completions=4, answer_tokens=16, adapt_rate=3e-3, reinforce_rate=1e-3) | changes)
+    (out/'job.json').write_text(json.dumps(dict(stage=stage, start=str(start), steps=steps, profile=asdict(p))))
+    return out
+
+def weights(folder):
+    from safetensors.torch import load_file
+    return load_file(folder/'model.safetensors')
+
+def curve(folder):
+    "What was logged, without what is measured."
+    return [{k: v for k, v in line.items() if k not in ('seconds', 'step_time')} for line in read_metrics(folder)]
+
+# a training that kills its own process, without a chance to tidy up, when it has finished so many steps
+KILLED = '''
+import os, signal, sys, transformers.trainer
+class Kill(transformers.TrainerCallback):
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == int(sys.argv[2]): os.kill(os.getpid(), signal.SIGKILL)
+transformers.trainer.DEFAULT_CALLBACKS.append(Kill)
+from ehr_r1.training.stages import train
+train(sys.argv[1])
+'''
+def killed(out, step):
+    "Train up to a step; what the last checkpoint is."
+    done = subprocess.run([sys.executable, '-c', KILLED, str(out), str(step)], capture_output=True, text=True)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert read_metrics(out)[-1]['step'] == step and not (out/'model').exists()
+    return max(int(c.name.split('-')[1]) for c in (out/'trainer').glob('checkpoint-*'))
+
+def same(a, b, start, lines):
+    "Two trainings went the same way, and somewhere."
+    assert len(read_metrics(a)) == lines
+    for x, y in zip(curve(a), curve(b), strict=True): assert x == y
+    one, two, old = weights(a/'model'), weights(b/'model'), weights(start)
+    assert one.keys() == two.keys() and all((one[k] == two[k]).all() for k in one)
+    assert any((one[k] != old[k]).any() for k in old)
+
+@pytest.fixture(scope='module')
+def trained(start, tmp_path_factory):
+    "A training nobody disturbs."
+    out = prepare(tmp_path_factory.mktemp('trained')/'x', start, steps=60)
+    train(out)
+    return out
+
+# --- killed and run again
+
+def test_killed_supervised_training_comes_out_the_same(trained, start, tmp_path):
+    out = prepare(tmp_path/'x', start, steps=60)
+    assert killed(out, 33) == 30
+    torn = out/'trainer'/'checkpoint-36' # a second kill, in the middle of writing the next checkpoint
+    torn.mkdir()
+    (torn/'model.safetensors').write_bytes(b'half')
+    train(out)
+    same(trained, out, start, 60)
+    lost = [line['loss'] for line in read_metrics(out)]
+    assert lost[-1] < lost[0]/2
+
+def test_killed_reinforcement_comes_out_the_same(trained, tmp_path):
+    whole, out = (prepare(tmp_path/name, trained/'model', 'reinforce', 11) for name in ('whole', 'killed'))
+    train(whole)
+    lines = read_metrics(whole)
+    assert sum(line['reward_std'] > 0 and line['grad_norm'] > 0 for line in lines) > 5 # there is something to learn from
+    assert all(0 <= line['rewards/accuracy/mean'] <= 1 for line in lines)
+    assert killed(out, 5) == 4
+    train(out)
+    same(whole, out, trained/'model', 11)
+
+def test_checkpoints_fall_on_logged_steps():
+    "A mean over logged steps cannot be gone on with from the middle."
+    for stage, make in CONFIGS.items():
+        for steps in (1, 9, 100, 150, 250, 399, 1_234, 54_321):
+            c = make(profile('demo'), Path('x'), steps)
+            assert c.save_steps % c.logging_steps == 0, (stage, steps)
+            assert steps/20 <= c.save_steps <= max(steps/5, 1), (stage, steps)
+
+# --- several processes
+
+def test_two_processes_train_as_one(start, tmp_path, monkeypatch):
+    one, two = (prepare(tmp_path/name, start, steps=8) for name in ('one', 'two'))
+    train(one)
+    monkeypatch.setenv('EHR_R1_ACCELERATE', str(next(f for f in CONFIGURATIONS if f.stem == 'two_processes_cpu')))
+    _launch(two)
+    for x, y in zip(read_metrics(one), read_metrics(two), strict=True):
+        assert x['step'] == y['step'] and x['num_tokens'] == y['num_tokens'] and x['learning_rate'] == y['learning_rate']
+        assert x['loss'] == pytest.approx(y['loss'], abs=3e-3) # bf16 products, added up in another order
+    a, b, old = weights(one/'model'), weights(two/'model'), weights(start)
+    moved = sum(((a[k] - old[k])**2).sum() for k in a)**.5
+    assert sum(((a[k] - b[k])**2).sum() for k in a)**.5 < .15*moved
+
+@pytest.mark.parametrize('processes', [1, 2, 4, 8])
+def test_a_step_is_as_large_on_any_number_of_processes(monkeypatch, processes):
+    from transformers import TrainingArguments
+    monkeypatch.setattr(stages, '_world', lambda: processes)
+    monkeypatch.setattr(TrainingArguments, 'world_size', property(lambda self: processes))
+    for stage, sequences in dict(adapt=8, reason=64, reinforce=64).items():
+        c = CONFIGS[stage](profile('paper'), Path('x'), 100)
+        assert c.per_device_train_batch_size*c.gradient_accumulation_steps*processes == sequences
+        assert c.per_device_train_batch_size == 1
+
+def test_a_step_that_does_not_divide_is_refused(monkeypatch):
+    monkeypatch.setattr(stages, '_world', lambda: 16)
+    with pytest.raises(ValueError, match='8 sequences a step do not divide into 16 processes'):
+        CONFIGS['adapt'](profile('paper'), Path('x'), 100)
+
+@pytest.mark.parametrize('file', CONFIGURATIONS, ids=lambda f: f.stem)
+def test_accelerate_takes_the_configuration(file):
+    from accelerate.commands.config.config_args import load_config_from_file
+    from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+    from accelerate.utils import DistributedType
+    config = load_config_from_file(str(file)) # unknown keys of the file are an error
+    known = launch_command_parser().parse_args(['--config_file', str(file), 'x'])
+    for part in (config.deepspeed_config, config.fsdp_config): assert all(hasattr(known, k) for k in part), 'unknown key'
+    args = _validate_launch_command(known)[0]
+    assert args.mixed_precision == 'bf16' and config.num_processes % config.num_machines == 0
+    kind, processes, machines = dict(
+        one_gpu=(DistributedType.NO, 1, 1), eight_gpus_zero3=(DistributedType.DEEPSPEED, 8, 1), eight_gpus_fsdp=(DistributedType.FSDP, 8, 1),
+        several_nodes=(DistributedType.FSDP, 32, 4), two_processes_cpu=(DistributedType.MULTI_GPU, 2, 1))[file.stem]
+    assert (config.distributed_type, args.num_processes, args.num_machines) == (kind, processes, machines)
+    assert (args.use_deepspeed, args.use_fsdp) == (kind == DistributedType.DEEPSPEED, kind == DistributedType.FSDP)
+    if args.use_deepspeed: # sizes are the profile's; the finished model is one file
+        assert args.zero_stage == 3 and args.gradient_accumulation_steps is None and args.zero3_save_16bit_model
+    if args.use_fsdp: assert args.fsdp_version == 2 and args.fsdp_state_dict_type == 'FULL_STATE_DICT'
+    assert file.read_text().startswith('# ') and '# Change: ' in file.read_text()
+
+def test_all_configurations_are_there():
+    assert len(CONFIGURATIONS) == 5
+
+def test_a_missing_configuration_is_named(monkeypatch, tmp_path):
+    monkeypatch.setenv('EHR_R1_ACCELERATE', str(tmp_path/'none.yaml'))
+    with pytest.raises(ValueError, match='EHR_R1_ACCELERATE.*none.yaml'): _launch(tmp_path)
+
+# --- what is learned from
+
+def test_loss_is_on_the_assistants_tokens_alone(trained, tmp_path):
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    out = prepare(tmp_path/'x', trained/'model', steps=1) # the first rate of a warm-up is 0: the loss is that of the start
+    train(out)
+    model = AutoModelForCausalLM.from_pretrained(trained/'model').eval()
+    tokenizer = AutoTokenizer.from_pretrained(trained/'model')
+    assistant = everything = 0.
+    tokens = [0, 0]
+    for row in islice(in_batches(out/'examples', 8, profile('smoke').seed), 8):
+        begin = row['prompt'].index('<|im_start|>assistant\n') + len('<|im_start|>assistant\n')
+        text = row['prompt'] + row['answer'] + '<|im_end|>'
+        x = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        ids, said = torch.tensor(x.input_ids), torch.tensor([a >= begin for a, _ in x.offset_mapping])
+        with torch.no_grad(): logits = model(ids[None]).logits[0, :-1].float()
+        loss = torch.nn.functional.cross_entropy(logits, ids[1:], reduction='none')
+        assistant += loss[said[1:]].sum().item(); everything += loss.sum().item()
+        tokens = [tokens[0] + int(said.sum()), tokens[1] + len(loss)]
+    logged = read_metrics(out)[0]['loss']
+    assert logged == pytest.approx(assistant/tokens[0], abs=.01)
+    assert abs(logged - everything/tokens[1]) > 1
+
+def test_lora_changes_what_its_rank_allows_and_leaves_a_whole_model(start, tmp_path):
+    import torch
+    from ehr_r1.training.models import load_model
+    out = prepare(tmp_path/'x', start, steps=6, lora=3)
+    train(out)
+    before, after = weights(start), weights(out/'model')
+    assert before.keys() == after.keys() and not (out/'model'/'adapter_config.json').exists()
+    changed = {k for k in before if (before[k] != after[k]).any()}
+    assert changed == {k for k in before if k.split('.')[-2] in TARGETS.split()} and len(changed) == 14
+    for k in changed:
+        s = torch.linalg.svdvals((after[k] - before[k]).double())
+        assert s[2] > 1e-5 and s[3] < 1e-2*s[2], (k, s[:5])
+    merged, tokenizer = load_model(out/'model', device='cpu')
+    adapted, _ = load_model(out/'adapter', device='cpu')
+    ids = tokenizer('Room 101', return_tensors='pt').input_ids
+    with torch.no_grad(): assert torch.allclose(merged(ids).logits, adapted(ids).logits, atol=1e-4)
+
+# --- settings
+
+def test_paper_profile_has_the_papers_settings():
+    p = profile('paper')
+    made = {stage: CONFIGS[stage](p, Path('x'), 1_000) for stage in EPOCHS}
+    assert EPOCHS == dict(adapt=1, reason=5, reinforce=1)
+    assert {s: c.learning_rate for s, c in made.items()} == dict(adapt=2e-5, reason=2e-5, reinforce=2e-6)
+    assert (p.batch, p.reason_batch, p.prompts, p.completions, p.lora) == (8, 64, 4, 16, 0)
+    assert p.adapt_steps == p.reason_steps == p.reinforce_steps == 0 # epochs rule
+    for c in made.values():
+        assert c.lr_scheduler_type == 'cosine' and c.warmup_steps == 30 and c.bf16 and c.gradient_checkpointing
+    assert p.context == 8_192 and p.context + p.answer_tokens == 12_288 # longest of stages 1 and 2
+    assert all(made[s].max_length is None and made[s].completion_only_loss for s in ('adapt', 'reason')) # cut before, not by TRL
+    r = made['reinforce']
+    assert (r.num_generations, r.temperature, r.top_p, r.top_k, r.beta) == (16, .7, .95, 20, 0)
+    assert r.max_completion_length == 2_048
+    assert r.reward_weights in (None, [1., 1.]) and r.num_iterations == 1
+    assert set(TARGETS.split()) == {f'{x}_proj' for x in ('q', 'k', 'v', 'o', 'up', 'gate', 'down')}
+
+@pytest.mark.parametrize('changes, stage, said', [
+    (dict(batch=10, micro_batch=4), 'adapt', 'batch'), (dict(reason_batch=6, micro_batch=4), 'reason', 'reason_batch'),
+    (dict(prompts=3, completions=3, micro_batch=2), 'reinforce', 'completions'),
+    (dict(batch=0), 'adapt', 'batch'), (dict(reason_batch=0), 'reason', 'reason_batch'), (dict(prompts=0), 'reinforce', 'prompts'),
+    (dict(completions=1), 'reinforce', 'completions|generations'), (dict(lora=-1), 'adapt', 'lora'), (dict(adapt_rate=-1.), 'adapt', 'adapt_rate'),
+    (dict(adapt_rate='fast'), 'adapt', 'fast'), (dict(ablations='no_sense'), 'reason', 'no_sense'), (dict(scaling='1.5'), 'adapt', 'scaling')])
+def test_bad_settings_are_named(changes, stage, said):
+    with pytest.raises(ValueError, match=said): CONFIGS[stage](profile('demo', **changes), Path('x'), 10)
+
+def test_a_model_that_is_not_there_is_named(start, tmp_path):
+    out = prepare(tmp_path/'x', start)
+    job = json.loads((out/'job.json').read_text())
+    (out/'job.json').write_text(json.dumps(job | dict(start=str(tmp_path/'gone'))))
+    with pytest.raises(ModelError, match='gone: no such folder'): train(out)
+
+# --- order
+
+def test_curriculum_puts_short_answers_first(tmp_path):
+    run, rng = Run('r', tmp_path), random.Random(2)
+    (run.samples/'ehr_ins').mkdir(parents=True)
+    label = {str(i): ['x'*rng.randint(1, 30)]*rng.randint(1, 3) for i in range(300)}
+    rows = pl.DataFrame(dict(sample_id=list(label), label=list(label.values()))).with_columns(
+        task=pl.lit('t'), family=pl.lit('decision'), split=pl.when(pl.int_range(300) % 10 == 0).then(pl.lit('tuning')).otherwise(pl.lit('train')))
+    for k in range(3): rows[100*k:100*k+100].write_parquet(run.samples/'ehr_ins'/f'{k}.parquet')
+    easy, drawn = (choose_examples(run, 'adapt', 7, '', c)['sample_id'].to_list() for c in (True, False))
+    size = [len('\n'.join(label[i])) for i in easy]
+    assert size == sorted(size) and set(easy) == set(drawn) == {i for i in label if int(i) % 10}
+    assert easy != drawn == choose_examples(run, 'adapt', 7, '', False)['sample_id'].to_list() != sorted(drawn, key=int)
+    assert drawn != choose_examples(run, 'adapt', 8, '', False)['sample_id'].to_list()
+
+@settings(max_examples=25, deadline=None)
+@given(n=st.integers(1, 400), batch=st.integers(1, 5), files=st.integers(1, 3), group=st.integers(1, 90))
+def test_every_example_comes_once_an_epoch(tmp_path_factory, n, batch, files, group):
+    out, rng = tmp_path_factory.mktemp('examples'), random.Random(n)
+    rows = pl.DataFrame([(str(i), 't', 'risk', 'plain', '', '', [], rng.randint(1, 99), 1, 0) for i in range(n)], schema=EXAMPLES, orient='row')
+    for k, part in enumerate(rows.iter_slices(-(-n//files))): part.write_parquet(out/f'examples-{k:05d}.parquet', row_group_size=group)
+    ids = lambda *how: [r['sample_id'] for r in in_batches(out, batch, *how)]
+    first, both = ids(3), ids(3, 2)
+    assert sorted(first, key=int) == rows['sample_id'].to_list()
+    assert both[:n] == first == ids(3) and sorted(both[n:]) == sorted(first)
+    assert [r['sample_id'] for r in islice(in_batches(out, batch, 3, 0), 2*n)] == both
+    place = [int(i)//(batch*BLOCK) for i in first]
+    assert place == sorted(place) # only neighbours change places, so that a curriculum stays one
+    if n > 50*batch: assert first != ids(4) and first != both[n:]
+    shutil.rmtree(out)
