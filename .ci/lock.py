@@ -59,7 +59,7 @@ version = {{attr = "{s['lib_path']}.__version__"}}
 include = ["{s['lib_path']}*"]
 
 [tool.setuptools.package-data]
-"*" = ["*.toml", "*.csv"]
+"*" = ["*.toml", "*.csv", "*.yaml"]
 
 [tool.pytest.ini_options]
 testpaths = ["tests"]

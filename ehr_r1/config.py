@@ -175,7 +175,8 @@ MODULES = ('config', 'data.schema', 'data.tables', 'data.conditions', 'data.cour
            'synthesis.thinking_graph', 'synthesis.teachers', 'synthesis.reasoning', 'synthesis.rating', 'synthesis.cases',
            'evaluation.scoring', 'evaluation.baselines', 'evaluation.benchmark',
            'training.models', 'training.examples', 'training.rewards', 'training.stages',
-           'evaluation.engines', 'evaluation.inference', 'evaluation.answers', 'evaluation.reporting', 'pipeline')
+           'evaluation.engines', 'evaluation.inference', 'evaluation.answers', 'evaluation.stage_reports', 'evaluation.reporting',
+           'pipeline')
 
 def code_version(module:str # a name of `MODULES`
 )->str: # 16 hex digits

@@ -89,7 +89,8 @@ def test_make_passes_settings_as_words():
     assert re.search(r"ehr_r1 index profile='smoke' data='a folder' +patients=7$", said, re.M)
     assert 'ehr_r1 hospital' not in said and 'run=' not in said
     order = re.findall(r'/ehr_r1 (\w+)', make('-n', 'reproduce').stdout)
-    assert order == ['hospital', 'trajectories', 'index', 'samples', 'knowledge', 'graphs', 'chains', 'baselines', 'scores', 'reports']
+    assert order == ['hospital', 'trajectories', 'index', 'samples', 'knowledge', 'graphs', 'chains', 'baselines',
+                     'base', 'adapt', 'reason', 'reinforce', 'answers', 'scores', 'reports']
 
 def test_make_refuses_an_old_python(tmp_path):
     old = tmp_path/'python'

@@ -1,5 +1,5 @@
-"""Training: several processes and a killed run give what one undisturbed process gives; which tokens bear loss; settings; order."""
-import json, os, random, shutil, signal, subprocess, sys
+"""Training: several processes or a killed run give what one undisturbed process gives; loss-bearing tokens; settings; order."""
+import json, random, shutil, signal, subprocess, sys
 from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
@@ -15,10 +15,10 @@ CONFIGURATIONS = sorted((Path(__file__).parent.parent/'ehr_r1'/'training'/'accel
 COLOURS = ('red', 'green', 'blue', 'white')
 
 def questions(n):
-    "Pairs of a record and a colour that does not follow from it, so that a trained model answers in the right form and is often wrong."
+    "Pairs of a record and a colour that does not follow from it, so that a trained model has the form right and errs often."
     rng = random.Random(1)
-    return [(f'Room {rng.randint(100, 999)}, bed {rng.randint(1, 9)}. ' * rng.randint(1, 4) + 'Which colour?', rng.choice(COLOURS))
-            for _ in range(n)]
+    def text(): return f'Room {rng.randint(100, 999)}, bed {rng.randint(1, 9)}. '*rng.randint(1, 4) + 'Which colour?'
+    return [(text(), rng.choice(COLOURS)) for _ in range(n)]
 
 @pytest.fixture(scope='module')
 def start(tmp_path_factory):
@@ -40,7 +40,8 @@ def prepare(out, start, stage='adapt', steps=8, **changes):
         rows.append((str(i), 'colour', 'decision', 'think', prompt, answer, [label], count(prompt), count(answer) + 1, 0))
     (out/'examples').mkdir(parents=True)
     pl.DataFrame(rows, schema=EXAMPLES, orient='row').write_parquet(out/'examples'/'examples-00000.parquet', row_group_size=30)
-    p = profile('smoke', **dict(batch=8, prompts=2, completions=4, answer_tokens=16, adapt_rate=3e-3, reinforce_rate=1e-3) | changes)
+    usual = dict(batch=8, prompts=2, completions=4, answer_tokens=16, adapt_rate=3e-3, reinforce_rate=1e-3)
+    p = profile('smoke', **usual | changes)
     (out/'job.json').write_text(json.dumps(dict(stage=stage, start=str(start), steps=steps, profile=asdict(p))))
     return out
 
@@ -107,6 +108,23 @@ def test_killed_reinforcement_comes_out_the_same(trained, tmp_path):
     train(out)
     same(whole, out, trained/'model', 11)
 
+def test_interrupted_stage_0_comes_out_the_same(start, tmp_path, monkeypatch):
+    import transformers.trainer
+    whole, out = (prepare(tmp_path/name, start, 'base', 20, base_rate=3e-3, lora=2) for name in ('whole', 'stopped'))
+    quoted = pl.DataFrame(dict(answer=['Room 101, bed 2.\n\n## Extraction\n**Room [101]**: bed 2']))
+    for folder in (whole, out): quoted.write_parquet(folder/'gate.parquet')
+    train(whole)
+    class Stop(transformers.TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            if state.global_step == 7: raise KeyboardInterrupt
+    with monkeypatch.context() as patch:
+        patch.setattr(transformers.trainer, 'DEFAULT_CALLBACKS', [*transformers.trainer.DEFAULT_CALLBACKS, Stop])
+        with pytest.raises(KeyboardInterrupt): train(out)
+    assert read_metrics(out)[-1]['step'] == 7 and {c.name for c in (out/'trainer').glob('checkpoint-*')} == {'checkpoint-6'}
+    train(out)
+    same(whole, out, start, 20 + 11) # copying is measured at the start and at each checkpoint; adapters come in later stages
+    assert sum('copy' in line for line in read_metrics(out)) == 11
+
 def test_checkpoints_fall_on_logged_steps():
     "A mean over logged steps cannot be gone on with from the middle."
     for stage, make in CONFIGS.items():
@@ -155,7 +173,8 @@ def test_accelerate_takes_the_configuration(file):
     args = _validate_launch_command(known)[0]
     assert args.mixed_precision == 'bf16' and config.num_processes % config.num_machines == 0
     kind, processes, machines = dict(
-        one_gpu=(DistributedType.NO, 1, 1), eight_gpus_zero3=(DistributedType.DEEPSPEED, 8, 1), eight_gpus_fsdp=(DistributedType.FSDP, 8, 1),
+        one_gpu=(DistributedType.NO, 1, 1), eight_gpus_zero3=(DistributedType.DEEPSPEED, 8, 1),
+        eight_gpus_fsdp=(DistributedType.FSDP, 8, 1),
         several_nodes=(DistributedType.FSDP, 32, 4), two_processes_cpu=(DistributedType.MULTI_GPU, 2, 1))[file.stem]
     assert (config.distributed_type, args.num_processes, args.num_machines) == (kind, processes, machines)
     assert (args.use_deepspeed, args.use_fsdp) == (kind == DistributedType.DEEPSPEED, kind == DistributedType.FSDP)
@@ -234,9 +253,11 @@ def test_paper_profile_has_the_papers_settings():
 @pytest.mark.parametrize('changes, stage, said', [
     (dict(batch=10, micro_batch=4), 'adapt', 'batch'), (dict(reason_batch=6, micro_batch=4), 'reason', 'reason_batch'),
     (dict(prompts=3, completions=3, micro_batch=2), 'reinforce', 'completions'),
-    (dict(batch=0), 'adapt', 'batch'), (dict(reason_batch=0), 'reason', 'reason_batch'), (dict(prompts=0), 'reinforce', 'prompts'),
-    (dict(completions=1), 'reinforce', 'completions|generations'), (dict(lora=-1), 'adapt', 'lora'), (dict(adapt_rate=-1.), 'adapt', 'adapt_rate'),
-    (dict(adapt_rate='fast'), 'adapt', 'fast'), (dict(ablations='no_sense'), 'reason', 'no_sense'), (dict(scaling='1.5'), 'adapt', 'scaling')])
+    (dict(batch=0), 'adapt', 'batch'), (dict(reason_batch=0), 'reason', 'reason_batch'),
+    (dict(prompts=0), 'reinforce', 'prompts'),
+    (dict(completions=1), 'reinforce', 'completions|generations'), (dict(lora=-1), 'adapt', 'lora'),
+    (dict(adapt_rate=-1.), 'adapt', 'adapt_rate'), (dict(adapt_rate='fast'), 'adapt', 'fast'),
+    (dict(ablations='no_sense'), 'reason', 'no_sense'), (dict(scaling='1.5'), 'adapt', 'scaling')])
 def test_bad_settings_are_named(changes, stage, said):
     with pytest.raises(ValueError, match=said): CONFIGS[stage](profile('demo', **changes), Path('x'), 10)
 
@@ -252,8 +273,8 @@ def test_curriculum_puts_short_answers_first(tmp_path):
     run, rng = Run('r', tmp_path), random.Random(2)
     (run.samples/'ehr_ins').mkdir(parents=True)
     label = {str(i): ['x'*rng.randint(1, 30)]*rng.randint(1, 3) for i in range(300)}
-    rows = pl.DataFrame(dict(sample_id=list(label), label=list(label.values()))).with_columns(
-        task=pl.lit('t'), family=pl.lit('decision'), split=pl.when(pl.int_range(300) % 10 == 0).then(pl.lit('tuning')).otherwise(pl.lit('train')))
+    rows = pl.DataFrame(dict(sample_id=list(label), label=list(label.values()), split=['tuning', *['train']*9]*30))
+    rows = rows.with_columns(task=pl.lit('t'), family=pl.lit('decision'))
     for k in range(3): rows[100*k:100*k+100].write_parquet(run.samples/'ehr_ins'/f'{k}.parquet')
     easy, drawn = (choose_examples(run, 'adapt', 7, '', c)['sample_id'].to_list() for c in (True, False))
     size = [len('\n'.join(label[i])) for i in easy]
@@ -261,12 +282,14 @@ def test_curriculum_puts_short_answers_first(tmp_path):
     assert easy != drawn == choose_examples(run, 'adapt', 7, '', False)['sample_id'].to_list() != sorted(drawn, key=int)
     assert drawn != choose_examples(run, 'adapt', 8, '', False)['sample_id'].to_list()
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(n=st.integers(1, 400), batch=st.integers(1, 5), files=st.integers(1, 3), group=st.integers(1, 90))
 def test_every_example_comes_once_an_epoch(tmp_path_factory, n, batch, files, group):
     out, rng = tmp_path_factory.mktemp('examples'), random.Random(n)
-    rows = pl.DataFrame([(str(i), 't', 'risk', 'plain', '', '', [], rng.randint(1, 99), 1, 0) for i in range(n)], schema=EXAMPLES, orient='row')
-    for k, part in enumerate(rows.iter_slices(-(-n//files))): part.write_parquet(out/f'examples-{k:05d}.parquet', row_group_size=group)
+    rows = [(str(i), 't', 'risk', 'plain', '', '', [], rng.randint(1, 99), 1, 0) for i in range(n)]
+    rows = pl.DataFrame(rows, schema=EXAMPLES, orient='row')
+    for k, part in enumerate(rows.iter_slices(-(-n//files))):
+        part.write_parquet(out/f'examples-{k:05d}.parquet', row_group_size=group)
     ids = lambda *how: [r['sample_id'] for r in in_batches(out, batch, *how)]
     first, both = ids(3), ids(3, 2)
     assert sorted(first, key=int) == rows['sample_id'].to_list()

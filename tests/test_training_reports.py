@@ -6,7 +6,7 @@ import nbformat, pandas as pd, polars as pl, pytest
 from ehr_r1.config import Run
 from ehr_r1.data.samples import read_samples
 from ehr_r1.data.tasks import TASKS
-from ehr_r1.evaluation.benchmark import read_answers, read_predictions, score_run
+from ehr_r1.evaluation.benchmark import read_answers, score_run
 from ehr_r1.evaluation.inference import predictions_of
 from ehr_r1.evaluation.reporting import SMALLEST, run_report
 from ehr_r1.evaluation.scoring import set_f1
@@ -50,8 +50,8 @@ def checkpoint(run, name, tokenizer, examples, counts, **params):
     about = dict(examples=len(examples), tokens=9_000, cut=3, dropped_events=7, parameters=139_712, first=4., last=4/steps)
     (out/'manifest.json').write_text(json.dumps(dict(key=name, params=params, counts=about | counts)))
 
-def answers(run, name, rows, writer, mode, kept, form=1., risks=True):
-    "Answers with a known share of the right items, and chains of a known form."
+def written(name, rows, writer, mode, kept, form=1., risks=True):
+    "Lines of answers with a known share of the right items, and chains of a known form."
     lines = []
     for sample_id, task, family, label, text in rows:
         draw = random.Random(f"{name.removesuffix('-no_knowledge')} {sample_id}") # chains without the graph come out the same
@@ -68,7 +68,12 @@ def answers(run, name, rows, writer, mode, kept, form=1., risks=True):
             body = f'<think>\n{chain}\n</think>\n\n{body}' if closed else f'<think>\n{chain}'
             if not closed: line |= dict(status='unclosed', finish='length')
         lines.append(line | dict(text=body, completion_tokens=40))
-    out = run.answers/name; out.mkdir(parents=True)
+    return lines
+
+def answers(run, name, rows, writer, mode, *how, **more):
+    "Answers of a system as the stage leaves them."
+    lines, out = written(name, rows, writer, mode, *how, **more), run.answers/name
+    out.mkdir(parents=True)
     (out/'answers.jsonl').write_text(''.join(json.dumps(l) + '\n' for l in lines))
     predictions_of(lines).write_parquet(out/'predictions.parquet')
     status = pl.Series([l['status'] for l in lines]).value_counts().rows()
@@ -79,7 +84,7 @@ def answers(run, name, rows, writer, mode, kept, form=1., risks=True):
 def home(tmp_path_factory):
     "A small synthetic hospital with invented models whose scores are known to rise from stage to stage, but for stage 2."
     r = Reproduction('smoke', run='r', home=tmp_path_factory.mktemp('home'), patients=120, shard_patients=60, replicates=20, ins_per_task=40)
-    for stage in ('hospital', 'trajectories', 'index', 'samples', 'baselines', 'scores'): getattr(r, stage)()
+    for stage in ('hospital', 'trajectories', 'index', 'samples'): getattr(r, stage)()
     run, text = r.run, pl.col('messages').list.get(1).struct.field('content')
     bench = pl.scan_parquet(sorted((run.samples/'ehr_bench').glob('*.parquet'))).select('sample_id', 'task', 'family', 'label', text).collect().rows()
     ins = pl.scan_parquet(sorted((run.samples/'ehr_ins').glob('*.parquet'))).filter(family='decision').select('sample_id', 'task', 'family', 'label', text).head(40).collect().rows()
@@ -98,7 +103,11 @@ def home(tmp_path_factory):
                                    ('reasoned-no_knowledge', 'think', .3, .8), ('reinforced', 'think', .8, 1)): answers(run, name, bench, writer, mode, kept, form)
     for name, mode, kept in (('reasoned.no_think', 'no_think', .5), ('reinforced.no_think', 'no_think', .6), ('reasoned-plain.think', 'think', .2)): answers(run, name, bench, writer, mode, kept, risks=False)
     samples = read_samples(run, r.profile).filter(pl.col('split') == 'held_out')
-    score_run(samples, read_predictions(run.predictions) | read_answers(run), run.scores, {t for t in TASKS if TASKS[t].in_42}, 42, 20, 'models_')
+    others = {n: predictions_of(written(n, bench, writer, 'plain', k)).with_columns(risk=pl.when(pl.col('risk').is_not_null()).then(r)) for n, k, r in
+              (('majority', .15, .5), ('frequency', .2, .5), ('logistic', .5, pl.col('risk')), ('ceiling', 1., pl.col('risk')))}
+    others['ceiling'] = others['ceiling'].filter(pl.col('risk').is_not_null())
+    score_run(samples, others | read_answers(run), run.scores, {t for t in TASKS if TASKS[t].in_42}, 42, 20, 'models_')
+    (run.scores/'manifest.json').write_text(json.dumps(dict(key='s', params=dict(seed=42, replicates=20))))
     return r.home
 
 @pytest.fixture(scope='module')
@@ -181,11 +190,11 @@ def test_reports_of_a_run_without_chains_or_stage_0(home, tmp_path):
     (run.checkpoints/'base'/'metrics.jsonl').unlink(); shutil.rmtree(run.checkpoints/'base'/'examples')
     (run.checkpoints/'base'/'manifest.json').write_text(json.dumps(dict(key='b', params=dict(model='some/model'), counts=dict(checkpoint=str(tmp_path/'my-model'), parameters=5))))
     gone = pl.any_horizontal(pl.col('^(system|first|second)$').str.contains('^re|-'))
-    for name in ('scores', 'comparisons', 'calibration'): pl.read_parquet(f := run.scores/f'models_{name}.parquet').filter(~gone).write_parquet(f)
+    for name in ('scores', 'comparisons'): pl.read_parquet(f := run.scores/f'models_{name}.parquet').filter(~gone).write_parquet(f)
     out = execute(tmp_path, tmp_path/'out')
     text = [said(out/f'{n}.ipynb') for n in NAMES]
     assert 'the checkpoint my-model' in text[0] and str(tmp_path) not in text[0] and 'reasoned, reinforced are missing' in text[0] and 'there was no stage 0' in text[0]
-    assert 'open: not measured in this run' in text[1] and 'No model that thinks has answered' in text[1]
+    assert 'open: not measured in this run, or not to be told' in text[1] and 'No model that thinks has answered' in text[1]
     assert 'No model of stage 2 stands in this run' in text[2] and '**Open.** One size of stage 1' in text[2]
 
 def test_credentialed_data_show_no_text_and_no_small_count(home, tmp_path):

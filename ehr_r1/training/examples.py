@@ -49,7 +49,7 @@ def shorten(text:str,      # user message of a sample: record and question
             total += cost(part)
         return len(rest), total
     kept, tokens = latest(limit - used - cost(summary))
-    gone = kept < len(rest) and cost(summary) > (limit - used)/2
+    gone = summary is not None and kept < len(rest) and cost(summary) > (limit - used)/2
     if gone: kept, tokens = latest(limit - used); summary = None
     parts = [p for p in (first, summary, admission, *rest[len(rest)-kept:]) if p is not None]
     return '\n\n'.join(parts) + '\n' + question, used + cost(summary) + tokens, len(rest) - kept + gone
@@ -107,7 +107,7 @@ def choose_examples(run:Run,        # samples, and for stages 2 and 3 chains, mu
                     seed:int,       # of the run
                     variant:str='knowledge', # of the chains: one of `VARIANTS`, or plain (the same samples, answers only)
                     curriculum:bool=False    # easy ones first
-)->pl.DataFrame: # sample_id, mode, chain (null for none), in the order of training
+)->pl.DataFrame: # sample_id, mode, chain (null for none; with no_think: a sample is left out where its chain would be)
     "Which samples a stage trains on, and how each is asked."
     files, none = sorted((run.samples/'ehr_ins').glob('*.parquet')), pl.lit(None, pl.String)
     train = pl.scan_parquet(files).filter(pl.col('split') == 'train').select(
@@ -127,7 +127,6 @@ def choose_examples(run:Run,        # samples, and for stages 2 and 3 chains, mu
             rest = drawn(rest, 'no_think').drop('draw').head(int(len(thought)*PLAIN_SHARE/(1 - PLAIN_SHARE)))
             mode = pl.when(pl.col('chain').is_null() | (variant == 'plain')).then(pl.lit('no_think')).otherwise(pl.lit('think'))
             out = pl.concat([thought, rest]).with_columns(mode=mode)
-            if variant == 'plain': out = out.with_columns(chain=none)
             out = out.with_columns(length=pl.col('length') + pl.col('chain').str.len_chars().fill_null(0))
     out = drawn(out, stage)
     return (out.sort('length', maintain_order=True) if curriculum else out).select('sample_id', 'mode', 'chain')
@@ -157,7 +156,8 @@ def _example_shard(file, out, chosen, writer, variant):
         some, on='sample_id', maintain_order='left')
     made, orders, left = [], [], Counter()
     for r in rows.iter_rows(named=True):
-        row, why = writer.example(r, r['mode'], r['chain'], variant)
+        row, why = writer.example(r, 'think' if r['chain'] else r['mode'], r['chain'], variant)
+        if row and r['chain'] and r['mode'] == 'no_think': row, why = writer.example(r, 'no_think') # the control
         if row is None: left[why] += 1
         else: made.append(row); orders.append(r['order'])
     rows = pl.DataFrame(made, schema=EXAMPLES, orient='row').with_columns(order=pl.Series(orders, dtype=pl.Int64))

@@ -153,4 +153,4 @@ def load_model(where:str|Path,   # folder, or name on the hub, e.g. Qwen/Qwen3-1
         from peft import PeftModel
         model = PeftModel.from_pretrained(model, where)
     check_chat(tokenizer)
-    return model.to(device), tokenizer
+    return model if device == 'cpu' else model.to(device), tokenizer # where it was read to already

@@ -29,6 +29,8 @@ def _world(): return int(os.environ.get('WORLD_SIZE', 1)) # processes, set by ac
 
 def _held(sequences, p, whole=None): # sequences a device holds at a time, and how often they are accumulated
     each, more = divmod(sequences, _world())
+    if not sequences:
+        raise ValueError('a step without sequences: batch, reason_batch, prompts and completions must not be 0')
     held = p.micro_batch or whole or each
     if more or each % held:
         raise ValueError(f'{sequences} sequences a step do not divide into {_world()} processes of {held} at a time: '
@@ -37,13 +39,14 @@ def _held(sequences, p, whole=None): # sequences a device holds at a time, and h
 
 def _shared(p, out, steps): # what all stages have in common
     import torch
+    each = max(1, steps//100) # a mean over logged steps cannot be gone on with from its middle: saved steps are logged ones
     return dict(
         output_dir=str(out/'trainer'), max_steps=steps, seed=p.seed, data_seed=p.seed,
         lr_scheduler_type='cosine', warmup_steps=-(-3*steps//100), # EHR-R1: cosine, 3 % warm-up
         bf16=True, use_cpu=not torch.cuda.is_available(),          # EHR-R1: bf16; on a CPU too it is the faster (AMX, AVX-512)
         gradient_checkpointing=p.model not in SIZES,               # EHR-R1: on; a small model fits without
-        logging_steps=max(1, steps//100), logging_first_step=True,
-        save_steps=max(1, -(-steps//10)), save_total_limit=1, save_strategy='steps',
+        logging_steps=each, logging_first_step=True,
+        save_steps=-(-steps//(10*each))*each, save_total_limit=1, save_strategy='steps',
         accelerator_config=dict(dispatch_batches=False), ddp_find_unused_parameters=False, dataloader_num_workers=0,
         dataloader_pin_memory=torch.cuda.is_available(), remove_unused_columns=False,
         report_to=['tensorboard'] if os.environ.get('EHR_R1_TENSORBOARD') else [], logging_nan_inf_filter=False)
@@ -84,12 +87,14 @@ def reinforce_config(p:Profile, # reinforce_rate, prompts, completions, answer_t
     "Stage 3, reinforcement learning with verifiable rewards: GRPO."
     import torch
     from trl import GRPOConfig
+    wide = json.loads(os.environ.get('EHR_R1_VLLM', '{}')).get('tensor_parallel_size', 1)
     vllm = dict(use_vllm=True, vllm_mode='colocate', vllm_gpu_memory_utilization=.5, # EHR-R1: vLLM colocated at half the memory
-                vllm_max_model_length=p.context + p.answer_tokens) if torch.cuda.is_available() else {}
+                vllm_max_model_length=p.context + p.answer_tokens, vllm_tensor_parallel_size=wide,
+                vllm_enable_sleep_mode=wide > 1) if torch.cuda.is_available() else {}
     return GRPOConfig(**_shared(p, out, steps), **_held(p.prompts*p.completions, p, p.completions),
                       learning_rate=p.reinforce_rate,                    # EHR-R1: 2e-6
                       num_generations=p.completions,                     # EHR-R1: 16, for 4 prompts a step
-                      max_completion_length=p.answer_tokens,             # EHR-R1: 2,048
+                      max_completion_length=min(p.answer_tokens, 2_048), # EHR-R1: 2,048
                       temperature=.7, top_p=.95, top_k=20,               # EHR-R1
                       beta=0.,                                           # EHR-R1: no KL term (TRL's default)
                       **vllm)
@@ -109,14 +114,17 @@ def _metrics(file, extra=None):
     from transformers import TrainerCallback
     class Metrics(TrainerCallback):
         def on_train_begin(self, args, state, control, **kwargs):
+            # on every process, for each may hold a part of the model
+            measured = extra(kwargs['model']) if extra and not state.global_step else {}
             if not state.is_world_process_zero: return
             name, at = file.parent.name.removesuffix('.partial'), state.global_step
             self.bar = tqdm(total=state.max_steps, initial=at, desc=name, unit='step')
             lines = file.read_text().splitlines() if at and file.exists() else []
             kept = [l for l in lines if json.loads(l)['step'] <= at]
             self.before, self.start = json.loads(kept[-1])['seconds'] if kept else 0., time.monotonic()
+            self.tokens = max((json.loads(l).get('num_tokens', 0) for l in kept), default=0)
             with writing(file) as tmp: tmp.write_text(''.join(l + '\n' for l in kept))
-            if extra and not kept: self.add(0, extra(kwargs['model']))
+            if measured: self.add(0, measured)
         def add(self, step, values):
             line = dict(step=step, seconds=round(self.before + time.monotonic() - self.start, 2), **values)
             with open(file, 'a') as f: f.write(json.dumps(line) + '\n')
@@ -130,9 +138,11 @@ def _metrics(file, extra=None):
                 self.bar.set_postfix_str(f'{name} {logs.get(name, 0):.3f}', refresh=False)
                 values = {k.replace('num_input_tokens_seen', 'num_tokens'): v for k, v in logs.items()
                           if isinstance(v, (int, float)) and not k.startswith('train_')}
+                if name == 'loss' and 'num_tokens' in logs: values['num_tokens'] += self.tokens # SFT's own count begins anew
                 self.add(state.global_step, values)
         def on_save(self, args, state, control, **kwargs):
-            if extra and state.is_world_process_zero: self.add(state.global_step, extra(kwargs['model']))
+            measured = extra(kwargs['model']) if extra else {}
+            if measured and state.is_world_process_zero: self.add(state.global_step, measured)
     return Metrics()
 
 def read_metrics(folder:str|Path # of a checkpoint
@@ -177,6 +187,11 @@ def copying(model,        # a causal language model
     return dict(copy=right/max(seen, 1), copy_numbers=right_numbers/max(numbers, 1))
 
 # %% ../../nbs/training/33_stages.ipynb #6cc9069c
+def _last(folder):
+    "The newest checkpoint that was written to its end: the trainer's state comes last."
+    whole = [c.parent for c in folder.glob('checkpoint-*/trainer_state.json')]
+    return str(max(whole, key=lambda c: int(c.name.split('-')[1]))) if whole else None
+
 def train(out:str|Path # folder with job.json and examples/
 ):
     "Run or resume one training; leaves model/ and metrics.jsonl in its folder."
@@ -184,14 +199,13 @@ def train(out:str|Path # folder with job.json and examples/
     p, stage, steps = Profile(**job['profile']), job['stage'], job['steps']
     tune_allocator()
     import datasets, transformers
-    from transformers.trainer_utils import get_last_checkpoint
     with warnings.catch_warnings():
         warnings.filterwarnings('ignore', 'TRL currently supports vLLM') # which is used on GPUs only
         from trl import GRPOTrainer, SFTTrainer
     datasets.disable_progress_bars(); transformers.utils.logging.set_verbosity_error()
     small = p.model in SIZES
-    model, tokenizer = load_model(job['start'], dtype='float32' if small or not p.lora else 'bfloat16')
-    config = CONFIGS[stage](p, out, steps)
+    config = CONFIGS[stage](p, out, steps) # before the model: tells transformers whether ZeRO or FSDP deal its weights out
+    model, tokenizer = load_model(job['start'], dtype='float32' if small or not p.lora else 'bfloat16', device='cpu')
     extra = None
     if stage == 'base':
         held = pl.read_parquet(out/'gate.parquet')['answer'].to_list()
@@ -216,14 +230,16 @@ def train(out:str|Path # folder with job.json and examples/
             trainer = transformers.Trainer(data_collator=padded, **shared)
         else: trainer = SFTTrainer(**shared)
     trainer.remove_callback(transformers.PrinterCallback); trainer.remove_callback(transformers.ProgressCallback)
-    trainer.train(resume_from_checkpoint=get_last_checkpoint(str(out/'trainer')) if (out/'trainer').exists() else None)
-    trainer.save_model(str(out/('adapter' if p.lora else 'model')))
+    trainer.train(resume_from_checkpoint=_last(out/'trainer'))
+    trainer.save_model(str(out/('adapter' if lora else 'model')))
+    trainer.accelerator.wait_for_everyone()
     if trainer.accelerator.is_main_process:
-        if p.lora: # merged, so that whatever reads the model needs not know
+        if lora: # merged, so that whatever reads the model needs not know
+            transformers.integrations.deepspeed.unset_hf_deepspeed_config() # this process alone reads it, whole
             merged, _ = load_model(out/'adapter', device='cpu')
             merged.merge_and_unload().save_pretrained(out/'model')
         tokenizer.save_pretrained(out/'model')
-    trainer.accelerator.wait_for_everyone()
+        (out/'model'/'training_args.bin').unlink(missing_ok=True) # a pickle
 
 def _encoded(folder, batch, seed, tokenizer, masked):
     for row in in_batches(folder, batch, seed, 0):
@@ -234,7 +250,11 @@ def _launch(out):
     "Train here, or on the processes that an accelerate configuration names."
     config = os.environ.get('EHR_R1_ACCELERATE')
     if not config: return train(out)
-    if not Path(config).is_file(): raise ValueError(f'EHR_R1_ACCELERATE: there is no file {config}')
+    ours = Path(__file__).parent/'accelerate'/f'{config}.yaml' # a name of ours will do
+    if not Path(config).is_file() and ours.is_file(): config = str(ours)
+    if not Path(config).is_file():
+        names = ', '.join(sorted(f.stem for f in ours.parent.glob('*.yaml')))
+        raise ValueError(f'EHR_R1_ACCELERATE: there is no file {config}; by name there are {names}')
     launch = [sys.executable, '-m', 'accelerate.commands.launch', '--config_file', config]
     subprocess.run([*launch, '-m', 'ehr_r1.training.stages', str(out)], check=True)
 
