@@ -179,7 +179,7 @@ def build(out):
         shutil.rmtree(out, ignore_errors=True)
         command = [sys.executable, '-m', 'sphinx', '-q', '-W', '--keep-going', '-b', 'html', '-d', f'{tmp}/doctrees', str(source), str(out)]
         if code := subprocess.run(command).returncode: sys.exit(code)
-        for case in (ROOT/'reports').glob('*/case_*.html'):   # whole pages of their own, which reports link to
+        for case in (ROOT/'reports').glob('*/*.html'):   # whole pages of their own, which reports link to
             if (place := out/case.relative_to(ROOT).parent).is_dir(): shutil.copy(case, place)
     print(f'{len(pages) + 1} pages, from {os.path.relpath(out)}/index.html on')
 

@@ -41,10 +41,10 @@ class Profile:
     lora: int = 0                   # rank of the adapters; 0: all weights are trained
     context: int = 256              # longest prompt in the model's tokens (EHR-R1: 8,192, with reasoning 10,000 to 12,288)
     answer_tokens: int = 192        # longest answer, reasoning included (EHR-R1: 2,048 in training, 4,096 at evaluation)
-    base_steps: int = 500           # stage 0, for models from scratch only
-    adapt_steps: int = 1_500         # stage 1; 0: one epoch, as EHR-R1
-    reason_steps: int = 400         # stage 2; 0: five epochs, as EHR-R1
-    reinforce_steps: int = 10       # stage 3; 0: one epoch, as EHR-R1
+    base_steps: int = 400           # stage 0, for models from scratch only
+    adapt_steps: int = 1_000         # stage 1; 0: one epoch, as EHR-R1
+    reason_steps: int = 250         # stage 2; 0: five epochs, as EHR-R1
+    reinforce_steps: int = 8        # stage 3; 0: one epoch, as EHR-R1
     base_rate: float = 3e-3         # learning rates; EHR-R1's 2e-5, 2e-5 and 2e-6 are for models that can already read
     adapt_rate: float = 2e-3
     reason_rate: float = 1e-3
@@ -57,7 +57,7 @@ class Profile:
     curriculum: bool = False        # short answers first, instead of a drawn order
     ablations: str = ''             # more stage 2 models: some of no_knowledge, no_sections, plain
     scaling: str = ''               # more stage 1 models, on these shares of the steps, e.g. 0.1,0.3
-    lm_per_task: int = 20           # samples a decision task that language models answer, of risks four times that; 0: all
+    lm_per_task: int = 15           # samples a decision task that language models answer, of risks four times that; 0: all
     shard_patients: int = 1000      # patients a file of the trajectory store, about; at most 512 files
     replicates: int = 1000          # bootstrap replicates of the intervals
     workers: int = 2                # processes where a stage runs shards side by side

@@ -5,7 +5,7 @@ from hypothesis import given, settings, strategies as st
 from ehr_r1.config import Run, profile
 from ehr_r1.data.tasks import TASKS
 from ehr_r1.synthesis.reasoning import read_record, supported
-from ehr_r1.training.examples import BLOCK, EXAMPLES, Writer, encode, in_batches, quotes, scan_examples, shorten, show_example
+from ehr_r1.training.examples import BLOCK, EXAMPLES, Writer, encode, in_order, quotes, scan_examples, shorten, show_example
 from ehr_r1.training.models import MODES, ModelError, answer_text, chat_text, check_chat, load_model, new_model, train_tokenizer
 
 EVENTS = [f'## Labs [2150-01-{d:02} 08:00]\n- Sodium 14{d % 10} mEq/L\n- Potassium 4.{d % 10} mEq/L [3.3-5.1]' for d in range(1, 29)]
@@ -105,19 +105,16 @@ def test_quoted_lines_stand_in_the_record(seed):
     lines, events = quotes(text, seed), read_record(text, 'compact')
     assert lines and len(set(lines)) == len(lines) and all(supported(l, events) for l in lines)
 
-def test_batches_hold_each_example_once_an_epoch_in_the_same_order(tmp_path):
-    n, batch = 3*BLOCK*2 + 5, 2
-    rows = [(f's{i}', 't', 'decision', 'plain', '', 'x'*(i*37 % 50), [], i*37 % 50, 1, 0) for i in range(n)]
+def test_each_example_comes_once_an_epoch_in_the_same_order(tmp_path):
+    n = 2*BLOCK + 5
+    rows = [(f's{i}', 't', 'decision', 'plain', '', 'x', [], 1, 1, 0) for i in range(n)]
     frame = pl.DataFrame(rows, schema=EXAMPLES, orient='row')
-    frame.head(200).write_parquet(tmp_path/'examples-00000.parquet'); frame.tail(n - 200).write_parquet(tmp_path/'examples-00001.parquet')
-    once = [r['sample_id'] for r in in_batches(tmp_path, batch, 1, 1)]
-    assert sorted(once) == sorted(frame['sample_id']) and once == [r['sample_id'] for r in in_batches(tmp_path, batch, 1, 1)]
-    twice = [r['sample_id'] for r in in_batches(tmp_path, batch, 1, 2)]
-    assert twice[:n] == once and sorted(twice[n:]) == sorted(once) and twice[n:] != once
-    sizes = [r['tokens'] for r in in_batches(tmp_path, batch, 1, 1)][:2*BLOCK]
-    padded = sum(max(sizes[k:k+batch])*batch for k in range(0, len(sizes), batch))
-    assert padded <= 1.1*sum(sizes) + 50 # batches hold examples of about one length
-    assert scan_examples(tmp_path).collect().height == n
+    frame.head(1_500).write_parquet(tmp_path/'examples-00000.parquet'); frame.tail(n - 1_500).write_parquet(tmp_path/'examples-00001.parquet')
+    once, three = ([r['sample_id'] for r in in_order(tmp_path, 1, e)] for e in (1, 3))
+    assert once == frame['sample_id'].to_list() == scan_examples(tmp_path).collect()['sample_id'].to_list()
+    epochs = [three[k*n:(k+1)*n] for k in range(3)]
+    assert epochs[0] == once and all(sorted(e) == sorted(once) for e in epochs) and epochs[1] != once != epochs[2] != epochs[1]
+    assert three == [r['sample_id'] for r in in_order(tmp_path, 1, 3)]
 
 @pytest.mark.parametrize('bad', [dict(ablations='graph'), dict(scaling='2'), dict(scaling='x'), dict(curriculum='maybe'), dict(adapt_rate='-1')])
 def test_bad_training_settings_are_refused(bad):

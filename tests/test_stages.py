@@ -1,12 +1,11 @@
 """Training: several processes or a killed run give what one undisturbed process gives; loss-bearing tokens; settings; order."""
-import json, random, shutil, signal, subprocess, sys
+import json, random, signal, subprocess, sys
 from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
 import polars as pl, pytest
-from hypothesis import given, settings, strategies as st
 from ehr_r1.config import Run, profile
-from ehr_r1.training.examples import BLOCK, EXAMPLES, choose_examples, in_batches
+from ehr_r1.training.examples import EXAMPLES, choose_examples, in_order
 from ehr_r1.training import stages
 from ehr_r1.training.models import ModelError, answer_text, chat_text, new_model, train_tokenizer
 from ehr_r1.training.stages import CONFIGS, EPOCHS, TARGETS, _launch, read_metrics, train
@@ -201,7 +200,7 @@ def test_loss_is_on_the_assistants_tokens_alone(trained, tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(trained/'model')
     assistant = everything = 0.
     tokens = [0, 0]
-    for row in islice(in_batches(out/'examples', 8, profile('smoke').seed), 8):
+    for row in islice(in_order(out/'examples', profile('smoke').seed), 8):
         begin = row['prompt'].index('<|im_start|>assistant\n') + len('<|im_start|>assistant\n')
         text = row['prompt'] + row['answer'] + '<|im_end|>'
         x = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
@@ -282,20 +281,3 @@ def test_curriculum_puts_short_answers_first(tmp_path):
     assert easy != drawn == choose_examples(run, 'adapt', 7, '', False)['sample_id'].to_list() != sorted(drawn, key=int)
     assert drawn != choose_examples(run, 'adapt', 8, '', False)['sample_id'].to_list()
 
-@settings(max_examples=15, deadline=None)
-@given(n=st.integers(1, 400), batch=st.integers(1, 5), files=st.integers(1, 3), group=st.integers(1, 90))
-def test_every_example_comes_once_an_epoch(tmp_path_factory, n, batch, files, group):
-    out, rng = tmp_path_factory.mktemp('examples'), random.Random(n)
-    rows = [(str(i), 't', 'risk', 'plain', '', '', [], rng.randint(1, 99), 1, 0) for i in range(n)]
-    rows = pl.DataFrame(rows, schema=EXAMPLES, orient='row')
-    for k, part in enumerate(rows.iter_slices(-(-n//files))):
-        part.write_parquet(out/f'examples-{k:05d}.parquet', row_group_size=group)
-    ids = lambda *how: [r['sample_id'] for r in in_batches(out, batch, *how)]
-    first, both = ids(3), ids(3, 2)
-    assert sorted(first, key=int) == rows['sample_id'].to_list()
-    assert both[:n] == first == ids(3) and sorted(both[n:]) == sorted(first)
-    assert [r['sample_id'] for r in islice(in_batches(out, batch, 3, 0), 2*n)] == both
-    place = [int(i)//(batch*BLOCK) for i in first]
-    assert place == sorted(place) # only neighbours change places, so that a curriculum stays one
-    if n > 50*batch: assert first != ids(4) and first != both[n:]
-    shutil.rmtree(out)

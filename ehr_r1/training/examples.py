@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['EXAMPLES', 'PLAIN_SHARE', 'BUCKET', 'QUOTED', 'QUOTES', 'BLOCK', 'shorten', 'Writer', 'choose_examples',
-           'write_examples', 'scan_examples', 'count_examples', 'quotes', 'patient_texts', 'write_texts', 'in_batches',
+           'write_examples', 'scan_examples', 'count_examples', 'quotes', 'patient_texts', 'write_texts', 'in_order',
            'encode', 'show_example']
 
 # %% ../../nbs/training/31_examples.ipynb #3639327e
@@ -195,7 +195,7 @@ def count_examples(out:Path # folder of the examples
                                      dropped_events=pl.col('dropped').sum()).collect(engine='streaming').to_dicts()[0]
 
 # %% ../../nbs/training/31_examples.ipynb #08f44828
-QUOTED, QUOTES = .75, 4 # share of the texts with quoted lines; lines each
+QUOTED, QUOTES = .75, 6 # share of the texts with quoted lines; lines each
 
 def quotes(text:str, # a serialized record
            seed:int  # of this text
@@ -224,7 +224,7 @@ def patient_texts(rows:pl.DataFrame, # one patient's rows of the trajectory stor
         if draw < QUOTED*2**64 and (lines := quotes(text, draw)):
             while sum(map(cost, parts)) + sum(map(writer.count, lines)) + 8 > most and len(parts) > 2:
                 del parts[1]; lines = quotes('\n\n'.join(parts), draw)
-            text = '\n\n'.join(parts) + '\n\n## Extraction\n' + '\n'.join(lines)
+            text = '\n\n'.join(parts) + ('\n\n## Extraction\n' + '\n'.join(lines) if lines else '')
         return text, writer.count(text)
     cost = lambda part: writer.count(part) + 1
     parts, used = [first], cost(first)
@@ -270,28 +270,20 @@ def write_texts(run:Run,         # trajectories must stand
     return count_examples(out)
 
 # %% ../../nbs/training/31_examples.ipynb #30dff1e9
-BLOCK = 64 # batches sorted by length together
+BLOCK = 1_024 # examples put in another order together
 
-def in_batches(out:Path,  # folder of the examples
-               batch:int, # sequences a step
-               seed:int,  # of the run
-               epochs:int=1 # times through; 0: for ever
+def in_order(out:Path,   # folder of the examples
+             seed:int,   # of the run
+             epochs:int=1 # times through; 0: for ever
 )->Iterator[dict]: # rows of `EXAMPLES`
     "Examples in the order in which a trainer takes them."
     files = sorted(Path(out).glob('examples-*.parquet'))
-    def blocks():
-        held = []
-        for f in files:
-            for rows in pq.ParquetFile(f).iter_batches(batch*BLOCK):
-                held += rows.to_pylist()
-                while len(held) >= batch*BLOCK: yield held[:batch*BLOCK]; held = held[batch*BLOCK:]
-        if held: yield held
     for epoch in count() if epochs == 0 else range(epochs):
-        for number, block in enumerate(blocks()):
-            block.sort(key=lambda r: r['tokens'] + r['answer_tokens'])
-            starts = list(range(0, len(block) - len(block) % batch, batch))
-            random.Random(seed_of(seed, 'block', epoch, number)).shuffle(starts)
-            for k in [*starts, *range(len(block) - len(block) % batch, len(block), batch)]: yield from block[k:k+batch]
+        for file in files:
+            for number, rows in enumerate(pq.ParquetFile(file).iter_batches(BLOCK)):
+                block = rows.to_pylist()
+                if epoch: random.Random(seed_of(seed, 'epoch', epoch, file.name, number)).shuffle(block)
+                yield from block
 
 def encode(row:dict, # of `EXAMPLES`
            tokenizer # of the model

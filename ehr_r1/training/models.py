@@ -71,7 +71,7 @@ class Size:
     kv_heads: int # of keys and values
     mlp: int      # width inside a block's feed-forward part
 
-SIZES = dict(tiny=Size(1_024, 64, 2, 2, 1, 128), small=Size(5_120, 192, 4, 3, 1, 576), base=Size(6_144, 256, 5, 4, 1, 768),
+SIZES = dict(tiny=Size(1_024, 64, 2, 2, 1, 128), small=Size(5_120, 192, 4, 3, 3, 576), base=Size(6_144, 256, 5, 4, 4, 768),
              medium=Size(16_384, 512, 12, 8, 2, 1_536))
 
 def new_model(size:str,    # a name of `SIZES`

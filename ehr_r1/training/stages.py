@@ -16,7 +16,7 @@ import polars as pl
 from tqdm import tqdm
 from ..config import Profile, Run, build, fingerprint, read_manifest, writing
 from ..synthesis.reasoning import kept_chains
-from .examples import (Writer, choose_examples, encode, in_batches, scan_examples, write_examples,
+from .examples import (Writer, choose_examples, encode, in_order, scan_examples, write_examples,
                                       write_texts)
 from .models import SIZES, ModelError, load_model, new_model, train_tokenizer
 from .rewards import grpo_rewards
@@ -45,6 +45,7 @@ def _shared(p, out, steps): # what all stages have in common
         lr_scheduler_type='cosine', warmup_steps=-(-3*steps//100), # EHR-R1: cosine, 3 % warm-up
         bf16=True, use_cpu=not torch.cuda.is_available(),          # EHR-R1: bf16; on a CPU too it is the faster (AMX, AVX-512)
         gradient_checkpointing=p.model not in SIZES,               # EHR-R1: on; a small model fits without
+        adam_beta2=.98 if p.model in SIZES else .999,              # short runs from scratch need a short memory
         logging_steps=each, logging_first_step=True,
         save_steps=-(-steps//(10*each))*each, save_total_limit=1, save_strategy='steps',
         accelerator_config=dict(dispatch_batches=False), ddp_find_unused_parameters=False, dataloader_num_workers=0,
@@ -58,7 +59,7 @@ def base_config(p:Profile, # base_rate, batch
     "Stage 0: next-token prediction on all tokens. Not in the paper, which starts from pretrained bases."
     from transformers import TrainingArguments
     return TrainingArguments(**_shared(p, out, steps), **_held(p.batch, p), learning_rate=p.base_rate, weight_decay=.01,
-                             adam_beta2=.98, include_num_input_tokens_seen='all')
+                             include_num_input_tokens_seen='all')
 
 def adapt_config(p:Profile, # adapt_rate, batch
                  out:Path,  # where the trainer keeps its checkpoints
@@ -171,7 +172,7 @@ def copying(model,        # a causal language model
                 head, body = line.split(']**: ', 1)
                 ids += tokenizer(head + ']**: ', add_special_tokens=False).input_ids
                 more = tokenizer(body, add_special_tokens=False).input_ids
-                marked += range(len(ids), len(ids) + len(more))
+                marked += range(len(ids) + 1, len(ids) + len(more))
                 ids += more + tokenizer('\n', add_special_tokens=False).input_ids
             rows.append(ids); marks.append(marked)
         longest = max(map(len, rows))
@@ -221,8 +222,7 @@ def train(out:str|Path # folder with job.json and examples/
         model.generation_config.update(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
         trainer = GRPOTrainer(reward_funcs=grpo_rewards(), train_dataset=datasets.Dataset.from_list(rows.to_dicts()), **shared)
     else:
-        batch = p.reason_batch if stage == 'reason' else p.batch
-        stream = partial(_encoded, out/'examples', batch, p.seed, tokenizer, stage != 'base')
+        stream = partial(_encoded, out/'examples', p.seed, tokenizer, stage != 'base')
         shared['train_dataset'] = datasets.IterableDataset.from_generator(stream)
         if stage == 'base': # nothing is masked, so transformers' own trainer does; TRL's head costs a small model half its speed
             shared.pop('peft_config')
@@ -241,8 +241,8 @@ def train(out:str|Path # folder with job.json and examples/
         tokenizer.save_pretrained(out/'model')
         (out/'model'/'training_args.bin').unlink(missing_ok=True) # a pickle
 
-def _encoded(folder, batch, seed, tokenizer, masked):
-    for row in in_batches(folder, batch, seed, 0):
+def _encoded(folder, seed, tokenizer, masked):
+    for row in in_order(folder, seed, 0):
         x = encode(row, tokenizer)
         yield x if masked else dict(input_ids=x['input_ids'])
 
