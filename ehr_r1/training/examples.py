@@ -213,26 +213,23 @@ def patient_texts(rows:pl.DataFrame, # one patient's rows of the trajectory stor
                   writer:Writer,     # for the model
                   seed:int,          # of the run
                   integers:dict={}   # integer columns by table, from the store's manifest
-)->Iterator[tuple]: # (text, its tokens)
+)->Iterator[tuple]: # (prompt, answer): a record and quoted lines; or '' and a record
     "A patient's whole record in pieces as long as the context, each beginning with the demographics."
     record = Record(rows, writer.style, integers)
     first, *rest = [record.text(i) for i in range(len(record.table)) if record.table[i] not in HIDDEN]
-    subject, most, number = rows['subject_id'][0], writer.context, 0
-    def finished(parts):
-        text = '\n\n'.join(parts)
-        draw = seed_of(seed, 'quote', subject, number)
-        if draw < QUOTED*2**64 and (lines := quotes(text, draw)):
-            while sum(map(cost, parts)) + sum(map(writer.count, lines)) + 8 > most and len(parts) > 2:
-                del parts[1]; lines = quotes('\n\n'.join(parts), draw)
-            text = '\n\n'.join(parts) + ('\n\n## Extraction\n' + '\n'.join(lines) if lines else '')
-        return text, writer.count(text)
-    cost = lambda part: writer.count(part) + 1
-    parts, used = [first], cost(first)
+    cost, most = lambda part: writer.count(part) + 1, writer.context - writer.around['think']
+    pieces, used = [[first]], cost(first)
     for part in rest:
-        if cost(part) + cost(first) > most: continue
-        if used + cost(part) > most: yield finished(parts); number += 1; parts, used = [first], cost(first)
-        parts.append(part); used += cost(part)
-    if len(parts) > 1: yield finished(parts)
+        if cost(first) + cost(part) > most: continue
+        if used + cost(part) > most: pieces.append([first]); used = cost(first)
+        pieces[-1].append(part); used += cost(part)
+    for number, parts in enumerate(pieces):
+        if len(parts) == 1: continue
+        text, draw = '\n\n'.join(parts), seed_of(seed, 'quote', rows['subject_id'][0], number)
+        lines = quotes(text, draw) if draw < QUOTED*2**64 else []
+        if not lines: yield '', text; continue
+        messages = [dict(role='system', content=SYSTEM), dict(role='user', content=text)]
+        yield chat_text(writer.tokenizer, messages, 'think'), '<think>\n## Extraction\n' + '\n'.join(lines) + '\n</think>'
 
 def _text_shard(file, out, writer, seed, split, integers):
     "Texts of the patients of one file."
@@ -242,8 +239,8 @@ def _text_shard(file, out, writer, seed, split, integers):
     made = []
     for (subject,), part in rows.filter(pl.col('subject_id').is_in(wanted)).partition_by(
             'subject_id', as_dict=True, maintain_order=True).items():
-        for k, (text, n) in enumerate(patient_texts(part, writer, seed, integers)):
-            made.append((f'{subject}-{k}', '', '', 'text', '', text, [], 0, n, 0))
+        for k, (prompt, answer) in enumerate(patient_texts(part, writer, seed, integers)):
+            made.append((f'{subject}-{k}', '', '', 'text', prompt, answer, [], writer.count(prompt), writer.count(answer) + 1, 0))
     return pl.DataFrame(made, schema=EXAMPLES, orient='row')
 
 def write_texts(run:Run,         # trajectories must stand
@@ -261,7 +258,7 @@ def write_texts(run:Run,         # trajectories must stand
     with Parallel(workers, return_as='generator') as pool, tqdm(desc='texts', unit='token', total=tokens, unit_scale=True) as bar:
         for k in range(0, len(files), workers):
             for rows in pool(delayed(_text_shard)(f, out, writer, seed, split, integers) for f in files[k:k+workers]):
-                held.append(rows); bar.update(n := rows['answer_tokens'].sum()); have += n
+                held.append(rows); bar.update(n := rows['tokens'].sum() + rows['answer_tokens'].sum()); have += n
             if have >= tokens: break
     rows = pl.concat(held)
     draw = pl.Series([seed_of(seed, 'text', s) for s in rows['sample_id']], dtype=pl.UInt64)

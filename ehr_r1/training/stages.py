@@ -156,7 +156,7 @@ GATE = .8 # share of quoted tokens that stage 0 should get right before stage 1
 
 def copying(model,        # a causal language model
             tokenizer,    # of the model
-            texts:list,   # texts of stage 0 with quoted lines
+            texts:list,   # prompt and answer of texts of stage 0 that quote
             batch:int=16  # texts at a time
 )->dict: # copy: share of tokens of quoted lines, copy_numbers: of those with a digit
     "How well a model copies what it has read."
@@ -165,10 +165,10 @@ def copying(model,        # a causal language model
     was = model.training; model.eval()
     for k in range(0, len(texts), batch):
         rows, marks = [], []
-        for text in texts[k:k+batch]:
-            before, quoted = text.split('\n\n## Extraction\n')
-            ids = tokenizer(before + '\n\n## Extraction\n', add_special_tokens=False).input_ids; marked = []
-            for line in quoted.split('\n'):
+        for prompt, answer in texts[k:k+batch]:
+            first, title, *lines, _ = answer.split('\n') # <think>, ## Extraction, ..., </think>
+            ids = tokenizer(f'{prompt}{first}\n{title}\n', add_special_tokens=False).input_ids; marked = []
+            for line in lines:
                 head, body = line.split(']**: ', 1)
                 ids += tokenizer(head + ']**: ', add_special_tokens=False).input_ids
                 more = tokenizer(body, add_special_tokens=False).input_ids
@@ -209,7 +209,7 @@ def train(out:str|Path # folder with job.json and examples/
     model, tokenizer = load_model(job['start'], dtype='float32' if small or not p.lora else 'bfloat16', device='cpu')
     extra = None
     if stage == 'base':
-        held = pl.read_parquet(out/'gate.parquet')['answer'].to_list()
+        held = pl.read_parquet(out/'gate.parquet').select('prompt', 'answer').rows()
         extra = lambda m: copying(m, tokenizer, held)
     lora = None
     if p.lora and stage != 'base':
@@ -321,7 +321,7 @@ def build_base(run:Run,  # trajectories and samples must stand
         writer = Writer(tokenizer, p.context, p.answer_tokens, p.style)
         def texts():
             held = write_texts(run, 200*p.context, writer, out/'held', p.seed, 'tuning', p.workers)
-            quoted = scan_examples(out/'held').filter(pl.col('answer').str.contains('\n\n## Extraction\n')).head(100).collect()
+            quoted = scan_examples(out/'held').filter(pl.col('prompt') != '').head(100).collect()
             quoted.write_parquet(out/'gate.parquet'); shutil.rmtree(out/'held')
             return write_texts(run, p.base_steps*p.batch*p.context, writer, out/'examples', p.seed, 'train', p.workers)
         counts = _once(out/'examples.json', texts)
