@@ -41,13 +41,13 @@ class Profile:
     lora: int = 0                   # rank of the adapters; 0: all weights are trained
     context: int = 256              # longest prompt in the model's tokens (EHR-R1: 8,192, with reasoning 10,000 to 12,288)
     answer_tokens: int = 192        # longest answer, reasoning included (EHR-R1: 2,048 in training, 4,096 at evaluation)
-    base_steps: int = 400           # stage 0, for models from scratch only
+    base_steps: int = 600           # stage 0, for models from scratch only
     adapt_steps: int = 1_000         # stage 1; 0: one epoch, as EHR-R1
     reason_steps: int = 250         # stage 2; 0: five epochs, as EHR-R1
     reinforce_steps: int = 8        # stage 3; 0: one epoch, as EHR-R1
     base_rate: float = 3e-3         # learning rates; EHR-R1's 2e-5, 2e-5 and 2e-6 are for models that can already read
-    adapt_rate: float = 2e-3
-    reason_rate: float = 1e-3
+    adapt_rate: float = 7e-4
+    reason_rate: float = 7e-4
     reinforce_rate: float = 1e-4
     batch: int = 8                  # sequences a step in stages 0 and 1 (EHR-R1: 8)
     reason_batch: int = 8           # the same in stage 2 (EHR-R1: 64)
