@@ -116,6 +116,11 @@ def test_each_example_comes_once_an_epoch_in_the_same_order(tmp_path):
     assert epochs[0] == once and all(sorted(e) == sorted(once) for e in epochs) and epochs[1] != once != epochs[2] != epochs[1]
     assert three == [r['sample_id'] for r in in_order(tmp_path, 1, 3)]
 
+def test_no_examples_are_an_error_and_not_an_endless_wait(tmp_path):
+    for _ in range(2):
+        with pytest.raises(ValueError, match='no examples'): next(in_order(tmp_path, 1, 0))
+        pl.DataFrame(schema=EXAMPLES).write_parquet(tmp_path/'examples-00000.parquet')
+
 @pytest.mark.parametrize('bad', [dict(ablations='graph'), dict(scaling='2'), dict(scaling='x'), dict(curriculum='maybe'), dict(adapt_rate='-1')])
 def test_bad_training_settings_are_refused(bad):
     with pytest.raises(ValueError): profile('demo', **bad)

@@ -147,6 +147,7 @@ def _gather(out):
         rows = pl.concat([pl.read_parquet(f) for f in sorted(folder.glob('*.parquet'))]).sort('order').drop('order')
         with writing(out/f'examples-{folder.name}.parquet') as tmp: rows.write_parquet(tmp, row_group_size=1_000)
     shutil.rmtree(out/'parts', ignore_errors=True)
+    if not any(out.glob('examples-*.parquet')): pl.DataFrame(schema=EXAMPLES).write_parquet(out/'examples-00000.parquet')
 
 def _example_shard(file, out, chosen, writer, variant):
     "Examples of the chosen samples of one file."
@@ -275,6 +276,7 @@ def in_order(out:Path,   # folder of the examples
 )->Iterator[dict]: # rows of `EXAMPLES`
     "Examples in the order in which a trainer takes them."
     files = sorted(Path(out).glob('examples-*.parquet'))
+    if not sum(pq.read_metadata(f).num_rows for f in files): raise ValueError(f'{out}: there are no examples to train on')
     for epoch in count() if epochs == 0 else range(epochs):
         for file in files:
             for number, rows in enumerate(pq.ParquetFile(file).iter_batches(BLOCK)):

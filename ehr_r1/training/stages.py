@@ -265,10 +265,10 @@ def model_at(run:Run,   # the run
     "Where a system's model lies."
     return read_manifest(run.checkpoints/system)['counts'].get('checkpoint') or str(run.checkpoints/system/'model')
 
-def _measured(out, start):
+def _measured(out, parameters):
     "What a training left, for the manifest."
     lines = [l for l in read_metrics(out) if 'loss' in l]
-    return dict(parameters=start['parameters'], steps=lines[-1]['step'], first=lines[0]['loss'], last=lines[-1]['loss'])
+    return dict(parameters=parameters, steps=lines[-1]['step'], first=lines[0]['loss'], last=lines[-1]['loss'])
 
 def _run(out, p, stage, start, steps, parameters):
     "Write the job, train, clean up."
@@ -276,7 +276,7 @@ def _run(out, p, stage, start, steps, parameters):
         f.write_text(json.dumps(dict(stage=stage, start=str(start), steps=steps, profile=asdict(p)), indent=1))
     if not (out/'model'/'config.json').exists() or (out/'trainer').exists(): _launch(out)
     shutil.rmtree(out/'trainer', ignore_errors=True); (out/'job.json').unlink()
-    return _measured(out, dict(parameters=parameters))
+    return _measured(out, parameters)
 
 def _once(file, make):
     "What `make` counts, kept in a file so that an interrupted stage need not do it again."
@@ -317,7 +317,7 @@ def build_base(run:Run,  # trajectories and samples must stand
             tokenizer = train_tokenizer(_vocabulary(run, p), SIZES[p.model].vocab)
             tokenizer.save_pretrained(start)
             new_model(p.model, tokenizer, p.seed, p.context + p.answer_tokens).save_pretrained(start)
-        model, tokenizer = load_model(start)
+        model, tokenizer = load_model(start, device='cpu')
         writer = Writer(tokenizer, p.context, p.answer_tokens, p.style)
         def texts():
             held = write_texts(run, 200*p.context, writer, out/'held', p.seed, 'tuning', p.workers)
@@ -336,10 +336,11 @@ def build_base(run:Run,  # trajectories and samples must stand
 def _supervised(run, p, stage, system, start, variant, steps, settings):
     "Stages 1 to 3 and their variants: write the examples, train."
     inputs = {s: read_manifest(getattr(run, s))['key'] for s in ('samples', *(('chains',) if stage != 'adapt' else ()))}
-    inputs[start] = read_manifest(run.checkpoints/start)['key']
+    below = read_manifest(run.checkpoints/start)
+    inputs[start] = below['key']
     def make(out):
-        model, tokenizer = load_model(model_at(run, start), device='cpu')
-        parameters = model.num_parameters(); del model
+        from transformers import AutoTokenizer
+        tokenizer, parameters = AutoTokenizer.from_pretrained(model_at(run, start)), below['counts']['parameters']
         writer = Writer(tokenizer, p.context, p.answer_tokens, p.style)
         each = dict(adapt=p.batch, reason=p.reason_batch, reinforce=p.prompts)[stage]
         def examples():
