@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['EPOCHS', 'TARGETS', 'CONFIGS', 'COMPILED', 'GATE', 'base_config', 'adapt_config', 'reason_config', 'reinforce_config',
-           'tune_allocator', 'compiles', 'read_metrics', 'copying', 'train', 'model_at', 'build_base', 'build_adapted',
-           'build_reasoned', 'build_reinforced']
+           'tune_allocator', 'compiles', 'score_answers_alone', 'read_metrics', 'copying', 'train', 'model_at',
+           'build_base', 'build_adapted', 'build_reasoned', 'build_reinforced']
 
 # %% ../../nbs/training/33_stages.ipynb #b82ce696
 import ctypes, json, os, shutil, subprocess, sys, time, warnings
@@ -121,6 +121,15 @@ def compiles(stage:str, # base, adapt, reason or reinforce
     return (p.model in SIZES and stage != 'reinforce' and steps >= COMPILED and _world() == 1
             and not torch.cuda.is_available() and shutil.which(os.environ.get('CXX', 'g++')) is not None)
 
+# %% ../../nbs/training/33_stages.ipynb #5c07ffe0
+def score_answers_alone():
+    "Have TRL multiply only the loss-bearing positions with the vocabulary on a CPU, as it does on a GPU."
+    from trl.trainer import utils
+    on_gpus = getattr(utils, '_use_triton', None) # what it decides by; without it, all is as TRL does it
+    if on_gpus and on_gpus.__module__ != __name__:
+        def leave_out(device): return device.type == 'cpu' or on_gpus(device)
+        utils._use_triton = leave_out
+
 # %% ../../nbs/training/33_stages.ipynb #c0a55911
 def _metrics(file, extra=None):
     "A callback that writes what the trainer logs; `extra(model)` adds to the line at each checkpoint."
@@ -215,6 +224,7 @@ def train(out:str|Path # folder with job.json and examples/
     with warnings.catch_warnings():
         warnings.filterwarnings('ignore', 'TRL currently supports vLLM') # which is used on GPUs only
         from trl import GRPOTrainer, SFTTrainer
+    score_answers_alone()
     datasets.disable_progress_bars(); transformers.utils.logging.set_verbosity_error()
     small = p.model in SIZES
     config = CONFIGS[stage](p, out, steps) # before the model: tells transformers whether ZeRO or FSDP deal its weights out
