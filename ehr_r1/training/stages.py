@@ -230,6 +230,7 @@ def train(out:str|Path # folder with job.json and examples/
     config = CONFIGS[stage](p, out, steps) # before the model: tells transformers whether ZeRO or FSDP deal its weights out
     model, tokenizer = load_model(job['start'], dtype='float32' if small or not p.lora else 'bfloat16', device='cpu')
     if compiles(stage, p, steps):
+        torch.compiler.reset() # what was compiled for the model of another stage counts against a limit
         torch._dynamo.config.suppress_errors = True # where the compiler fails, go on without
         model.base_model.compile(dynamic=True)
     extra = None
