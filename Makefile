@@ -4,7 +4,7 @@ VENV ?= .venv
 OPTIONS := PROFILE DATA RUN PROTOCOL STYLE CAPS SEED CODES KNOWLEDGE TEACHER MODEL WORKERS
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help env reproduce hospital trajectories index samples knowledge graphs chains baselines base adapt reason reinforce answers scores reports test lab docs notebooks readme lock hooks clean
+.PHONY: help env reproduce hospital trajectories index samples knowledge graphs chains baselines base adapt reason reinforce answers scores benchmarks ehrmind meds reports test lab docs notebooks readme lock hooks clean
 
 BIN := $(abspath $(VENV))/bin
 STAMP := $(VENV)/installed
@@ -58,7 +58,13 @@ answers: reinforce ## stage 13: every model asked
 	$(stage)
 scores: answers ## stage 14: F1, AUROC, AUPRC, Brier with intervals
 	$(stage)
-reports: scores ## stage 15: report notebooks, tables and figures
+benchmarks: scores ## stage 15: EHRSHOT, MIMIC-IV-CDM, MedCalc-Bench, trial matching (EHR_R1_EHRSHOT=folder, ...)
+	$(stage)
+ehrmind: benchmarks ## stage 16: EHRMind's recipe and its pilot study
+	$(stage)
+reports: ehrmind ## stage 17: report notebooks, tables and figures
+	$(stage)
+meds: samples ## apart from these: trajectories and labels as a MEDS data set
 	$(stage)
 
 test: env ## notebooks, tests, library and notebooks in step, smoke profile end to end

@@ -57,6 +57,8 @@ class Profile:
     curriculum: bool = False        # short answers first, instead of a drawn order
     ablations: str = ''             # more stage 2 models: some of no_knowledge, no_sections, plain
     scaling: str = ''               # more stage 1 models, on these shares of the steps, e.g. 0.1,0.3
+    warmup_steps: int = 60          # EHRMind's warm-up on another benchmark; 0: its epochs, as EHRMind
+    ehrmind_steps: int = 3          # its GRPO there; 0: one epoch
     lm_per_task: int = 10           # samples a decision task that language models answer, of risks four times that; 0: all
     shard_patients: int = 1000      # patients a file of the trajectory store, about; at most 512 files
     replicates: int = 1000          # bootstrap replicates of the intervals
@@ -93,12 +95,13 @@ class Profile:
 PROFILES = {p.name: p for p in [
     Profile('smoke', patients=300, ins_per_task=300, bench_per_task=100, replicates=200, shard_patients=50,
             model='tiny', context=256, answer_tokens=160, base_steps=6, adapt_steps=6, reason_steps=6, reinforce_steps=2,
-            prompts=1, completions=4, ablations='plain', scaling='0.5', lm_per_task=2),
+            prompts=1, completions=4, ablations='plain', scaling='0.5', warmup_steps=2, ehrmind_steps=1, lm_per_task=2),
     Profile('demo', ins_per_task=2_000, shard_patients=50),
     Profile('study', patients=20_000, ins_per_task=3_000, base_steps=1_500, adapt_steps=10_000, reason_steps=1_500,
-            reinforce_steps=50, completions=16, ablations='no_knowledge,no_sections,plain', scaling='0.05,0.2', lm_per_task=30),
+            reinforce_steps=50, completions=16, ablations='no_knowledge,no_sections,plain', scaling='0.05,0.2',
+            warmup_steps=300, ehrmind_steps=20, lm_per_task=30),
     Profile('paper', patients=300_000, style='official', chains_per_task=12_500, model='Qwen/Qwen3-1.7B', context=8_192,
-            answer_tokens=4_096, base_steps=0, adapt_steps=0, reason_steps=0, reinforce_steps=0,
+            answer_tokens=4_096, base_steps=0, adapt_steps=0, reason_steps=0, reinforce_steps=0, warmup_steps=0, ehrmind_steps=0,
             adapt_rate=2e-5, reason_rate=2e-5, reinforce_rate=2e-6, reason_batch=64, completions=16, micro_batch=1,
             ablations='no_knowledge,no_sections,plain', lm_per_task=0),
 ]}
@@ -176,8 +179,10 @@ MODULES = ('config', 'data.schema', 'data.tables', 'data.conditions', 'data.cour
            'evaluation.scoring', 'evaluation.baselines', 'evaluation.benchmark',
            'training.models', 'training.examples', 'training.rewards', 'training.stages',
            'evaluation.engines', 'evaluation.inference', 'evaluation.answers', 'evaluation.stage_reports',
-           'data.meds', 'transfer.benchmarks', 'transfer.ehrshot', 'transfer.mimic_cdm', 'transfer.medcalc', 'transfer.trials',
-           'transfer.ehrmind', 'transfer.pilot', 'evaluation.reporting', 'pipeline')
+           'data.meds', 'transfer.benchmarks', 'transfer.ehrshot_files', 'transfer.ehrshot_records', 'transfer.ehrshot_synthetic',
+           'transfer.ehrshot', 'transfer.plain_pickle', 'transfer.cdm_files', 'transfer.mimic_cdm', 'transfer.medcalc',
+           'transfer.trials', 'transfer.courses', 'transfer.ehrmind', 'transfer.calculators', 'transfer.pilot',
+           'evaluation.reporting', 'pipeline')
 
 def code_version(module:str # a name of `MODULES`
 )->str: # 16 hex digits

@@ -41,8 +41,9 @@ def reported(home):
 
 # -- templates
 
-def test_there_are_seven_reports():
-    assert [p.stem for p in TEMPLATES] == ['01_cohort', '02_tasks', '03_benchmark', '04_thinking_graphs', '05_training', '06_stages', '07_reasoning']
+def test_the_reports_are_these():
+    assert [p.stem for p in TEMPLATES] == ['01_cohort', '02_tasks', '03_benchmark', '04_thinking_graphs', '05_training', '06_stages', '07_reasoning',
+                                           '08_ehrshot', '09_mimic_cdm', '10_medcalc', '11_trials', '12_ehrmind']
 
 @pytest.mark.parametrize('path', TEMPLATES, ids=lambda p: p.stem)
 def test_template_has_parameters_and_no_outputs(path):

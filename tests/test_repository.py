@@ -90,7 +90,7 @@ def test_make_passes_settings_as_words():
     assert 'ehr_r1 hospital' not in said and 'run=' not in said
     order = re.findall(r'/ehr_r1 (\w+)', make('-n', 'reproduce').stdout)
     assert order == ['hospital', 'trajectories', 'index', 'samples', 'knowledge', 'graphs', 'chains', 'baselines',
-                     'base', 'adapt', 'reason', 'reinforce', 'answers', 'scores', 'reports']
+                     'base', 'adapt', 'reason', 'reinforce', 'answers', 'scores', 'benchmarks', 'ehrmind', 'reports']
 
 def test_make_refuses_an_old_python(tmp_path):
     old = tmp_path/'python'

@@ -134,10 +134,13 @@ def run_reports(run:Run,       # its scores must stand
     stages = {s: read_manifest(getattr(run, s))['key'] for s in ('trajectories', 'index', 'samples', 'predictions', 'scores')}
     for s in ('graphs', 'chains'): # where there is knowledge
         if (getattr(run, s)/'manifest.json').exists(): stages[s] = read_manifest(getattr(run, s))['key']
-    for f in sorted([*run.checkpoints.glob('*/manifest.json'), *run.answers.glob('*/manifest.json')]): # where a model was trained
+    others = run.folder/'transfer' # other benchmarks
+    for f in sorted([*run.checkpoints.glob('*/manifest.json'), *run.answers.glob('*/manifest.json'),
+                     *others.glob('*/manifest.json'), *others.glob('ehrmind/*/manifest.json')]): # where a model was trained
         name = f'{f.parent.parent.name}/{f.parent.name}'
         if f.parent.suffix not in ('.partial', '.old'): stages[name] = read_manifest(f.parent)['key']
-    access = read_manifest(run.trajectories)['counts']['access']
+    read = [read_manifest(f.parent)['counts'].get('access') for f in others.glob('*/manifest.json')] # the files of a benchmark
+    access = 'credentialed' if 'credentialed' in read else read_manifest(run.trajectories)['counts']['access']
     source = lambda f: hashlib.blake2b(''.join(c.source for c in nbformat.read(f, 4).cells).encode(), digest_size=16).hexdigest()
     def make(out):
         for f in (bar := tqdm(files, desc='reports')):

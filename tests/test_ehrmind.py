@@ -1,0 +1,298 @@
+"""EHRMind's recipe: pass@k by hand, rewards that no text can cheat, trainings that go on after a stop, scales that cannot be swapped."""
+import json, math, random, subprocess, sys
+from dataclasses import asdict, replace
+from functools import partial
+from importlib.util import find_spec
+from itertools import combinations
+from pathlib import Path
+import polars as pl, pytest
+from hypothesis import given, strategies as st
+from ehr_r1.config import Run, build, profile, read_manifest, writing
+from ehr_r1.data.samples import SYSTEM
+from ehr_r1.synthesis.teachers import Answer, Teacher
+from ehr_r1.training.examples import EXAMPLES, Writer
+from ehr_r1.training.models import new_model, train_tokenizer
+from ehr_r1.training.rewards import ehrmind_answer
+from ehr_r1.training.stages import CONFIGS, read_metrics, train
+from ehr_r1.transfer import ehrmind
+from ehr_r1.transfer.benchmarks import QUESTIONS, Benchmark
+from ehr_r1.transfer.ehrmind import (Course, answer_in_form, build_cross, build_minded, build_warmed, course_examples, course_of,
+                                     course_rewards, in_form, read_rationale, recipe_of, teacher_rationales, train_questions, trained,
+                                     warmup_questions)
+from ehr_r1.transfer.pilot import (ATTEMPTS, CALCULATORS, draw_questions, entropy, pass_at, pass_table, pilot_course, r_squared, reliable, right,
+                                   spoken, verdict)
+
+# a benchmark of our own: which of four colours stands in a note
+
+COLOURS = ('red', 'green', 'blue', 'white')
+
+def colours(folder, p):
+    rng, rows = random.Random(1), []
+    for i in range(72):
+        colour = rng.choice(COLOURS)
+        rows.append((f'{i}', f'note {i//2}', 'colour', 'train' if i < 48 else 'held_out', 'decision', [f'Room {rng.randint(100, 999)} is {colour}.'], 'Which colour?', [colour]))
+    return pl.DataFrame(rows, QUESTIONS, orient='row'), {}
+
+BENCH = Benchmark('colours', 'Colours', colours, None, None, lambda folder: {}, True, ('answer',), lambda gold, found: found['answer'] == gold[0])
+COURSE = Course(BENCH, lambda q: dict(answer=q['gold'][0]), lambda run, p, folder, rows: {s: f'It is {g[0]}.' for s, g in rows.select('sample_id', 'gold').rows()}, share=.5)
+SMALL = profile('smoke', context=160, answer_tokens=48, prompts=2, completions=4, reason_batch=8, reason_steps=6, reinforce_steps=4, reason_rate=3e-3, reinforce_rate=1e-3)
+
+@pytest.fixture(scope='module')
+def base(tmp_path_factory):
+    "A run with a base model that has learned the form of an answer by heart."
+    run = Run('r', tmp_path_factory.mktemp('run'))
+    rows, _ = colours(None, None)
+    def make(out):
+        said = [answer_in_form(f'It is {c}.', dict(answer=c)) for c in COLOURS]
+        texts = [f'{q["context"][0]}\n{in_form(q["question"], ("answer",))}{s}{SYSTEM}' for q in rows.iter_rows(named=True) for s in said]
+        tokenizer = train_tokenizer(texts, 512)
+        tokenizer.save_pretrained(out/'start')
+        new_model('tiny', tokenizer, 1, 256).save_pretrained(out/'start')
+        made, _ = course_examples(rows, COURSE, Writer(tokenizer, 160, 48), {s: f'It is {g[0]}.' for s, g in rows.select('sample_id', 'gold').rows()})
+        (out/'examples').mkdir()
+        made.write_parquet(out/'examples'/'examples-00000.parquet')
+        job = dict(stage='warmup', start=str(out/'start'), steps=70, profile=asdict(SMALL), settings=dict(rate=1e-2, batch=16))
+        (out/'job.json').write_text(json.dumps(job))
+        train(out)
+        return dict(parameters=1)
+    build(run.checkpoints/'base', make, {}, {}, 'transfer.ehrmind')
+    return run
+
+# --- pass@k
+
+@given(st.lists(st.booleans(), min_size=1, max_size=8), st.integers(1, 8))
+def test_pass_at_k_is_the_share_of_choices_that_hold_a_right_answer(right, k):
+    if k > len(right):
+        with pytest.raises(ValueError, match='pass@'): pass_at(len(right), sum(right), k)
+        return
+    chosen = [any(c) for c in combinations(right, k)]
+    assert pass_at(len(right), sum(right), k) == pytest.approx(sum(chosen)/len(chosen), abs=1e-12)
+
+def test_pass_at_k_by_hand():
+    assert pass_at(12, 3, 1) == .25 and pass_at(12, 1, 12) == 1 and pass_at(12, 0, 12) == 0
+    assert pass_at(4, 2, 2) == pytest.approx(5/6) and pass_at(5, 1, 3) == pytest.approx(3/5)
+
+@pytest.mark.parametrize('m, need', [(7, 3), (21, 2), (3, 6), (2, 8), (5, 4), (12, 3), (13, 2)]) # k//m + 2 of 12
+def test_reliable_needs_so_many_right_answers(m, need):
+    assert reliable(['a']*need + ['b']*(12 - need), need, m) is (entropy(['a']*need + ['b']*(12 - need)) < .8*math.log(m))
+    assert not reliable(['a']*(need - 1) + ['b']*(13 - need), need - 1, m)
+
+def test_reliable_needs_answers_that_agree():
+    # .8 ln 7 = 1.557: answers over five classes have 1.517, over six 1.699
+    five, six = ['a']*4 + ['b']*3 + ['c']*3 + ['d', 'e'], ['a']*4 + ['b']*2 + ['c']*2 + ['d']*2 + ['e', 'f']
+    assert entropy(five) == pytest.approx(-(4/12*math.log(4/12) + 6/12*math.log(3/12) + 2/12*math.log(1/12)))
+    assert entropy(five) < .8*math.log(7) < entropy(six)
+    assert reliable(five, 4, 7) and not reliable(six, 4, 7)
+    # .8 ln 2 = .555: 9 of 12 have .562, 10 of 12 .451
+    assert not reliable(['yes']*9 + ['no']*3, 9, 2) and reliable(['yes']*10 + ['no']*2, 10, 2)
+    # malformed answers count as an answer of their own
+    assert not reliable(['yes']*8 + ['no']*2 + [None]*2, 8, 2)
+
+def test_a_space_of_one_answer_is_refused():
+    with pytest.raises(ValueError, match='m=1'): reliable(['a']*12, 12, 1)
+
+def test_pass_table_by_hand():
+    said = dict(x=['1']*9 + ['2']*3, y=['1'] + ['2', '3', '4', None]*2 + ['5']*3)
+    rows = [('m', 0., 'before', 'train', s, 'stage', i, a, a == '1') for s, answers in said.items() for i, a in enumerate(answers)]
+    t = pass_table(pl.DataFrame(rows, ATTEMPTS, orient='row'), dict(stage=5)).row(0, named=True)
+    assert (t['m'], t['items'], t['k'], t['pass_12'], t['reliable']) == (5, 2, 12, 1., .5)
+    assert t['pass_1'] == pytest.approx((9/12 + 1/12)/2) and t['malformed'] == pytest.approx(2/24)
+    assert t['pass_2'] == pytest.approx((1 - 3/66 + 1 - 55/66)/2) # C(3,2) = 3, C(11,2) = 55, C(12,2) = 66
+    assert t['verdict'] == 'misapplied'
+
+def test_verdicts(): assert [verdict(*x) for x in ((.9, .9), (.4, .6), (.3, .3), (.05, .1))] == ['known', 'misapplied', 'between', 'missing']
+
+def test_r_squared_agrees_with_scikit_learn():
+    from sklearn.linear_model import LinearRegression
+    rng = random.Random(0)
+    x = [rng.random() for _ in range(20)]; y = [2*a + rng.random() for a in x]
+    fit = LinearRegression().fit([[a] for a in x], y)
+    assert r_squared(x, y) == pytest.approx(fit.score([[a] for a in x], y))
+
+# --- calculators
+
+def test_calculators_have_right_answers_in_their_space():
+    rows, worked, read = draw_questions(3, 'train', 150)
+    for name, c in CALCULATORS.items():
+        some = rows.filter(pl.col('task') == name)
+        assert 1 < some['gold'].list.first().n_unique() <= c.m
+        share = sum(read[s] == (worked[s], spoken(q)['answer']) for s, q in zip(some['sample_id'], some.iter_rows(named=True)))/len(some)
+        assert abs(share - c.known) < .15 or name in ('threshold', 'criteria'), (name, share) # where both ways may agree
+    notes = rows.select(pl.col('context').list.first() + pl.col('question')).to_series()
+    held = draw_questions(3, 'held_out', 150)[0].select(pl.col('context').list.first() + pl.col('question')).to_series()
+    assert notes.is_in(held.implode()).mean() < .05
+
+def test_worked_steps_lead_to_the_right_answer():
+    rows, worked, _ = draw_questions(5, 'train', 60)
+    for q in rows.iter_rows(named=True):
+        last = worked[q['sample_id']].split()[-1]
+        assert last == q['gold'][0] or (q['task'], last) in (('threshold', 'above'), ('threshold', 'below')), q
+        if q['task'] == 'gap':
+            a, b = (int(line.split()[-1]) for key in ('Cations', 'Anions') for line in q['context'][0].splitlines() if key in line)
+            assert a - b == int(q['gold'][0])
+        if q['task'] == 'criteria':
+            asked = [l.removeprefix('- ') for l in q['question'].splitlines() if l.startswith('- ')]
+            assert sum(f'{a}: yes' in q['context'][0] for a in asked) == int(q['gold'][0])
+
+def test_draws_depend_on_the_item_alone():
+    few, many = (draw_questions(3, 'train', n)[0] for n in (2, 5))
+    assert many.head(len(few)).equals(few)
+
+# --- rewards
+
+TAGS = ['<think>', '</think>', '<answer>', '</answer>', '{"answer": ', '"red"', '"\\ud800"', '}', '1e999', 'NaN', '\x00', 'It is red.', '{', '[', '9'*400, ' ']
+
+@given(st.lists(st.sampled_from(TAGS), max_size=14).map(''.join), st.sampled_from(COLOURS))
+def test_no_text_earns_what_is_not_foreseen(text, gold):
+    earned, = course_rewards(BENCH)[0](completions=[text], label=[[gold]], sample_id=['x'])
+    found = ehrmind_answer(text, ('answer',))
+    assert earned == (-2. if found is None else 1.1 if found['answer'] == gold else 0.)
+
+SCALARS = st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(max_size=20)
+
+@given(st.sampled_from(['0', '7', '39', 'yes', 'no']), SCALARS)
+def test_the_pilots_judge_has_an_opinion_on_everything(gold, value):
+    assert right([gold], dict(answer=value)) in (True, False)
+    if isinstance(value, bool): assert not right([gold], dict(answer=value))
+    if isinstance(value, float) and not value.is_integer(): assert not right([gold], dict(answer=value))
+
+def test_all_answers_at_once_earn_nothing():
+    reward, = course_rewards(BENCH)
+    cheats = ['<think>t</think>' + ''.join(f'<answer>{{"answer": "{c}"}}</answer>' for c in COLOURS), answer_in_form('t', dict(answer=' '.join(COLOURS))),
+              '<think>t</think><answer>{"answer": ["red", "green", "blue", "white"]}</answer>', '<think>t</think><answer>{"answer": "red", "answer": "green"}</answer>']
+    for gold in COLOURS: assert max(reward(completions=cheats, label=[[gold]]*4)) <= 0
+
+@pytest.mark.skipif(find_spec('ehr_r1.transfer.trials') is None, reason='no module of trial matching yet')
+def test_trecs_scale_cannot_be_swapped():
+    "TREC: 0 not relevant, 1 excluded, 2 eligible; EHRMind's reward had 0 and 1 the other way round."
+    course = course_of('trials')
+    reward, = course_rewards(course.benchmark)
+    scale = {0: 'Irrelevant', 1: 'Excluded', 2: 'Eligible'}
+    for number, word in scale.items():
+        assert course.target(dict(gold=[word])) == dict(prediction=word, idx=number)
+        for i in scale:
+            for w in scale.values():
+                earned, = reward(completions=[answer_in_form('t', dict(prediction=w, idx=i))], label=[[word]])
+                assert earned == (1.1 if (i, w) == (number, word) else 0.), (word, i, w)
+
+@pytest.mark.parametrize('name', ['medcalc', 'trials', 'ehrshot'])
+def test_courses_have_the_published_values(name):
+    if find_spec(f'ehr_r1.transfer.{name}') is None: pytest.skip(f'no module {name} yet')
+    course = course_of(name)
+    r = recipe_of(profile('paper'), course)
+    want = dict(medcalc=(2_048, 1_500, 16, 12, .2), trials=(1_500, 2_048, 32, 12, 1.), ehrshot=(4_000, 800, 32, 8, 0.))[name]
+    assert (r.profile.context, r.profile.answer_tokens, r.warmup['batch'], r.grpo['samples'], r.share) == want
+    assert r.warmup['rate'] == 2e-5 and r.grpo['rate'] == 1e-6 and r.grpo['prompts'] == 32 and course.epochs == 2
+    assert (course.most, course.balanced) == ((3_000, True) if name == 'trials' else (0, False))
+
+def test_settings_of_the_two_stages_are_the_published_ones():
+    p = profile('paper', answer_tokens=1_500)
+    w, g = (CONFIGS[s](p, Path('x'), 100) for s in ('warmup', 'ehrmind'))
+    assert w.learning_rate == 2e-5 and w.per_device_train_batch_size*w.gradient_accumulation_steps == 32 and w.completion_only_loss
+    assert (g.learning_rate, g.num_generations, g.beta, g.temperature, g.top_p, g.max_completion_length) == (1e-6, 12, .001, .6, .95, 1_500)
+    assert g.per_device_train_batch_size*g.gradient_accumulation_steps == 32*12
+
+# --- examples
+
+def test_shares_of_the_warm_up_are_nested_and_exact():
+    rows = train_questions(colours(None, None)[0], 42)
+    assert rows['split'].unique().to_list() == ['train'] and len(rows) == 48
+    parts = [set(warmup_questions(rows, s)['sample_id']) for s in (0., .1, .15, .2, 1.)]
+    assert [len(x) for x in parts] == [0, 5, 7, 10, 48] and all(a <= b for a, b in zip(parts, parts[1:]))
+    assert train_questions(rows.sample(fraction=1., shuffle=True, seed=3), 42).equals(rows)
+    even = warmup_questions(rows, 1., 20, True)
+    assert even['gold'].list.first().value_counts()['count'].unique().to_list() == [5]
+    examples = rows.with_columns(split=pl.lit('example'))
+    assert len(train_questions(examples, 42)) == 48 # the worked examples, where there is no training file
+
+def test_what_cannot_be_learned_is_left_out_and_counted(base):
+    from transformers import AutoTokenizer
+    tokenizer, rows = AutoTokenizer.from_pretrained(base.checkpoints/'base'/'model'), colours(None, None)[0].head(4)
+    why = {s: 'A first sentence. '*20 + 'It is so.' for s in rows['sample_id'][:3]}
+    made, counts = course_examples(rows, COURSE, Writer(tokenizer, 160, 48), why)
+    assert counts == dict(rationales_cut=3, left_out={'no rationale': 1}) and (made['answer_tokens'] <= 48).all()
+    assert all('It is so.' in a and ehrmind_answer(a, ('answer',)) == dict(answer=g[0]) for a, g in zip(made['answer'], made['label']))
+    assert course_examples(rows, COURSE, Writer(tokenizer, 12, 48), why)[1]['left_out'] == {'question is longer than the context': 4}
+    wrong = replace(COURSE, target=lambda q: dict(answer='black'))
+    assert course_examples(rows, wrong, Writer(tokenizer, 160, 48), why)[1]['left_out'] == {'its own answer is not judged right': 4}
+    silent, counts = course_examples(rows, COURSE, Writer(tokenizer, 160, 48), {})
+    assert len(silent) == 4 and counts['rationales_cut'] == 0 and all('<think>\n\n</think>' in a for a in silent['answer'])
+
+def test_least_confident_rationales_are_dropped(tmp_path, monkeypatch):
+    rows = train_questions(colours(None, None)[0], 42).head(10)
+    class Sure(Teacher):
+        name = model = 'sure'
+        def ask(self, requests):
+            for i, r in enumerate(reversed(list(requests))):
+                assert 'The right answer is' in r.messages[1]['content']
+                said = [f'Seen in the note.\nConfidence: {i*10}', 'no confidence at all', '<answer>red</answer>\nConfidence: 99'][(i == 3) + 2*(i == 5)]
+                yield r, Answer(said, 1, 1, 'stop', 'sure')
+    monkeypatch.setattr(ehrmind, 'open_teacher', lambda kind, file: Sure())
+    kept = teacher_rationales(Run('r', tmp_path), profile('smoke', teacher='server'), COURSE, rows)
+    asked = rows['sample_id'].to_list()[::-1]
+    assert set(kept) == {asked[i] for i in (2, 4, 6, 7, 8, 9)} # two cannot be read; of the other eight a fifth, two, is dropped
+    assert teacher_rationales(Run('r', tmp_path), profile('smoke'), COURSE, rows) == {} # no model, no rationales
+
+@pytest.mark.parametrize('text', ['', 'Confidence: 50', 'Because.', 'Because.\nConfidence: 101', 'Because <think>.\nConfidence: 50', 'Confidence: 50\nBecause.'])
+def test_rationales_without_their_parts_are_refused(text): assert read_rationale(text) is None
+
+# --- trainings
+
+def stopped(out, step, rewards, monkeypatch):
+    "Train up to a step."
+    import transformers.trainer
+    class Stop(transformers.TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            if state.global_step == step: raise KeyboardInterrupt
+    with monkeypatch.context() as patch:
+        patch.setattr(transformers.trainer, 'DEFAULT_CALLBACKS', [*transformers.trainer.DEFAULT_CALLBACKS, Stop])
+        with pytest.raises(KeyboardInterrupt): train(out, rewards)
+
+def test_interrupted_grpo_comes_out_the_same(base, tmp_path, monkeypatch):
+    from safetensors.torch import load_file
+    from transformers import AutoTokenizer
+    start = base.checkpoints/'base'/'model'
+    rows = course_examples(colours(None, None)[0].head(7), COURSE, Writer(AutoTokenizer.from_pretrained(start), 160, 48))[0] # fewer than are asked
+    folders = [tmp_path/n for n in ('whole', 'stopped')]
+    for out in folders:
+        (out/'examples').mkdir(parents=True)
+        rows.write_parquet(out/'examples'/'examples-00000.parquet')
+        job = dict(stage='ehrmind', start=str(start), steps=11, profile=asdict(SMALL), settings=dict(rate=1e-3, prompts=2, samples=4))
+        (out/'job.json').write_text(json.dumps(job))
+    rewards = course_rewards(BENCH)
+    train(folders[0], rewards)
+    stopped(folders[1], 7, rewards, monkeypatch)
+    assert {c.name for c in (folders[1]/'trainer').glob('checkpoint-*')} == {'checkpoint-6'}
+    train(folders[1], rewards)
+    one, two = ([{k: v for k, v in l.items() if k not in ('seconds', 'step_time')} for l in read_metrics(f)] for f in folders)
+    assert one == two and len(one) == 11
+    assert all(-2 <= l['rewards/ehrmind/mean'] <= 1.1 for l in one) and one[-1]['kl'] > 0 # held to the model it started from
+    assert sum(l['reward_std'] > 0 and l['grad_norm'] > 0 for l in one) > 1
+    a, b, old = (load_file(f/'model.safetensors') for f in (folders[0]/'model', folders[1]/'model', start))
+    assert all((a[k] == b[k]).all() for k in a) and any((a[k] != old[k]).any() for k in old)
+
+def test_grpo_without_a_judge_is_refused(tmp_path):
+    (tmp_path/'job.json').write_text(json.dumps(dict(stage='ehrmind', start='x', steps=1, profile=asdict(SMALL))))
+    with pytest.raises(ValueError, match='rewards of its benchmark'): train(tmp_path)
+
+def test_recipe_runs_once_and_starts_where_it_should(base):
+    assert build_warmed(base, SMALL, COURSE, None) and not build_warmed(base, SMALL, COURSE, None)
+    assert build_minded(base, SMALL, COURSE, None) and not build_minded(base, SMALL, COURSE, None)
+    assert build_minded(base, SMALL, COURSE, None, 0.)
+    warm, minded, alone = (read_manifest(trained(base, n)) for n in ('colours-warmup', 'colours', 'colours-0'))
+    assert warm['counts']['questions'] == warm['counts']['rationales'] == 24 and minded['counts']['questions'] == 48
+    assert minded['inputs'] == {'colours-warmup': warm['key']} and alone['inputs'] == {'base': read_manifest(base.checkpoints/'base')['key']}
+    assert warm['counts']['steps'] == 6 and minded['counts']['steps'] == 4 # two epochs of 24 by 8, one of 48 by 2 but at most 4
+    with pytest.raises(ValueError, match='share 0'): build_warmed(base, SMALL, COURSE, None, 0.)
+    with pytest.raises(FileNotFoundError): build_minded(base, SMALL, COURSE, None, .1) # its warm-up does not stand
+    # each model on each benchmark
+    other = replace(COURSE, benchmark=replace(BENCH, name='others', right=lambda gold, found: False))
+    assert build_cross(base, SMALL, [(COURSE, None), (other, None)]) and not build_cross(base, SMALL, [(COURSE, None), (other, None)])
+    table = pl.read_parquet(base.folder/'transfer'/'cross'/'cross.parquet')
+    assert table.select('trained', 'tested', 'metric').rows() == [(m, t, x) for t in ('colours', 'others') for m in ('base', 'colours') for x in ('accuracy', 'malformed')]
+    assert table.filter(tested='others', metric='accuracy')['value'].to_list() == [0, 0] and (table['samples'] == SMALL.lm_per_task).all()
+
+def test_launcher_knows_its_benchmarks_only(tmp_path):
+    (tmp_path/'job.json').write_text(json.dumps(dict(benchmark='os')))
+    done = subprocess.run([sys.executable, '-m', 'ehr_r1.transfer.ehrmind', str(tmp_path)], capture_output=True, text=True)
+    assert done.returncode and "no course 'os'" in done.stderr
