@@ -35,8 +35,8 @@ def _value(r):
 
 def _threshold(r):
     k = r.choice(sorted(VALUES)); low, high = VALUES[k]; v = r.randint(low, high); limit = (low + high)//2
-    above = v > limit
-    return Item({k: v}, (k,), f'{k} {v}, limit {limit}\n{"above" if above else "below"}', 'yes' if above else 'no', (f'{k} {v}\nabove', 'yes'))
+    side, said = ('above', 'yes') if v > limit else ('below', 'no')
+    return Item({k: v}, (k,), f'{k} {v}, limit {limit}\n{side}', said, (f'{k} {v}\nabove', 'yes'))
 
 def _criteria(r):
     names = r.sample(CRITERIA, 3); met = {k: r.choice(('yes', 'no')) for k in names}

@@ -122,7 +122,8 @@ def ask_rationale(q:dict,    # row of `QUESTIONS`
 )->tuple: # messages
     "What a teacher is asked."
     said = json.dumps(found, ensure_ascii=False)
-    text = '\n'.join([*q['context'], q['question'], '', f'The right answer is {said}. Write the reasoning that leads from the text '
+    text = '\n'.join([*q['context'], q['question'], '',
+                      f'The right answer is {said}. Write the reasoning that leads from the text '
                       'above to it, in a few sentences, as if you did not know it beforehand. Then write one last line '
                       '"Confidence: N", where N from 0 to 100 says how sure you are that the answer is right.'])
     return dict(role='system', content=SYSTEM), dict(role='user', content=text)

@@ -52,7 +52,8 @@ def pilot_profile(p:Profile # seed, workers
 )->Profile: # with the settings of the study
     "What the stages of training are told."
     s = pilot_size(p)
-    return replace(p, model=s.model, lora=0, context=112, answer_tokens=48, micro_batch=0, reason_batch=16, reason_rate=s.rates[1],
+    return replace(p, model=s.model, lora=0,
+                   context=112, answer_tokens=48, micro_batch=0, reason_batch=16, reason_rate=s.rates[1],
                    reason_steps=0, prompts=s.prompts, completions=s.k, reinforce_rate=s.rates[2], reinforce_steps=s.steps,
                    teacher='verbaliser')
 
