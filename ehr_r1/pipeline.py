@@ -22,7 +22,7 @@ from .synthesis.open_knowledge import build_knowledge, find_knowledge
 from .synthesis.reasoning import build_chains
 from .synthesis.teachers import TeacherError
 from .synthesis.thinking_graph import build_graphs
-from .training.stages import build_adapted, build_base, build_reasoned, build_reinforced
+from .training.stages import build_adapted, build_base, build_reasoned, build_reinforced, side_by_side
 from .transfer import ehrshot, medcalc, mimic_cdm, trials
 from .transfer.benchmarks import build_benchmark, find_benchmark
 from .transfer.cdm_files import build_cases
@@ -113,7 +113,7 @@ class Reproduction:
         "Stage 2, reasoning enhancement, and its ablations."
         if not (self.trains and self.run.knowledge.exists()): return None
         variants = ('knowledge', *filter(None, self.profile.ablations.split(',')))
-        return any([build_reasoned(self.run, self.profile, v) for v in variants])
+        return any(side_by_side(build_reasoned, [(self.run, self.profile, v) for v in variants], self.profile))
 
     def reinforce(self):
         "Stage 3, reinforcement learning."
@@ -122,7 +122,7 @@ class Reproduction:
     def answers(self):
         "Every model asked for a sample of EHR-Bench."
         if not self.trains: return None
-        return any([build_answers(self.run, self.profile, s, self.dataset) for s in systems(self.run)])
+        return any(side_by_side(build_answers, [(self.run, self.profile, s, self.dataset) for s in systems(self.run)], self.profile))
 
     def scores(self): "Scores with intervals."; return build_scores(self.run, self.profile)
 

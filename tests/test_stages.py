@@ -5,7 +5,7 @@ from itertools import islice
 from pathlib import Path
 import polars as pl, pytest
 from ehr_r1.config import Run, profile
-from ehr_r1.training.examples import EXAMPLES, choose_examples, in_order
+from ehr_r1.training.examples import EXAMPLES, choose_examples, encode, in_order
 from ehr_r1.training import stages
 from ehr_r1.training.models import ModelError, answer_text, chat_text, new_model, train_tokenizer
 from ehr_r1.training.stages import CONFIGS, EPOCHS, TARGETS, _launch, read_metrics, train
@@ -212,6 +212,25 @@ def test_loss_is_on_the_assistants_tokens_alone(trained, tmp_path):
     logged = read_metrics(out)[0]['loss']
     assert logged == pytest.approx(assistant/tokens[0], abs=.01)
     assert abs(logged - everything/tokens[1]) > 1
+
+@pytest.mark.parametrize('micro_batch', [0, 2])
+def test_in_stage_1_of_a_small_model_each_sample_weighs_the_same(start, tmp_path, micro_batch):
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    out, n = prepare(tmp_path/'x', start, steps=1, micro_batch=micro_batch), pl.int_range(pl.len())
+    file = out/'examples'/'examples-00000.parquet'
+    rows = pl.read_parquet(file).with_columns(answer=pl.when(n % 2 == 0).then(pl.lit('red')).otherwise(pl.col('prompt')))
+    rows.write_parquet(file)
+    train(out)
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(start), AutoTokenizer.from_pretrained(start)
+    losses = []
+    for row in islice(in_order(out/'examples', 42), 8):
+        x = encode(row, tokenizer)
+        ids, bears = torch.tensor([x['input_ids']]), torch.tensor(x['completion_mask'][1:], dtype=torch.bool)
+        with torch.no_grad(): said = model(input_ids=ids).logits[0, :-1]
+        losses.append(torch.nn.functional.cross_entropy(said[bears], ids[0, 1:][bears], reduction='none'))
+    alike, tokens = torch.stack([each.mean() for each in losses]).mean().item(), torch.cat(losses).mean().item()
+    assert read_metrics(out)[0]['loss'] == pytest.approx(alike, rel=.0005) and abs(tokens/alike - 1) > .002
 
 def test_lora_changes_what_its_rank_allows_and_leaves_a_whole_model(start, tmp_path):
     import torch

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['EPOCHS', 'TARGETS', 'CONFIGS', 'COMPILED', 'GATE', 'REPLAY', 'base_config', 'adapt_config', 'reason_config',
            'reinforce_config', 'warmup_config', 'ehrmind_config', 'tune_allocator', 'compiles', 'score_answers_alone',
-           'read_metrics', 'copying', 'train', 'model_at', 'run_training', 'once', 'build_base', 'build_adapted',
-           'build_reasoned', 'build_reinforced']
+           'weigh_samples_alike', 'read_metrics', 'copying', 'train', 'model_at', 'run_training', 'once',
+           'side_by_side', 'build_base', 'build_adapted', 'build_reasoned', 'build_reinforced']
 
 # %% ../../nbs/training/33_stages.ipynb #b82ce696
 import ctypes, json, os, shutil, subprocess, sys, time, warnings
@@ -14,6 +14,7 @@ from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 import polars as pl
+from joblib import Parallel, delayed
 from tqdm import tqdm
 from ..config import Profile, Run, build, fingerprint, read_manifest, writing
 from ..synthesis.reasoning import kept_chains
@@ -162,6 +163,21 @@ def score_answers_alone():
         def leave_out(device): return device.type == 'cpu' or on_gpus(device)
         utils._use_triton = leave_out
 
+# %% ../../nbs/training/33_stages.ipynb #675e2b96
+def weigh_samples_alike(trainer:type # trl.SFTTrainer
+)->type: # a trainer
+    "The mean loss over the samples of a step, of each the mean over its loss-bearing tokens."
+    class Alike(trainer):
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            seen = [] # what the model returned; asked for it, TRL would run the model once more
+            with model.register_forward_hook(lambda module, given, returned: seen.append(returned)):
+                super().compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
+            outputs, = seen
+            each = -outputs.log_probs.sum(1)/outputs.label_mask.sum(1).clamp(min=1) # log_probs: 0 where there is no loss
+            parts = 1 if num_items_in_batch is None else self.current_gradient_accumulation_steps # else it is divided by them later
+            return (each.mean()/parts, outputs) if return_outputs else each.mean()/parts
+    return Alike
+
 # %% ../../nbs/training/33_stages.ipynb #c0a55911
 def _metrics(file, extra=None):
     "A callback that writes what the trainer logs; `extra(model)` adds to the line at each checkpoint."
@@ -292,7 +308,7 @@ def train(out:str|Path,     # folder with job.json and examples/
             shared.pop('peft_config')
             padded = transformers.DataCollatorForLanguageModeling(tokenizer, mlm=False)
             trainer = transformers.Trainer(data_collator=padded, **shared)
-        else: trainer = SFTTrainer(**shared)
+        else: trainer = (weigh_samples_alike(SFTTrainer) if small and stage == 'adapt' else SFTTrainer)(**shared)
     trainer.remove_callback(transformers.PrinterCallback); trainer.remove_callback(transformers.ProgressCallback)
     trainer.train(resume_from_checkpoint=_last(out/'trainer'))
     trainer.save_model(str(out/('adapter' if lora else 'model')))
@@ -364,6 +380,15 @@ def once(file:Path, # JSON, inside the folder of the stage
         counts = make()
         with writing(file) as tmp: tmp.write_text(json.dumps(counts))
     return json.loads(file.read_text())
+
+def side_by_side(work,      # function
+                 jobs:list, # its arguments, a tuple each
+                 p:Profile  # model, workers
+)->list: # what it returns, in their order
+    "Several trainings or questionings of small models at a time, each on its share of the cores; one after the other on a GPU."
+    import torch
+    alone = torch.cuda.is_available() or os.environ.get('EHR_R1_ACCELERATE') or p.model not in SIZES
+    return Parallel(1 if alone else min(p.workers, len(jobs)))(delayed(work)(*job) for job in jobs)
 
 def _settings(p, *names): # the fields of a profile that a stage depends on
     return {k: getattr(p, k) for k in ('seed', 'style', 'model', 'lora', 'context', 'answer_tokens', 'micro_batch', *names)}

@@ -36,7 +36,7 @@ def _value(r):
 def _threshold(r):
     k = r.choice(sorted(VALUES)); low, high = VALUES[k]; v = r.randint(low, high); limit = (low + high)//2
     side, said = ('above', 'yes') if v > limit else ('below', 'no')
-    return Item({k: v}, (k,), f'{k} {v}, limit {limit}\n{side}', said, (f'{k} {v}\nabove', 'yes'))
+    return Item({k: v}, (k,), f'{k} {v}, limit {limit}\n{side}', said, ('A guess', r.choice(('yes', 'no'))))
 
 def _criteria(r):
     names = r.sample(CRITERIA, 3); met = {k: r.choice(('yes', 'no')) for k in names}
@@ -73,7 +73,7 @@ class Calculator:
     known: float   # share of right examples among those the base model reads
 
 CALCULATORS = dict(
-    value=Calculator(_value, 20, .5), threshold=Calculator(_threshold, 2, .5), criteria=Calculator(_criteria, 4, .45),
+    value=Calculator(_value, 20, .5), threshold=Calculator(_threshold, 2, .4), criteria=Calculator(_criteria, 4, .45),
     sum=Calculator(_sum, 7, .35), stage=Calculator(_stage, 5, .1), weeks=Calculator(_weeks, 18, .05),
     gap=Calculator(_gap, 39, 0.))
 
