@@ -26,7 +26,7 @@ from .training.stages import build_adapted, build_base, build_reasoned, build_re
 from .transfer import ehrshot, medcalc, mimic_cdm, trials
 from .transfer.benchmarks import build_benchmark, find_benchmark
 from .transfer.cdm_files import build_cases
-from .transfer.courses import course_of
+from .transfer.courses import course_of, train_questions
 from .transfer.ehrmind import build_cross, build_minded, build_warmed, recipe_of
 from .transfer.ehrshot_synthetic import write_synthetic
 from .transfer.pilot import build_pilot
@@ -153,7 +153,7 @@ class Reproduction:
         ran = [build_pilot(self.run, self.profile)]
         courses = [(course_of(b.name), folder) for b, folder in self.others() if b.name != 'mimic_cdm']
         for course, folder in courses:
-            if not (course.benchmark.questions(folder, p)[0]['split'] == 'train').any(): continue # its training file is not here
+            if train_questions(course.benchmark.questions(folder, p)[0], p.seed).is_empty(): continue
             if recipe_of(p, course).share: ran.append(build_warmed(self.run, p, course, folder))
             ran.append(build_minded(self.run, p, course, folder))
         return any([*ran, build_cross(self.run, p, courses)])
@@ -161,7 +161,8 @@ class Reproduction:
     def reports(self):
         "Run the report notebooks."
         p = self.profile
-        return run_reports(self.run, Path('nbs/reports'), dict(profile=p.name, run=self.run.name, seed=p.seed), self.home)
+        settings = dict(profile=p.name, run=self.run.name, seed=p.seed)
+        return run_reports(self.run, Path('nbs/reports'), settings, self.home, p.workers)
 
 ORDER = ('hospital', 'trajectories', 'index', 'samples', 'knowledge', 'graphs', 'chains', 'baselines', 'base', 'adapt', 'reason',
          'reinforce', 'answers', 'scores', 'benchmarks', 'ehrmind', 'reports')

@@ -10,6 +10,7 @@ import hashlib, os, shutil
 from pathlib import Path
 import matplotlib, pandas as pd, polars as pl
 from IPython.display import HTML
+from joblib import Parallel, delayed
 from matplotlib.figure import Figure
 from tqdm import tqdm
 from ..config import Run, build, read_manifest, writing
@@ -125,7 +126,8 @@ def run_report(template:Path,   # a notebook with a cell tagged `parameters`
 def run_reports(run:Run,       # its scores must stand
                 templates:Path, # folder of report notebooks
                 parameters:dict, # profile, run, seed
-                home:Path       # root of the repository
+                home:Path,      # root of the repository
+                workers:int=2   # reports at a time
 )->bool: # False if they were up to date
     "Execute every report of a folder for one run."
     import nbformat
@@ -143,9 +145,9 @@ def run_reports(run:Run,       # its scores must stand
     access = 'credentialed' if 'credentialed' in read else read_manifest(run.trajectories)['counts']['access']
     source = lambda f: hashlib.blake2b(''.join(c.source for c in nbformat.read(f, 4).cells).encode(), digest_size=16).hexdigest()
     def make(out):
-        for f in (bar := tqdm(files, desc='reports')):
-            bar.set_postfix_str(f.stem)
-            if not (out/f.name).exists(): run_report(f, out, parameters, home)
+        lacking = [f for f in files if not (out/f.name).exists()]
+        ran = Parallel(workers, return_as='generator_unordered')(delayed(run_report)(f, out, parameters, home) for f in lacking)
+        for _ in tqdm(ran, desc='reports', unit='report', initial=len(files) - len(lacking), total=len(files)): pass
         return dict(reports=[f.stem for f in files], access=access)
     folder, inputs = run.reports if access == 'open' else run.private_reports, stages | {f.name: source(f) for f in files}
     return build(folder, make, inputs, parameters, 'evaluation.reporting')

@@ -200,7 +200,7 @@ def draw_dots(ax,        # matplotlib axes
         if known: ax.plot([r['low'], r['high']], [y, y], color=c, lw=2, solid_capstyle='butt')
         ax.plot(r['value'], y, 'D' if hollow else 'o', color=c, mfc='white' if hollow else c, ms=6.5, mew=1.5, clip_on=False,
                 zorder=3)
-        ax.annotate(f"{r['value']:.3f}", (1, y), (4, 0), xycoords=('axes fraction', 'data'), textcoords='offset points',
+        ax.annotate(f"{r['value']:.3f}", (1, y), (9, 0), xycoords=('axes fraction', 'data'), textcoords='offset points',
                     va='center', fontsize=8.5, color='#444444', annotation_clip=False)
     ax.set_yticks(range(len(rows)), [r['label'] for r in rows])
     ax.set_ylim(max(len(rows), 1) - .4, -.6); ax.set_xlim(*limits)
