@@ -42,7 +42,7 @@ class Profile:
     context: int = 256              # longest prompt in the model's tokens (EHR-R1: 8,192, with reasoning 10,000 to 12,288)
     answer_tokens: int = 192        # longest answer, reasoning included (EHR-R1: 2,048 in training, 4,096 at evaluation)
     base_steps: int = 500           # stage 0, for models from scratch only
-    adapt_steps: int = 1_600        # stage 1; 0: one epoch, as EHR-R1
+    adapt_steps: int = 1_200        # stage 1; 0: one epoch, as EHR-R1
     reason_steps: int = 350         # stage 2; 0: five epochs, as EHR-R1
     reinforce_steps: int = 8        # stage 3; 0: one epoch, as EHR-R1
     base_rate: float = 3e-3         # learning rates; EHR-R1's 2e-5, 2e-5 and 2e-6 are for models that can already read
