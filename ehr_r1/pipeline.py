@@ -122,7 +122,8 @@ class Reproduction:
     def answers(self):
         "Every model asked for a sample of EHR-Bench."
         if not self.trains: return None
-        return any(side_by_side(build_answers, [(self.run, self.profile, s, self.dataset) for s in systems(self.run)], self.profile))
+        asked = [(self.run, self.profile, s, self.dataset) for s in systems(self.run)]
+        return any(side_by_side(build_answers, asked, self.profile))
 
     def scores(self): "Scores with intervals."; return build_scores(self.run, self.profile)
 

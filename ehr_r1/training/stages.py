@@ -174,7 +174,7 @@ def weigh_samples_alike(trainer:type # trl.SFTTrainer
                 super().compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
             outputs, = seen
             each = -outputs.log_probs.sum(1)/outputs.label_mask.sum(1).clamp(min=1) # log_probs: 0 where there is no loss
-            parts = 1 if num_items_in_batch is None else self.current_gradient_accumulation_steps # else it is divided by them later
+            parts = self.current_gradient_accumulation_steps if num_items_in_batch is not None else 1 # the trainer's own share
             return (each.mean()/parts, outputs) if return_outputs else each.mean()/parts
     return Alike
 

@@ -270,7 +270,8 @@ def build_pilot(run:Run,  # gets transfer/pilot, and the models beside
     build_pilot_base(run, p)
     side_by_side(train_share, [(run, p, share) for share in SHARES], pilot_profile(p))
     for share in SHARES:
-        models += [(named('pilot', share, True) if share else 'pilot-base', share, 'before'), (named('pilot', share), share, 'after')]
+        before = named('pilot', share, True) if share else 'pilot-base'
+        models += [(before, share, 'before'), (named('pilot', share), share, 'after')]
     def make(out):
         asked = [(run, p, *m, split) for m in models for split in ('train', 'held_out') if (m[2], split) != ('after', 'train')]
         done = side_by_side(ask_model, asked, pilot_profile(p))
