@@ -174,7 +174,7 @@ def weigh_samples_alike(trainer:type # trl.SFTTrainer
                 super().compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
             outputs, = seen
             each = -outputs.log_probs.sum(1)/outputs.label_mask.sum(1).clamp(min=1) # log_probs: 0 where there is no loss
-            parts = self.current_gradient_accumulation_steps if num_items_in_batch is not None else 1 # the trainer's own share
+            parts = self.current_gradient_accumulation_steps if num_items_in_batch is not None else 1 # else the trainer divides
             return (each.mean()/parts, outputs) if return_outputs else each.mean()/parts
     return Alike
 
@@ -449,7 +449,7 @@ def _supervised(run, p, stage, system, start, variant, steps, settings):
         writer = Writer(tokenizer, p.context, p.answer_tokens, p.style)
         each = dict(adapt=p.batch, reason=p.reason_batch, reinforce=p.prompts)[stage]
         def examples():
-            chosen = choose_examples(run, stage, p.seed, variant, p.curriculum)
+            chosen = choose_examples(run, stage, p.seed, variant, p.curriculum, bare=p.model in SIZES)
             if steps: chosen = chosen.head(steps*each*(1 if stage == 'adapt' else 3))
             return write_examples(run, chosen, writer, out/'examples', variant, p.workers)
         counts = once(out/'examples.json', examples)
