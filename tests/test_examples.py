@@ -2,10 +2,11 @@
 from functools import cache
 import polars as pl, pytest
 from hypothesis import given, settings, strategies as st
-from ehr_r1.config import Run, profile
+from ehr_r1.config import VARIANTS, Run, profile
 from ehr_r1.data.tasks import TASKS
 from ehr_r1.synthesis.reasoning import read_record, supported
 from ehr_r1.training.examples import BLOCK, EXAMPLES, Writer, encode, in_order, quotes, scan_examples, shorten, show_example
+from ehr_r1.training.rewards import fault_of_format
 from ehr_r1.training.models import MODES, ModelError, answer_text, chat_text, check_chat, load_model, new_model, train_tokenizer
 
 EVENTS = [f'## Labs [2150-01-{d:02} 08:00]\n- Sodium 14{d % 10} mEq/L\n- Potassium 4.{d % 10} mEq/L [3.3-5.1]' for d in range(1, 29)]
@@ -98,6 +99,19 @@ def test_only_the_answer_bears_loss_and_what_does_not_fit_is_left_out(tokenizer)
         assert show_example(row, tokenizer).count('class="loss"') == len(said)
     assert writer.example(sample | dict(label=['Sodium']*40), 'plain')[1] == 'answer is longer than a model may answer'
     assert Writer(tokenizer, 20, 40).example(sample, 'plain')[1] == 'head and question are longer than the context'
+
+@pytest.mark.parametrize('variant', VARIANTS)
+def test_a_bare_chain_is_whole_and_quotes_what_the_model_sees(tokenizer, variant):
+    sample = dict(sample_id='s', task='labevents', family='decision', label=['Sodium', 'Potassium'], text=record(EVENTS))
+    row, why = Writer(tokenizer, 150, 300).example(sample, 'think', '', variant)
+    answer, prompt = row[5], row[4]
+    chain = answer.split('<think>\n')[1].split('\n</think>')[0]
+    assert not why and not fault_of_format(answer, sections=variant != 'no_sections') and '01-28 08:00' in chain and row[9] > 0
+    quoted = [l for l in chain.splitlines() if l.startswith('**')]
+    events = read_record(prompt.split('<|im_start|>user\n')[1].split('\n' + QUESTION)[0], 'compact')
+    assert quoted and all(supported(l, events) for l in quoted) and 'follows' not in chain
+    empty = Writer(tokenizer, 150, 300).example(sample | dict(text=QUESTION), 'think', '', variant)
+    assert (empty[0] is None) == (variant != 'no_sections')
 
 @given(st.integers(0, 2**63))
 def test_quoted_lines_stand_in_the_record(seed):
