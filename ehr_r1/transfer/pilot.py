@@ -42,7 +42,7 @@ class Size:
     rates: tuple = (8e-3, 2e-3, 1e-3) # learning rates of the base model, the warm-up and GRPO
 
 STUDY = dict(smoke=Size('tiny', 12, 2, 2, 4, 1, 4, 4), demo=Size('tiny', 200, 20, 40, 800, 20, 12),
-             study=Size('tiny', 400, 40, 100, 2_000, 40, 12))
+             study=Size('tiny', 200, 40, 100, 800, 40, 12))
 HELD = 4 # answers to a held-out question
 
 def pilot_size(p:Profile # its name
