@@ -388,7 +388,7 @@ def side_by_side(work,      # function
     "Several trainings or questionings of small models at a time, each on its share of the cores; one after the other on a GPU."
     import torch
     alone = torch.cuda.is_available() or os.environ.get('EHR_R1_ACCELERATE') or p.model not in SIZES
-    return Parallel(1 if alone else min(p.workers, len(jobs)))(delayed(work)(*job) for job in jobs)
+    return Parallel(1 if alone else max(1, min(p.workers, len(jobs))))(delayed(work)(*job) for job in jobs)
 
 def _settings(p, *names): # the fields of a profile that a stage depends on
     return {k: getattr(p, k) for k in ('seed', 'style', 'model', 'lora', 'context', 'answer_tokens', 'micro_batch', *names)}
