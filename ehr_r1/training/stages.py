@@ -9,7 +9,7 @@ __all__ = ['EPOCHS', 'TARGETS', 'CONFIGS', 'COMPILED', 'GATE', 'REPLAY', 'base_c
            'side_by_side', 'build_base', 'build_adapted', 'build_reasoned', 'build_reinforced']
 
 # %% ../../nbs/training/33_stages.ipynb #b82ce696
-import ctypes, json, os, shutil, subprocess, sys, time, warnings
+import ctypes, json, os, re, shutil, subprocess, sys, time, warnings
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -235,15 +235,12 @@ def copying(model,        # a causal language model
     for k in range(0, len(texts), batch):
         rows, marks = [], []
         for prompt, answer in texts[k:k+batch]:
-            first, title, *lines, _ = answer.split('\n') # <think>, ## Extraction, ..., </think>
-            ids = tokenizer(f'{prompt}{first}\n{title}\n', add_special_tokens=False).input_ids; marked = []
-            for line in lines:
-                head, body = line.split(']**: ', 1)
-                ids += tokenizer(head + ']**: ', add_special_tokens=False).input_ids
-                more = tokenizer(body, add_special_tokens=False).input_ids
-                marked += range(len(ids) + 1, len(ids) + len(more))
-                ids += more + tokenizer('\n', add_special_tokens=False).input_ids
-            rows.append(ids); marks.append(marked)
+            text, end = prompt + answer, len(prompt) + answer.index('</think>')
+            x = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+            at = {c: i for i, span in enumerate(x.offset_mapping) for c in range(*span)} # character -> token
+            bodies = [m.span(1) for m in re.finditer(r'\]\*\*: (.+)', text[:end]) if m.start() > len(prompt)]
+            marks.append([i for first, last in bodies for i in range(at[first] + 1, at[last - 1] + 1)])
+            rows.append(x.input_ids)
         longest = max(map(len, rows))
         x = torch.tensor([r + [tokenizer.pad_token_id]*(longest - len(r)) for r in rows], device=model.device)
         mask = torch.tensor([[1]*len(r) + [0]*(longest - len(r)) for r in rows], device=model.device)
@@ -446,7 +443,7 @@ def _supervised(run, p, stage, system, start, variant, steps, settings):
     def make(out):
         from transformers import AutoTokenizer
         tokenizer, parameters = AutoTokenizer.from_pretrained(model_at(run, start)), below['counts']['parameters']
-        writer = Writer(tokenizer, p.context, p.answer_tokens, p.style)
+        writer = Writer(tokenizer, p.context, p.answer_tokens, p.style, bare=p.model in SIZES)
         each = dict(adapt=p.batch, reason=p.reason_batch, reinforce=p.prompts)[stage]
         def examples():
             chosen = choose_examples(run, stage, p.seed, variant, p.curriculum, bare=p.model in SIZES)

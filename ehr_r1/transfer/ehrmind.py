@@ -87,7 +87,7 @@ def _build(run, p, course, folder, name, start, stage, share):
         if not counts['examples']:
             raise ModelError(f"{name}: no training question fits {q.context} + {q.answer_tokens} tokens ({counts['left_out']}); "
                              'raise context or answer_tokens, or give the training files of the benchmark')
-        steps = _steps(counts['examples'], each, epochs, most)
+        steps = most if most and p.model in SIZES else _steps(counts['examples'], each, epochs, most)
         counts |= run_training(out, q, stage, where, steps, below['counts']['parameters'], course.module, course_rewards(b),
                                settings=settings, benchmark=b.name)
         (out/'examples.json').unlink()
