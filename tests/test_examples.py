@@ -106,12 +106,25 @@ def test_a_bare_chain_is_whole_and_quotes_what_the_model_sees(tokenizer, variant
     row, why = Writer(tokenizer, 150, 300).example(sample, 'think', '', variant)
     answer, prompt = row[5], row[4]
     chain = answer.split('<think>\n')[1].split('\n</think>')[0]
-    assert not why and not fault_of_format(answer, sections=variant != 'no_sections') and '01-28 08:00' in chain and row[9] > 0
+    assert why == 'bare' and not fault_of_format(answer, sections=variant != 'no_sections') and '01-28 08:00' in chain and row[9] > 0
     quoted = [l for l in chain.splitlines() if l.startswith('**')]
     events = read_record(prompt.split('<|im_start|>user\n')[1].split('\n' + QUESTION)[0], 'compact')
     assert quoted and all(supported(l, events) for l in quoted) and 'follows' not in chain
     empty = Writer(tokenizer, 150, 300).example(sample | dict(text=QUESTION), 'think', '', variant)
     assert (empty[0] is None) == (variant != 'no_sections')
+
+def test_a_chain_without_its_evidence_gives_way_to_a_bare_one_only_where_that_is_asked_for(tokenizer):
+    sample = dict(sample_id='s', task='labevents', family='decision', label=['Sodium'], text=record(EVENTS))
+    chain = lambda line: f'## Extraction\n{line}\n\n## Reasoning\n1. It was measured before, so it is measured again now.\n\n## Final Results\nSodium'
+    seen, gone = (next(l for l in quotes(record([e]).removesuffix('\n' + QUESTION), 0) if 'Sodium' in l) for e in (EVENTS[-1], EVENTS[0]))
+    long = chain(seen).replace('now.', 'now, and again.'*200)
+    for bare in (False, True):
+        writer = Writer(tokenizer, 150, 300, bare=bare)
+        row, why = writer.example(sample, 'think', chain(seen))
+        assert why == '' and seen in row[5]
+        for lost in (chain(gone), long):
+            row, why = writer.example(sample, 'think', lost)
+            assert (why == 'bare' and gone not in row[5] and 'again' not in row[5]) if bare else (row is None and why)
 
 @given(st.integers(0, 2**63))
 def test_quoted_lines_stand_in_the_record(seed):

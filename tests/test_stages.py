@@ -3,12 +3,13 @@ import json, random, signal, subprocess, sys
 from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
-import polars as pl, pytest
+from types import SimpleNamespace
+import polars as pl, pytest, torch
 from ehr_r1.config import Run, profile
 from ehr_r1.training.examples import EXAMPLES, choose_examples, encode, in_order
 from ehr_r1.training import stages
 from ehr_r1.training.models import ModelError, answer_text, chat_text, new_model, train_tokenizer
-from ehr_r1.training.stages import CONFIGS, EPOCHS, TARGETS, _launch, read_metrics, train
+from ehr_r1.training.stages import CONFIGS, EPOCHS, TARGETS, _launch, copying, read_metrics, train
 
 CONFIGURATIONS = sorted((Path(__file__).parent.parent/'ehr_r1'/'training'/'accelerate').glob('*.yaml'))
 COLOURS = ('red', 'green', 'blue', 'white')
@@ -85,6 +86,24 @@ def trained(start, tmp_path_factory):
     return out
 
 # --- killed and run again
+
+@pytest.mark.parametrize('knows', (True, False))
+def test_copying_compares_the_tokens_that_training_sees(knows):
+    "A line's end may be one token with what stands before it; the first token of a line is not asked for, nor is the answer."
+    prompt, lines = 'Room 101, bed 2.\n', ['**Labs [2150-01-02 08:00]**: Sodium 140 mEq/L [133-145]', '**Room [2150-01-02 09:00]**: bed 2']
+    said = '\n'.join(lines)
+    tokenizer = train_tokenizer([prompt + said]*3, 400)
+    answer = f'<think>\n## Extraction\n{said}\n</think>\n\n{said}'
+    ids = tokenizer(prompt + answer, add_special_tokens=False).input_ids
+    asked = []
+    class Model(torch.nn.Module):
+        device = torch.device('cpu')
+        def forward(self, input_ids, attention_mask):
+            assert input_ids.tolist() == [ids]; asked.append(1)
+            right = torch.nn.functional.one_hot(torch.tensor([ids[1:] + [0]]), len(tokenizer) + 1).float()
+            return SimpleNamespace(logits=right if knows else right.roll(1, -1))
+    found = copying(Model(), tokenizer, [(prompt, answer)])
+    assert asked and found == dict(copy=float(knows), copy_numbers=float(knows))
 
 def test_killed_supervised_training_comes_out_the_same(trained, start, tmp_path):
     out = prepare(tmp_path/'x', start, steps=60)

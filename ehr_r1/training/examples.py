@@ -251,16 +251,18 @@ def patient_texts(rows:pl.DataFrame, # one patient's rows of the trajectory stor
         messages = [dict(role='system', content=SYSTEM), dict(role='user', content=text)]
         yield chat_text(writer.tokenizer, messages, 'think'), f'<think>\n## Extraction\n{lines}\n</think>\n\n{lines}'
 
-def _text_shard(file, out, writer, seed, split, integers):
-    "Texts of the patients of one file."
+def _text_shard(file, tokens, writer, seed, split, integers):
+    "Texts of so many patients of one file that there are enough tokens."
     rows = pl.read_parquet(file)
     subjects = rows['subject_id'].unique().sort().to_numpy()
-    wanted = subjects[split_of(subjects, seed) == split]
+    wanted = sorted(subjects[split_of(subjects, seed) == split].tolist(), key=lambda s: seed_of(seed, 'texts', s))
+    parts = rows.partition_by('subject_id', as_dict=True, maintain_order=True)
     made = []
-    for (subject,), part in rows.filter(pl.col('subject_id').is_in(wanted)).partition_by(
-            'subject_id', as_dict=True, maintain_order=True).items():
-        for k, (prompt, answer) in enumerate(patient_texts(part, writer, seed, integers)):
+    for subject in wanted:
+        for k, (prompt, answer) in enumerate(patient_texts(parts[subject,], writer, seed, integers)):
             made.append((f'{subject}-{k}', '', '', 'text', prompt, answer, [], writer.count(prompt), writer.count(answer) + 1, 0))
+            tokens -= made[-1][7] + made[-1][8]
+        if tokens <= 0: break
     return pl.DataFrame(made, schema=EXAMPLES, orient='row')
 
 def write_texts(run:Run,         # trajectories must stand
@@ -271,13 +273,14 @@ def write_texts(run:Run,         # trajectories must stand
                 split:str='train', # of the patients
                 workers:int=2    # processes
 )->dict: # counts: examples, tokens
-    "Write texts of stage 0, in a drawn order; files of patients are read until there is enough."
+    "Write texts of stage 0, in a drawn order; patients are read until there is enough."
     shutil.rmtree(out, ignore_errors=True); out.mkdir(parents=True)
     files, integers = store_files(run.trajectories), read_manifest(run.trajectories)['counts']['integers']
     held, have = [], 0
     with Parallel(workers, return_as='generator') as pool, tqdm(desc='texts', unit='token', total=tokens, unit_scale=True) as bar:
         for k in range(0, len(files), workers):
-            for rows in pool(delayed(_text_shard)(f, out, writer, seed, split, integers) for f in files[k:k+workers]):
+            some = files[k:k+workers]; each = -(-(tokens - have)//len(some))
+            for rows in pool(delayed(_text_shard)(f, each, writer, seed, split, integers) for f in some):
                 held.append(rows); bar.update(n := rows['tokens'].sum() + rows['answer_tokens'].sum()); have += n
             if have >= tokens: break
     rows = pl.concat(held)

@@ -425,7 +425,8 @@ def build_base(run:Run,  # trajectories and samples must stand
             held = write_texts(run, 200*p.context, writer, out/'held', p.seed, 'tuning', p.workers)
             quoted = scan_examples(out/'held').filter(pl.col('prompt') != '').head(100).collect()
             quoted.write_parquet(out/'gate.parquet'); shutil.rmtree(out/'held')
-            return write_texts(run, p.base_steps*p.batch*p.context, writer, out/'examples', p.seed, 'train', p.workers)
+            wanted = p.base_steps*p.batch*(p.context + p.answer_tokens)
+            return write_texts(run, wanted, writer, out/'examples', p.seed, 'train', p.workers)
         counts = once(out/'examples.json', texts)
         counts |= run_training(out, p, 'base', start, p.base_steps, model.num_parameters())
         counts |= {k: v for l in read_metrics(out) for k, v in l.items() if k.startswith('copy')}
