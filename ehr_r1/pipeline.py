@@ -26,8 +26,8 @@ from .training.stages import build_adapted, build_base, build_reasoned, build_re
 from .transfer import ehrshot, medcalc, mimic_cdm, trials
 from .transfer.benchmarks import build_benchmark, find_benchmark
 from .transfer.cdm_files import build_cases
-from .transfer.courses import course_of, train_questions
-from .transfer.ehrmind import build_cross, build_minded, build_warmed, recipe_of
+from .transfer.courses import course_of
+from .transfer.ehrmind import build_course, build_cross
 from .transfer.ehrshot_synthetic import write_synthetic
 from .transfer.pilot import build_pilot
 
@@ -151,12 +151,9 @@ class Reproduction:
         "EHRMind: its pilot study, and its recipe on the benchmarks that have questions to train on."
         if not self.trains: return None
         p = replace(self.profile, reason_steps=self.profile.warmup_steps, reinforce_steps=self.profile.ehrmind_steps)
-        ran = [build_pilot(self.run, self.profile)]
         courses = [(course_of(b.name), folder) for b, folder in self.others() if b.name != 'mimic_cdm']
-        for course, folder in courses:
-            if train_questions(course.benchmark.questions(folder, p)[0], p.seed).is_empty(): continue
-            if recipe_of(p, course).share: ran.append(build_warmed(self.run, p, course, folder))
-            ran.append(build_minded(self.run, p, course, folder))
+        trainings = side_by_side(build_course, [(self.run, p, *about) for about in courses], p)
+        ran = [build_pilot(self.run, self.profile), *trainings]
         return any([*ran, build_cross(self.run, p, courses)])
 
     def reports(self):
