@@ -193,15 +193,14 @@ def _quoted(link, case, events):
         if supported(found := f'{head}: {text.strip().removeprefix("- ")}', events): return found
     return None
 
-def _latest(events, style, n=3):
-    "The first line of the latest events, as evidence."
-    lines, names = [], {t.lower(): t for t in _titles(style)}
+def _latest(events, style):
+    "The first line of the latest event that can be quoted, as evidence."
+    names = {t.lower(): t for t in _titles(style)}
     for (title, time), bodies in reversed(events.items()):
         head = f'**{names[title]} [{time}]**' if time else f'**{names[title]}**'
         line = f'{head}: {bodies[-1].splitlines()[0].removeprefix("- ") if bodies[-1] else "on record"}'
-        if title not in _NOTES and supported(line, events): lines.append(line)
-        if len(lines) == n: break
-    return lines
+        if title not in _NOTES and supported(line, events): return [line]
+    return []
 
 def verbalise(case:Case,              # one sample with a graph
               variant:str='knowledge' # or no_knowledge, no_sections
@@ -214,7 +213,8 @@ def verbalise(case:Case,              # one sample with a graph
         if line not in lines: lines.append(line)
         steps.append(f'{link.history} is on record. {told(link.paths[0])}. {link.target} follows.')
     lines = lines or _latest(events, case.style)
-    if rest := [a for a in case.answers if a not in done]: steps.append(f'With this course go {", ".join(rest)}.')
+    if not done: steps.append('So a course like this goes on.')
+    elif rest := [a for a in case.answers if a not in done]: steps.append(f'With this course go {", ".join(rest)}.')
     if variant == 'no_sections': return '\n'.join([*lines, *steps, 'Final Results', *case.answers])
     steps = [f'{i}. {step}' for i, step in enumerate(steps, 1)]
     return '\n'.join(['## Extraction', *lines, '', '## Reasoning', *steps, '', '## Final Results', *case.answers])
