@@ -41,7 +41,7 @@ def tokenizer():
 def model(tokenizer):
     "Random weights, larger than usual, so that probabilities and words differ from prompt to prompt."
     torch.set_num_threads(1)
-    m = new_model('tiny', tokenizer, 0, 1024)
+    m = new_model('tiny', tokenizer, 0, 1024, copies=False)
     with torch.no_grad():
         for p in m.parameters():
             if p.dim() > 1: p.mul_(5)

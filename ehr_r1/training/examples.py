@@ -145,7 +145,7 @@ def choose_examples(run:Run,        # samples, and for stages 2 and 3 chains, mu
             mode = pl.when(pl.col('chain').is_null() | (variant == 'plain')).then(pl.lit('no_think')).otherwise(pl.lit('think'))
             out = pl.concat([thought, rest]).with_columns(mode=mode)
             out = out.with_columns(length=pl.col('length') + pl.col('chain').str.len_chars().fill_null(0))
-    out = drawn(out, 'reason').reverse() if stage == 'reinforce' else drawn(out, stage) # the one does not begin where the other did
+    out = drawn(out, 'reason').reverse() if stage == 'reinforce' else drawn(out, stage) # one does not begin where the other did
     return (out.sort('length', maintain_order=True) if curriculum else out).select('sample_id', 'mode', 'chain')
 
 # %% ../../nbs/training/31_examples.ipynb #2f355a40

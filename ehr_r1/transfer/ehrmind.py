@@ -153,9 +153,11 @@ def _cross(out, p, course, folder, some, name, where):
     b, q, where = course.benchmark, recipe_of(p, course).profile, weights_at(where)
     writer = Writer(AutoTokenizer.from_pretrained(where), q.context, q.answer_tokens)
     examples = course_examples(some, course, writer)[0]
-    asks = [Ask(s, task, 0, 'decision', prompt, 'think') for s, task, prompt in examples.select('sample_id', 'task', 'prompt').rows()]
+    asks = [Ask(s, task, 0, 'decision', prompt, 'think')
+            for s, task, prompt in examples.select('sample_id', 'task', 'prompt').rows()]
     engine = open_engine(where, name, q.context + q.answer_tokens)
-    lines = answer(asks, engine, out/'answers'/b.name/f'{name}.jsonl', q.answer_tokens, b.name, 'open' if b.open else 'credentialed')
+    access, file = 'open' if b.open else 'credentialed', out/'answers'/b.name/f'{name}.jsonl'
+    lines = answer(asks, engine, file, q.answer_tokens, b.name, access)
     found = judged(lines, some, b)
     groups = found['group'].to_list()
     return [dict(trained=name, tested=b.name, metric=m, **mean_by_group(found[m], groups, p.seed, p.replicates))
