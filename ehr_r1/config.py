@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from importlib.metadata import version as installed
 from pathlib import Path
 import numpy as np
+from filelock import FileLock, Timeout
 import ehr_r1
 
 # %% ../nbs/00_config.ipynb #676844dc
@@ -242,6 +243,18 @@ def read_manifest(folder:str|Path # folder of a finished stage
                                 f"run it first, e.g. `make {path.parent.name}`")
     return json.loads(path.read_text())
 
+@contextmanager
+def _alone(folder):
+    "One process at a time works on a stage. Another waits for it; a process that was killed holds nothing, but its workers may."
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder.with_name(f'.{folder.name}.lock'))
+    try: lock.acquire(timeout=0)
+    except Timeout:
+        print(f'{folder.name}: another process is at work on it; waiting for it to end', flush=True)
+        lock.acquire()
+    try: yield
+    finally: lock.release()
+
 def build(folder:str|Path, # where the result shall stand
           make,            # function of one folder that writes the result there and returns a dict of counts
           inputs:dict,     # name -> digest of what is read
@@ -251,27 +264,29 @@ def build(folder:str|Path, # where the result shall stand
     "Bring a stage's folder up to date: skip, go on or start anew, as its manifest says."
     folder = Path(folder); tmp = folder.with_name(folder.name+'.partial'); old = folder.with_name(folder.name+'.old')
     key = _key(stage=folder.name, inputs=inputs, params=params, code=code_version(module))
-    if (folder/'manifest.json').exists() and read_manifest(folder)['key'] == key:
-        shutil.rmtree(tmp, ignore_errors=True)
-        return False
-    if not ((tmp/'key').exists() and (tmp/'key').read_text() == key): shutil.rmtree(tmp, ignore_errors=True)
-    tmp.mkdir(parents=True, exist_ok=True)
-    for left in tmp.rglob('.*.tmp'): left.unlink()
-    with writing(tmp/'key') as f: f.write_text(key)
-    start = time.time()
-    counts = make(tmp) or {}
-    versions = {p: installed(p) for p in ('polars', 'pyarrow', 'numpy', 'scikit-learn')} | {'python': platform.python_version()}
-    with writing(tmp/'measured.json') as f:
-        f.write_text(json.dumps(dict(
-            seconds=round(time.time()-start, 2), peak_memory_mb=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss//1024,
-            finished=time.strftime('%Y-%m-%d %H:%M:%S'), machine=platform.platform(), commit=_commit()), indent=1))
-    with writing(tmp/'manifest.json') as f:
-        f.write_text(json.dumps(dict(
-            key=key, stage=folder.name, inputs=inputs, params=params, code=code_version(module), versions=versions,
-            counts=counts), indent=1, default=str))
-    (tmp/'key').unlink()
-    shutil.rmtree(old, ignore_errors=True)
-    if folder.exists(): folder.rename(old)
-    tmp.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)
-    return True
+    with _alone(folder):
+        if (folder/'manifest.json').exists() and read_manifest(folder)['key'] == key:
+            shutil.rmtree(tmp, ignore_errors=True)
+            return False
+        if not ((tmp/'key').exists() and (tmp/'key').read_text() == key): shutil.rmtree(tmp, ignore_errors=True)
+        tmp.mkdir(parents=True, exist_ok=True)
+        for left in tmp.rglob('.*.tmp'): left.unlink()
+        with writing(tmp/'key') as f: f.write_text(key)
+        start = time.time()
+        counts = make(tmp) or {}
+        versions = {p: installed(p) for p in ('polars', 'pyarrow', 'numpy', 'scikit-learn')}
+        versions['python'] = platform.python_version()
+        with writing(tmp/'measured.json') as f:
+            f.write_text(json.dumps(dict(
+                seconds=round(time.time()-start, 2), peak_memory_mb=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss//1024,
+                finished=time.strftime('%Y-%m-%d %H:%M:%S'), machine=platform.platform(), commit=_commit()), indent=1))
+        with writing(tmp/'manifest.json') as f:
+            f.write_text(json.dumps(dict(
+                key=key, stage=folder.name, inputs=inputs, params=params, code=code_version(module), versions=versions,
+                counts=counts), indent=1, default=str))
+        (tmp/'key').unlink()
+        shutil.rmtree(old, ignore_errors=True)
+        if folder.exists(): folder.rename(old)
+        tmp.rename(folder)
+        shutil.rmtree(old, ignore_errors=True)
+        return True

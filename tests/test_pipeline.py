@@ -120,3 +120,35 @@ def test_killed_at_many_moments_it_ends_with_the_same_bytes(tmp_path):
     assert len(killed) >= 5, killed # some moments are too short to hit every time
     assert start(rough).wait() == 0
     assert digests(rough/'runs'/'k') == digests(calm/'runs'/'k') and not list((rough/'runs').rglob('*.partial'))
+
+SLOW = """
+import sys, time
+from pathlib import Path
+from joblib import Parallel, delayed
+from ehr_r1.config import build
+def stage(folder, seconds):
+    def make(out):
+        with open(folder.parent/'log', 'a') as f: f.write('made ')
+        (folder.parent/'busy').touch(); time.sleep(seconds)
+    return build(folder, make, {}, {}, 'config')
+if __name__ == '__main__':
+    print(Parallel(2)(delayed(stage)(Path(sys.argv[1])/n, float(sys.argv[2])) for n in sys.argv[3:]))
+"""
+
+def test_a_second_process_waits_for_the_first_and_for_the_workers_of_a_killed_one(tmp_path):
+    (tmp_path/'slow.py').write_text(SLOW)
+    def start(*words): return subprocess.Popen([sys.executable, tmp_path/'slow.py', tmp_path, *words], stdout=subprocess.PIPE, text=True, start_new_session=True,
+                                               env=os.environ | dict(PYTHONPATH=str(Path(__file__).parent.parent)))
+    def busy(process):
+        while not (tmp_path/'busy').exists() and process.poll() is None: time.sleep(.01)
+        (tmp_path/'busy').unlink()
+    first = start('3', 'a'); busy(first); second = start('0', 'a')
+    assert '[True]' in first.communicate()[0]
+    said = second.communicate()[0]
+    assert 'a: another process is at work on it' in said and '[False]' in said and (tmp_path/'log').read_text() == 'made '
+    first = start('4', 'b'); busy(first); first.kill(); first.wait() # the worker lives on
+    said = start('0', 'b').communicate()[0]
+    assert 'b: another process is at work on it' in said and '[False]' in said and (tmp_path/'log').read_text() == 'made made '
+    first = start('60', 'c'); busy(first); os.killpg(first.pid, signal.SIGKILL); first.wait() # nobody lives on
+    said = start('0', 'c').communicate()[0]
+    assert 'another' not in said and '[True]' in said
