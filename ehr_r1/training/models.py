@@ -85,7 +85,9 @@ def begin_to_copy(model,         # Qwen3ForCausalLM with random weights and two 
     own = c.hidden_size - n # so many dimensions say which token stands here; the others, which one before
     turns = c.rope_parameters['rope_theta']**(-torch.arange(half)/half)  # radians a position, of each pair of dimensions
     before, match = (layer.self_attn for layer in model.model.layers[:2])
+    quiet = min(1, (SIZES['small'].hidden/c.hidden_size)**1.5) # the rest of these layers beside the circuit
     with torch.no_grad():
+        for layer in model.model.layers[:2]: layer.mlp.down_proj.weight *= quiet; layer.self_attn.o_proj.weight *= quiet
         model.model.embed_tokens.weight.normal_(0, size)[:, own:] = 0
         model.model.embed_tokens.weight[:, 0] = size*(own - 1)**.5 # the same for all tokens, so that a head can ask for a place
         for head in (before, match):
