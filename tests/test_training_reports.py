@@ -169,6 +169,11 @@ def test_chains_are_counted_by_what_is_wrong(reported, home):
     d = pd.read_csv(reported/'stages_faults.csv')
     d = d[d.system == 'reasoned'].set_index('chain').chains
     assert d['think block not closed'] == len(unclosed) and d.sum() == len(j) and d['sound'] == j['sound'].sum()
+    tasks = pd.read_csv(reported/'stages_invalid.csv')
+    tasks = tasks[tasks.system == 'reasoned'].set_index('task')
+    bad = j.filter(~pl.col('valid')).group_by('task').len()
+    assert tasks.invalid.to_dict() == dict(bad.rows()) and (tasks.ehr_ins > 0).all() and (tasks.answer_lines >= 1).all()
+    assert f'invalid chains are of {tasks.index[0]}' in said(reported/'06_stages.ipynb')
 
 def test_ablations_are_judged_beside_the_paper(reported):
     grid = pd.read_csv(reported/'reasoning_grid.csv')
