@@ -13,7 +13,6 @@ from collections import Counter
 from datetime import date
 from pathlib import Path
 import numpy as np, polars as pl
-from tqdm import tqdm
 from ..config import Profile
 from ..data.tables import fault
 from ..evaluation.scoring import parse_answer
@@ -264,7 +263,7 @@ def medcalc_score(questions:pl.DataFrame, # from `medcalc_questions`
     trained = questions.filter(pl.col('split') == 'train')['question'].unique().implode()
     held = questions.filter(pl.col('split') == 'held_out').with_columns(seen=pl.col('question').is_in(trained))
     out = []
-    for system, answers in tqdm(said.items(), desc='medcalc'):
+    for system, answers in said.items():
         rows = held.join(answers.select('sample_id', 'text'), on='sample_id', maintain_order='left')
         gold, text = rows['gold'].to_list(), rows['text'].to_list()
         judged = lambda golds: pl.Series([judge(g, t) if g else None for g, t in zip(golds, text)], dtype=pl.Boolean)
