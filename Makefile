@@ -18,7 +18,8 @@ help: ## this list
 	@echo 'make TARGET [NAME=value ...], NAME one of: $(OPTIONS)'
 	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  %-14s%s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 
-reproduce: reports ## everything: set-up, stages, reports (PROFILE=smoke|demo|study|paper, DATA=folder with MIMIC-IV)
+reproduce: env ## everything: set-up, stages, reports (PROFILE=smoke|demo|study|paper, DATA=folder with MIMIC-IV)
+	$(stage)
 
 env: ## Python environment in .venv, exactly as requirements.lock says (PYTHON=python3.12 takes another Python)
 	@cat requirements.lock pyproject.toml | cmp -s - $(STAMP) || { set -e; \

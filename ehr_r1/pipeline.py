@@ -8,6 +8,7 @@ __all__ = ['ORDER', 'APART', 'Reproduction', 'main']
 # %% ../nbs/50_pipeline.ipynb #9b9e5fb2
 import sys, time
 from dataclasses import replace
+from operator import call
 from pathlib import Path
 from .config import PROFILES, Run, build, profile, read_manifest
 from .data.hospital import build_hospital
@@ -29,7 +30,7 @@ from .transfer.cdm_files import build_cases
 from .transfer.courses import course_of
 from .transfer.ehrmind import build_course, build_cross
 from .transfer.ehrshot_synthetic import write_synthetic
-from .transfer.pilot import build_pilot
+from .transfer.pilot import build_pilot, build_pilot_base
 
 # %% ../nbs/50_pipeline.ipynb #3a776cf0
 class Reproduction:
@@ -144,17 +145,17 @@ class Reproduction:
 
     def benchmarks(self):
         "EHRSHOT, MIMIC-IV-CDM, MedCalc-Bench and trial matching."
-        ran = [build_benchmark(self.run, self.profile, b, folder) for b, folder in self.others()]
-        return any(ran) if ran else None
+        jobs = [(self.run, self.profile, b, folder) for b, folder in self.others()]
+        return any(side_by_side(build_benchmark, jobs, self.profile)) if jobs else None
 
     def ehrmind(self):
         "EHRMind: its pilot study, and its recipe on the benchmarks that have questions to train on."
         if not self.trains: return None
         p = replace(self.profile, reason_steps=self.profile.warmup_steps, reinforce_steps=self.profile.ehrmind_steps)
         courses = [(course_of(b.name), folder) for b, folder in self.others() if b.name != 'mimic_cdm']
-        trainings = side_by_side(build_course, [(self.run, p, *about) for about in courses], p)
-        ran = [build_pilot(self.run, self.profile), *trainings]
-        return any([*ran, build_cross(self.run, p, courses)])
+        trainings = [(build_pilot_base, self.run, self.profile), *((build_course, self.run, p, *about) for about in courses)]
+        ran = side_by_side(call, trainings, p)
+        return any([*ran, build_pilot(self.run, self.profile), build_cross(self.run, p, courses)])
 
     def reports(self):
         "Run the report notebooks."

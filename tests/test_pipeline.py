@@ -126,29 +126,30 @@ import sys, time
 from pathlib import Path
 from joblib import Parallel, delayed
 from ehr_r1.config import build
-def stage(folder, seconds):
+def stage(folder):
     def make(out):
         with open(folder.parent/'log', 'a') as f: f.write('made ')
-        (folder.parent/'busy').touch(); time.sleep(seconds)
+        (folder.parent/f'busy-{folder.name}').touch()
+        while not (folder.parent/f'go-{folder.name}').exists(): time.sleep(.01)
     return build(folder, make, {}, {}, 'config')
 if __name__ == '__main__':
-    print(Parallel(2)(delayed(stage)(Path(sys.argv[1])/n, float(sys.argv[2])) for n in sys.argv[3:]))
+    home = Path(sys.argv[1])
+    print(Parallel(2)(delayed(stage)(home/n) for n in sys.argv[2:]))
 """
 
-def test_a_second_process_waits_for_the_first_and_for_the_workers_of_a_killed_one(tmp_path):
+@pytest.mark.parametrize('end', ['whole', 'killed alone', 'killed with its workers'])
+def test_a_second_process_waits_for_the_first_or_for_workers_that_outlive_it(end, tmp_path):
     (tmp_path/'slow.py').write_text(SLOW)
-    def start(*words): return subprocess.Popen([sys.executable, tmp_path/'slow.py', tmp_path, *words], stdout=subprocess.PIPE, text=True, start_new_session=True,
-                                               env=os.environ | dict(PYTHONPATH=str(Path(__file__).parent.parent)))
-    def busy(process):
-        while not (tmp_path/'busy').exists() and process.poll() is None: time.sleep(.01)
-        (tmp_path/'busy').unlink()
-    first = start('3', 'a'); busy(first); second = start('0', 'a')
-    assert '[True]' in first.communicate()[0]
-    said = second.communicate()[0]
-    assert 'a: another process is at work on it' in said and '[False]' in said and (tmp_path/'log').read_text() == 'made '
-    first = start('4', 'b'); busy(first); first.kill(); first.wait() # the worker lives on
-    said = start('0', 'b').communicate()[0]
-    assert 'b: another process is at work on it' in said and '[False]' in said and (tmp_path/'log').read_text() == 'made made '
-    first = start('60', 'c'); busy(first); os.killpg(first.pid, signal.SIGKILL); first.wait() # nobody lives on
-    said = start('0', 'c').communicate()[0]
-    assert 'another' not in said and '[True]' in said
+    def start(): return subprocess.Popen([sys.executable, tmp_path/'slow.py', tmp_path, 'a'], stdout=subprocess.PIPE, text=True, start_new_session=True,
+                                         env=os.environ | dict(PYTHONPATH=str(Path(__file__).parent.parent)))
+    first, deadline = start(), time.time() + 60
+    while not (tmp_path/'busy-a').exists() and time.time() < deadline: time.sleep(.01)
+    if end == 'killed alone': first.kill(); first.wait()
+    if end == 'killed with its workers': os.killpg(first.pid, signal.SIGKILL); first.wait(); (tmp_path/'go-a').touch()
+    second = start(); said = second.stdout.readline()
+    (tmp_path/'go-a').touch()
+    said += second.communicate()[0]
+    made = (tmp_path/'log').read_text().split()
+    if end == 'whole': assert '[True]' in first.communicate()[0]
+    if end == 'killed with its workers': assert 'another' not in said and '[True]' in said and len(made) == 2 # begun anew
+    else: assert 'a: another process is at work on it' in said and '[False]' in said and len(made) == 1

@@ -104,7 +104,7 @@ def test_what_is_not_in_the_record_is_refused(hospital):
             assert not supported(false, events), false
             assert fault_of(r['chain'].replace(first, false), gold, events, 'knowledge') == 'evidence that the record does not show'
             refused += 1
-        assert fault_of(r['chain'].replace(' follows.', ' is the ground truth.').replace('With this course go', 'The ground truth:'), gold, events, 'knowledge') == 'betrays that the answer was given'
+        assert fault_of(r['chain'].replace(' follows.', ' is the ground truth.'), gold, events, 'knowledge') == 'betrays that the answer was given'
     assert refused > 60
 
 @settings(max_examples=200, deadline=None)

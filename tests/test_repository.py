@@ -7,6 +7,7 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 from ehr_r1.config import MODULES
+from ehr_r1.pipeline import ORDER
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = {'.'.join(p.relative_to(ROOT/'ehr_r1').with_suffix('').parts): p for p in (ROOT/'ehr_r1').rglob('*.py')
@@ -88,9 +89,9 @@ def test_make_passes_settings_as_words():
     said = make('-n', 'scores', 'PROFILE=smoke', 'DATA=a folder', 'SET=patients=7').stdout
     assert re.search(r"ehr_r1 index profile='smoke' data='a folder' +patients=7$", said, re.M)
     assert 'ehr_r1 hospital' not in said and 'run=' not in said
-    order = re.findall(r'/ehr_r1 (\w+)', make('-n', 'reproduce').stdout)
-    assert order == ['hospital', 'trajectories', 'index', 'samples', 'knowledge', 'graphs', 'chains', 'baselines',
-                     'base', 'adapt', 'reason', 'reinforce', 'answers', 'scores', 'benchmarks', 'ehrmind', 'reports']
+    order = re.findall(r'/ehr_r1 (\w+)', make('-n', 'reports').stdout)
+    assert order == list(ORDER)
+    assert re.findall(r'/ehr_r1 (\w+)', make('-n', 'reproduce').stdout) == ['reproduce'] # the same in one process
 
 def test_make_refuses_an_old_python(tmp_path):
     old = tmp_path/'python'

@@ -6,7 +6,8 @@ from pathlib import Path
 from types import SimpleNamespace
 import polars as pl, pytest, torch
 from ehr_r1.config import Run, profile
-from ehr_r1.training.examples import EXAMPLES, choose_examples, encode, in_order
+from ehr_r1.synthesis.reasoning import CHAINS
+from ehr_r1.training.examples import AGAIN, EXAMPLES, choose_examples, encode, in_order
 from ehr_r1.training import stages
 from ehr_r1.training.models import ModelError, answer_text, chat_text, new_model, train_tokenizer
 from ehr_r1.training.stages import CONFIGS, EPOCHS, TARGETS, _launch, copying, read_metrics, train
@@ -233,10 +234,11 @@ def test_loss_is_on_the_assistants_tokens_alone(trained, tmp_path):
     assert abs(logged - everything/tokens[1]) > 1
 
 @pytest.mark.parametrize('micro_batch', [0, 2])
-def test_in_stage_1_of_a_small_model_each_sample_weighs_the_same(start, tmp_path, micro_batch):
+@pytest.mark.parametrize('stage', ['adapt', 'reason'])
+def test_what_a_sample_weighs_in_stages_1_and_2_of_a_small_model(start, tmp_path, stage, micro_batch):
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
-    out, n = prepare(tmp_path/'x', start, steps=1, micro_batch=micro_batch), pl.int_range(pl.len())
+    out, n = prepare(tmp_path/'x', start, stage, steps=1, micro_batch=micro_batch), pl.int_range(pl.len())
     file = out/'examples'/'examples-00000.parquet'
     rows = pl.read_parquet(file).with_columns(answer=pl.when(n % 2 == 0).then(pl.lit('red')).otherwise(pl.col('prompt')))
     rows.write_parquet(file)
@@ -248,8 +250,13 @@ def test_in_stage_1_of_a_small_model_each_sample_weighs_the_same(start, tmp_path
         ids, bears = torch.tensor([x['input_ids']]), torch.tensor(x['completion_mask'][1:], dtype=torch.bool)
         with torch.no_grad(): said = model(input_ids=ids).logits[0, :-1]
         losses.append(torch.nn.functional.cross_entropy(said[bears], ids[0, 1:][bears], reduction='none'))
-    alike, tokens = torch.stack([each.mean() for each in losses]).mean().item(), torch.cat(losses).mean().item()
-    assert read_metrics(out)[0]['loss'] == pytest.approx(alike, rel=.0005) and abs(tokens/alike - 1) > .002
+    each, tokens = torch.stack([l.mean() for l in losses]), torch.tensor([float(len(l)) for l in losses])
+    held, weighed = micro_batch or 8, []
+    for l, t in zip(each.split(held), tokens.split(held)): # what a device holds at a time
+        w = torch.ones_like(t) if stage == 'adapt' else torch.where(t < t.mean(), t.mean(), t)
+        weighed.append(((l*w).sum()/w.sum()).item())
+    found, by_tokens = read_metrics(out)[0]['loss'], torch.cat(losses).mean().item()
+    assert found == pytest.approx(sum(weighed)/len(weighed), rel=.0005) and abs(by_tokens/found - 1) > .0015
 
 def test_lora_changes_what_its_rank_allows_and_leaves_a_whole_model(start, tmp_path):
     import torch
@@ -319,3 +326,25 @@ def test_curriculum_puts_short_answers_first(tmp_path):
     assert easy != drawn == choose_examples(run, 'adapt', 7, '', False)['sample_id'].to_list() != sorted(drawn, key=int)
     assert drawn != choose_examples(run, 'adapt', 8, '', False)['sample_id'].to_list()
 
+@pytest.mark.parametrize('variant', ['knowledge', 'plain'])
+def test_a_small_model_thinks_about_scarce_tasks_as_often_as_about_others(tmp_path, variant):
+    run, sizes = Run('r', tmp_path), dict(many=90, few=31, rare=2)
+    (run.samples/'ehr_ins').mkdir(parents=True); run.chains.mkdir()
+    rows = pl.DataFrame([dict(sample_id=f'{t}-{i}', task=t, family='decision') for t, n in sizes.items() for i in range(n)] +
+                        [dict(sample_id=f'risk-{i}', task='risk', family='risk') for i in range(50)])
+    rows = rows.with_columns(split=pl.lit('train'), label=pl.lit(['yes'], pl.List(pl.String)))
+    rows.write_parquet(run.samples/'ehr_ins'/'0.parquet')
+    pl.DataFrame([dict(sample_id='few-0', subject_id=1, task='few', split='train', teacher='t', variant='knowledge', attempt=0,
+                       chain='C', fault='', supported=1, lines=1, prompt_tokens=0, completion_tokens=0)],
+                 CHAINS).write_parquet(run.chains/'shard-0.parquet')
+    chosen = choose_examples(run, 'reason', 7, variant, bare=True).join(rows, on='sample_id', maintain_order='left')
+    thought = chosen.filter(pl.col('chain').is_not_null())
+    rest = chosen.filter(pl.col('chain').is_null()) # answered without thinking
+    assert rest['sample_id'].n_unique() == len(rest) and 'risk' in rest['task'] and not set(rest['sample_id']) & set(thought['sample_id'])
+    for task, again in dict(many=1, few=2, rare=AGAIN).items(): # at most as many as of the largest, and AGAIN times
+        assert len(thought.filter(task=task)) == again*(sizes[task] - len(rest.filter(task=task)))
+    assert thought.filter(sample_id='few-0')['chain'].to_list() == ['C', 'C']
+    places = {s: [i for i, x in enumerate(chosen['sample_id']) if x == s] for s in thought.filter(task='few')['sample_id'].unique()}
+    assert all(len(p) >= 2 for p in places.values()) and sum(p[1] - p[0] > 1 for p in places.values()) > .8*len(places) # apart
+    once = choose_examples(run, 'reason', 7, variant, bare=False) # a checkpoint: the teacher's chains alone
+    assert once.filter(pl.col('chain').is_not_null())['sample_id'].to_list() == ['few-0']

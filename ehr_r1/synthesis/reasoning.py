@@ -214,7 +214,7 @@ def verbalise(case:Case,              # one sample with a graph
         steps.append(f'{link.history} is on record. {told(link.paths[0])}. {link.target} follows.')
     lines = lines or _latest(events, case.style)
     if not done: steps.append('So a course like this goes on.')
-    elif rest := [a for a in case.answers if a not in done]: steps.append(f'With this course go {", ".join(rest)}.')
+    elif done < set(case.answers): steps.append('The rest goes with such a course.')
     if variant == 'no_sections': return '\n'.join([*lines, *steps, 'Final Results', *case.answers])
     steps = [f'{i}. {step}' for i, step in enumerate(steps, 1)]
     return '\n'.join(['## Extraction', *lines, '', '## Reasoning', *steps, '', '## Final Results', *case.answers])

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['EPOCHS', 'TARGETS', 'CONFIGS', 'COMPILED', 'GATE', 'REPLAY', 'base_config', 'adapt_config', 'reason_config',
            'reinforce_config', 'warmup_config', 'ehrmind_config', 'tune_allocator', 'compiles', 'score_answers_alone',
-           'weigh_samples_alike', 'read_metrics', 'copying', 'train', 'model_at', 'run_training', 'once',
-           'side_by_side', 'build_base', 'build_adapted', 'build_reasoned', 'build_reinforced']
+           'weigh_samples', 'read_metrics', 'copying', 'train', 'model_at', 'run_training', 'once', 'side_by_side',
+           'build_base', 'build_adapted', 'build_reasoned', 'build_reinforced']
 
 # %% ../../nbs/training/33_stages.ipynb #b82ce696
 import ctypes, json, os, re, shutil, subprocess, sys, time, warnings
@@ -164,19 +164,23 @@ def score_answers_alone():
         utils._use_triton = leave_out
 
 # %% ../../nbs/training/33_stages.ipynb #675e2b96
-def weigh_samples_alike(trainer:type # trl.SFTTrainer
+def weigh_samples(trainer:type, # trl.SFTTrainer
+                  alike:bool    # each as much; False: by its loss-bearing tokens, but none less than one of average length
 )->type: # a trainer
-    "The mean loss over the samples of a step, of each the mean over its loss-bearing tokens."
-    class Alike(trainer):
+    "The weighted mean loss over the samples of a step, of each the mean over its loss-bearing tokens."
+    import torch
+    class Weighing(trainer):
         def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
             seen = [] # what the model returned; asked for it, TRL would run the model once more
             with model.register_forward_hook(lambda module, given, returned: seen.append(returned)):
                 super().compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
             outputs, = seen
-            each = -outputs.log_probs.sum(1)/outputs.label_mask.sum(1).clamp(min=1) # log_probs: 0 where there is no loss
+            tokens = outputs.label_mask.sum(1).clamp(min=1).float()
+            weights = torch.ones_like(tokens) if alike else tokens.clamp(min=tokens.mean())
+            mean = (-outputs.log_probs.sum(1)/tokens*weights).sum()/weights.sum() # log_probs: 0 where there is no loss
             parts = self.current_gradient_accumulation_steps if num_items_in_batch is not None else 1 # else the trainer divides
-            return (each.mean()/parts, outputs) if return_outputs else each.mean()/parts
-    return Alike
+            return (mean/parts, outputs) if return_outputs else mean/parts
+    return Weighing
 
 # %% ../../nbs/training/33_stages.ipynb #c0a55911
 def _metrics(file, extra=None):
@@ -305,7 +309,9 @@ def train(out:str|Path,     # folder with job.json and examples/
             shared.pop('peft_config')
             padded = transformers.DataCollatorForLanguageModeling(tokenizer, mlm=False)
             trainer = transformers.Trainer(data_collator=padded, **shared)
-        else: trainer = (weigh_samples_alike(SFTTrainer) if small and stage == 'adapt' else SFTTrainer)(**shared)
+        else:
+            weighs = small and stage in ('adapt', 'reason')
+            trainer = (weigh_samples(SFTTrainer, stage == 'adapt') if weighs else SFTTrainer)(**shared)
     trainer.remove_callback(transformers.PrinterCallback); trainer.remove_callback(transformers.ProgressCallback)
     trainer.train(resume_from_checkpoint=_last(out/'trainer'))
     trainer.save_model(str(out/('adapter' if lora else 'model')))
@@ -448,7 +454,8 @@ def _supervised(run, p, stage, system, start, variant, steps, settings):
         each = dict(adapt=p.batch, reason=p.reason_batch, reinforce=p.prompts)[stage]
         def examples():
             chosen = choose_examples(run, stage, p.seed, variant, p.curriculum, bare=p.model in SIZES)
-            if steps: chosen = chosen.head(steps*each*(1 if stage == 'adapt' else 3))
+            spare = 3 if stage != 'adapt' and p.model not in SIZES else 1 # of chains that do not fit
+            if steps: chosen = chosen.head(steps*each*spare)
             return write_examples(run, chosen, writer, out/'examples', variant, p.workers)
         counts = once(out/'examples.json', examples)
         if not counts['examples']:

@@ -141,7 +141,8 @@ class Benchmark:
     right: Callable|None = None # (gold lines, answer object) -> bool
 
 def asked_questions(questions:pl.DataFrame, # `QUESTIONS` rows
-                    p:Profile # lm_per_task, seed
+                    p:Profile, # lm_per_task, seed
+                    risks:int=RISKS # times as many of a risk task
 )->pl.DataFrame: # of held_out
     "The questions that language models answer: of each task a seeded draw, of risks as many yes as no."
     rows = questions.filter(pl.col('split') == 'held_out')
@@ -149,7 +150,7 @@ def asked_questions(questions:pl.DataFrame, # `QUESTIONS` rows
     draw = pl.Series('draw', [seed_of(p.seed, 'asked', s) for s in rows['sample_id']], dtype=pl.UInt64)
     risk = pl.col('kind') == 'risk'
     answer = pl.when(risk).then(pl.col('gold').list.first()).otherwise(pl.lit(''))
-    most = pl.when(risk).then(p.lm_per_task*RISKS//2).otherwise(p.lm_per_task)
+    most = pl.when(risk).then(max(1, p.lm_per_task*risks//2)).otherwise(p.lm_per_task)
     return rows.with_columns(draw).filter(pl.col('draw').rank('ordinal').over('task', answer) <= most).drop('draw')
 
 def answers_of(lines:list # from `inference.answer`

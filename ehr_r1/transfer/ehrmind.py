@@ -174,7 +174,8 @@ def build_cross(run:Run,      # models are asked where they stand
     inputs = {n: read_manifest(f)['key'] for n, f in there.items()}
     for c, folder in courses: inputs |= {f'{c.benchmark.name}/{k}': v for k, v in fingerprint(c.benchmark.files(folder)).items()}
     def make(out):
-        asked = [(c, folder, asked_questions(c.benchmark.questions(folder, p)[0], p)) for c, folder in courses]
+        # in EHRMind's form an answer about a risk is written out too, so no more of them are asked
+        asked = [(c, folder, asked_questions(c.benchmark.questions(folder, p)[0], p, risks=1)) for c, folder in courses]
         jobs = [(out, p, *about, name, where) for about in asked for name, where in there.items()]
         rows = [row for part in side_by_side(_cross, jobs, p) for row in part]
         with writing(out/'cross.parquet') as tmp: pl.DataFrame(rows, CROSS).write_parquet(tmp)
