@@ -7,10 +7,10 @@ from types import SimpleNamespace
 import polars as pl, pytest, torch
 from ehr_r1.config import Run, profile
 from ehr_r1.synthesis.reasoning import CHAINS
-from ehr_r1.training.examples import AGAIN, EXAMPLES, choose_examples, encode, in_order
+from ehr_r1.training.examples import AGAIN, EXAMPLES, choose_examples, encode
 from ehr_r1.training import stages
 from ehr_r1.training.models import ModelError, answer_text, chat_text, new_model, train_tokenizer
-from ehr_r1.training.stages import CONFIGS, EPOCHS, TARGETS, _launch, copying, read_metrics, train
+from ehr_r1.training.stages import CONFIGS, EPOCHS, TARGETS, _encoded, _launch, copying, read_metrics, train
 
 CONFIGURATIONS = sorted((Path(__file__).parent.parent/'ehr_r1'/'training'/'accelerate').glob('*.yaml'))
 COLOURS = ('red', 'green', 'blue', 'white')
@@ -211,20 +211,27 @@ def test_a_missing_configuration_is_named(monkeypatch, tmp_path):
 
 # --- what is learned from
 
+def first_step(out, tokenizer):
+    "The sequences of the first step of a small model's training."
+    return islice(_encoded(out/'examples', 42, tokenizer, True, 8), 8)
+
 def test_loss_is_on_the_assistants_tokens_alone(trained, tmp_path):
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
-    out = prepare(tmp_path/'x', trained/'model', steps=1) # the first rate of a warm-up is 0: the loss is that of the start
+    out = prepare(tmp_path/'x', trained/'model', 'warmup', steps=1) # the first rate of a warm-up is 0: the loss is that of the start
+    job = json.loads((out/'job.json').read_text())
+    (out/'job.json').write_text(json.dumps(job | dict(settings=dict(batch=8))))
     train(out)
     model = AutoModelForCausalLM.from_pretrained(trained/'model').eval()
     tokenizer = AutoTokenizer.from_pretrained(trained/'model')
     assistant = everything = 0.
     tokens = [0, 0]
-    for row in islice(in_order(out/'examples', profile('smoke').seed), 8):
-        begin = row['prompt'].index('<|im_start|>assistant\n') + len('<|im_start|>assistant\n')
-        text = row['prompt'] + row['answer'] + '<|im_end|>'
-        x = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-        ids, said = torch.tensor(x.input_ids), torch.tensor([a >= begin for a, _ in x.offset_mapping])
+    for x in first_step(out, tokenizer):
+        text = tokenizer.decode(x['input_ids'])
+        begin = text.index('<|im_start|>assistant\n') + len('<|im_start|>assistant\n')
+        y = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        assert y.input_ids == x['input_ids']
+        ids, said = torch.tensor(y.input_ids), torch.tensor([a >= begin for a, _ in y.offset_mapping])
         with torch.no_grad(): logits = model(ids[None]).logits[0, :-1].float()
         loss = torch.nn.functional.cross_entropy(logits, ids[1:], reduction='none')
         assistant += loss[said[1:]].sum().item(); everything += loss.sum().item()
@@ -235,28 +242,40 @@ def test_loss_is_on_the_assistants_tokens_alone(trained, tmp_path):
 
 @pytest.mark.parametrize('micro_batch', [0, 2])
 @pytest.mark.parametrize('stage', ['adapt', 'reason'])
-def test_what_a_sample_weighs_in_stages_1_and_2_of_a_small_model(start, tmp_path, stage, micro_batch):
+def test_what_a_sample_weighs_in_stages_1_and_2_of_a_small_model(start, tmp_path, monkeypatch, stage, micro_batch):
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
     out, n = prepare(tmp_path/'x', start, stage, steps=1, micro_batch=micro_batch), pl.int_range(pl.len())
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(start), AutoTokenizer.from_pretrained(start)
     file = out/'examples'/'examples-00000.parquet'
     rows = pl.read_parquet(file).with_columns(answer=pl.when(n % 2 == 0).then(pl.lit('red')).otherwise(pl.col('prompt')))
-    rows.write_parquet(file)
+    monkeypatch.setattr(stages, 'WINDOW', 1) # short and long ones in one step
+    size = pl.Series([sum(encode(r, tokenizer)['completion_mask']) for r in rows.to_dicts()], dtype=pl.Int32)
+    rows = rows.with_columns(answer_tokens=size); rows.write_parquet(file)
     train(out)
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(start), AutoTokenizer.from_pretrained(start)
-    losses = []
-    for row in islice(in_order(out/'examples', 42), 8):
-        x = encode(row, tokenizer)
+    each, tokens = [], []
+    for x in first_step(out, tokenizer):
         ids, bears = torch.tensor([x['input_ids']]), torch.tensor(x['completion_mask'][1:], dtype=torch.bool)
         with torch.no_grad(): said = model(input_ids=ids).logits[0, :-1]
-        losses.append(torch.nn.functional.cross_entropy(said[bears], ids[0, 1:][bears], reduction='none'))
-    each, tokens = torch.stack([l.mean() for l in losses]), torch.tensor([float(len(l)) for l in losses])
-    held, weighed = micro_batch or 8, []
-    for l, t in zip(each.split(held), tokens.split(held)): # what a device holds at a time
-        w = torch.ones_like(t) if stage == 'adapt' else torch.where(t < t.mean(), t.mean(), t)
-        weighed.append(((l*w).sum()/w.sum()).item())
-    found, by_tokens = read_metrics(out)[0]['loss'], torch.cat(losses).mean().item()
-    assert found == pytest.approx(sum(weighed)/len(weighed), rel=.0005) and abs(by_tokens/found - 1) > .0015
+        loss = torch.nn.functional.cross_entropy(said[bears], ids[0, 1:][bears], reduction='none')
+        each.append(loss.mean().item()); tokens.append(len(loss))
+    weights = [1]*8
+    if stage == 'reason':
+        usual = [max(t, size.mean()) for t in size]
+        weights = [max(t, size.mean())/(sum(usual)/len(usual)) for t in tokens]
+        assert len(set(weights)) > 1
+    found, by_tokens = read_metrics(out)[0]['loss'], sum(l*t for l, t in zip(each, tokens))/sum(tokens)
+    assert found == pytest.approx(sum(l*w for l, w in zip(each, weights))/8, rel=.0005) and abs(by_tokens/found - 1) > .0015
+
+def test_sequences_of_a_step_are_alike_in_length_and_none_is_lost(start, tmp_path):
+    from transformers import AutoTokenizer
+    out, tokenizer = prepare(tmp_path/'x', start), AutoTokenizer.from_pretrained(start)
+    def take(each, n): return [x['input_ids'] for x in islice(_encoded(out/'examples', 42, tokenizer, True, each), n)]
+    def padding(rows): return sum(max(map(len, rows[k:k+8]))*8 for k in range(0, len(rows), 8))/sum(map(len, rows))
+    came, dealt = take(0, 320), take(8, 384)
+    assert sorted(dealt[:128]) == sorted(came[:128]) and sorted(dealt[128:256]) == sorted(came[128:256])
+    assert padding(dealt[:256]) < 1.1 < padding(came[:256]) and dealt[:8] != sorted(came[:128], key=len)[:8]
+    assert dealt == take(8, 384)
 
 def test_lora_changes_what_its_rank_allows_and_leaves_a_whole_model(start, tmp_path):
     import torch

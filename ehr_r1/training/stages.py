@@ -9,14 +9,15 @@ __all__ = ['EPOCHS', 'TARGETS', 'CONFIGS', 'COMPILED', 'GATE', 'REPLAY', 'base_c
            'build_base', 'build_adapted', 'build_reasoned', 'build_reinforced']
 
 # %% ../../nbs/training/33_stages.ipynb #b82ce696
-import ctypes, json, os, re, shutil, subprocess, sys, time, warnings
+import ctypes, json, os, random, re, shutil, subprocess, sys, time, warnings
 from dataclasses import asdict
 from functools import partial
+from itertools import chain, count, islice
 from pathlib import Path
 import polars as pl
 from joblib import Parallel, delayed
 from tqdm import tqdm
-from ..config import Profile, Run, build, fingerprint, read_manifest, writing
+from ..config import Profile, Run, build, fingerprint, read_manifest, seed_of, writing
 from ..synthesis.reasoning import kept_chains
 from .examples import (Writer, choose_examples, encode, in_order, scan_examples, write_examples,
                                       write_texts)
@@ -143,7 +144,7 @@ def tune_allocator()->bool: # whether this system's C library could be told
     return all(libc.mallopt(option, value) for option, value in ((-3, 1 << 30), (-1, (1 << 31) - 1), (-2, 1 << 28)))
 
 # %% ../../nbs/training/33_stages.ipynb #caf3f1b9
-COMPILED = 300 # steps from which it pays
+COMPILED = 200 # steps from which it pays
 
 def compiles(stage:str, # one of `CONFIGS`
              p:Profile, # model
@@ -164,20 +165,21 @@ def score_answers_alone():
         utils._use_triton = leave_out
 
 # %% ../../nbs/training/33_stages.ipynb #675e2b96
-def weigh_samples(trainer:type, # trl.SFTTrainer
-                  alike:bool    # each as much; False: by its loss-bearing tokens, but none less than one of average length
+def weigh_samples(trainer:type,     # trl.SFTTrainer
+                  tokens:list=() # loss-bearing tokens of all samples; (): each weighs as much
 )->type: # a trainer
-    "The weighted mean loss over the samples of a step, of each the mean over its loss-bearing tokens."
-    import torch
+    "The mean loss over the samples of a step: alike, or by their loss-bearing tokens, but none less than one of average length."
+    average = sum(tokens)/max(len(tokens), 1)
+    usual = sum(max(n, average) for n in tokens)/max(len(tokens), 1) # what a sample weighs
     class Weighing(trainer):
         def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
             seen = [] # what the model returned; asked for it, TRL would run the model once more
             with model.register_forward_hook(lambda module, given, returned: seen.append(returned)):
                 super().compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
             outputs, = seen
-            tokens = outputs.label_mask.sum(1).clamp(min=1).float()
-            weights = torch.ones_like(tokens) if alike else tokens.clamp(min=tokens.mean())
-            mean = (-outputs.log_probs.sum(1)/tokens*weights).sum()/weights.sum() # log_probs: 0 where there is no loss
+            n = outputs.label_mask.sum(1).clamp(min=1)
+            each = -outputs.log_probs.sum(1)/n # log_probs: 0 where there is no loss
+            mean = (each*n.clamp(min=average)/usual if average else each).mean()
             parts = self.current_gradient_accumulation_steps if num_items_in_batch is not None else 1 # else the trainer divides
             return (mean/parts, outputs) if return_outputs else mean/parts
     return Weighing
@@ -284,7 +286,7 @@ def train(out:str|Path,     # folder with job.json and examples/
     if compiles(stage, p, steps):
         torch.compiler.reset() # what was compiled for the model of another stage counts against a limit
         torch._dynamo.config.suppress_errors = True # where the compiler fails, go on without
-        model.base_model.compile(dynamic=True)
+        for block in model.base_model.layers: block.compile(dynamic=True) # one is compiled, and all run it
     extra = None
     if stage == 'base':
         held = pl.read_parquet(out/'gate.parquet').select('prompt', 'answer').rows()
@@ -295,23 +297,26 @@ def train(out:str|Path,     # folder with job.json and examples/
         lora = LoraConfig(r=p.lora, lora_alpha=2*p.lora, target_modules=TARGETS.split(), task_type='CAUSAL_LM')
     shared = dict(model=model, args=config, processing_class=tokenizer, peft_config=lora,
                   callbacks=[_metrics(out/'metrics.jsonl', extra)])
+    sequences = config.per_device_train_batch_size*config.gradient_accumulation_steps*_world() # a step
     if stage in ('reinforce', 'ehrmind'):
-        sequences = config.per_device_train_batch_size*config.gradient_accumulation_steps*_world()
         n = steps*sequences//config.num_generations # prompts, all of one epoch: a second one would be resumed in another order
         rows = scan_examples(out/'examples').head(n).select('prompt', 'label', 'family', 'sample_id').collect().to_dicts()
         rows = [rows[i % len(rows)] for i in range(n)]
         model.generation_config.update(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
         trainer = GRPOTrainer(reward_funcs=rewards or grpo_rewards(), train_dataset=datasets.Dataset.from_list(rows), **shared)
     else:
-        stream = partial(_encoded, out/'examples', p.seed, tokenizer, stage != 'base')
+        stream = partial(_encoded, out/'examples', p.seed, tokenizer, stage != 'base', sequences if small else 0)
         shared['train_dataset'] = datasets.IterableDataset.from_generator(stream)
         if stage == 'base': # nothing is masked, so transformers' own trainer does; TRL's head costs a small model half its speed
             shared.pop('peft_config')
             padded = transformers.DataCollatorForLanguageModeling(tokenizer, mlm=False)
             trainer = transformers.Trainer(data_collator=padded, **shared)
         else:
-            weighs = small and stage in ('adapt', 'reason')
-            trainer = (weigh_samples(SFTTrainer, stage == 'adapt') if weighs else SFTTrainer)(**shared)
+            kind = SFTTrainer
+            if small and stage == 'adapt': kind = weigh_samples(SFTTrainer)
+            if small and stage == 'reason':
+                kind = weigh_samples(SFTTrainer, scan_examples(out/'examples').select('answer_tokens').collect().to_series().to_list())
+            trainer = kind(**shared)
     trainer.remove_callback(transformers.PrinterCallback); trainer.remove_callback(transformers.ProgressCallback)
     trainer.train(resume_from_checkpoint=_last(out/'trainer'))
     trainer.save_model(str(out/('adapter' if lora else 'model')))
@@ -326,13 +331,25 @@ def train(out:str|Path,     # folder with job.json and examples/
 
 REPLAY = 8 # sequences of stage 1 of which one is a text of stage 0 that quotes
 
-def _encoded(folder, seed, tokenizer, masked):
+WINDOW = 16 # steps of a small model whose sequences are dealt out by length
+
+def _sequences(folder, seed, tokenizer, masked):
     told = folder.with_name('replay') # texts of stage 0, where there are some
     again = (r for r in in_order(told, seed, 0) if r['prompt']) if told.exists() else None
     for n, row in enumerate(in_order(folder, seed, 0)):
         x = encode(row, tokenizer)
         yield x if masked else dict(input_ids=x['input_ids'])
         if again and n % (REPLAY - 1) == REPLAY - 2: yield encode(next(again), tokenizer)
+
+def _encoded(folder, seed, tokenizer, masked, each=0):
+    "Sequences of a training; those of a step, `each` of them, as long as one another as far as a window lets. 0: as they come."
+    sequences = _sequences(folder, seed, tokenizer, masked)
+    if not each: yield from sequences
+    for number in count(): # there is no end of them
+        window = sorted(islice(sequences, WINDOW*each), key=lambda x: len(x['input_ids']))
+        steps = [window[k:k+each] for k in range(0, len(window), each)]
+        random.Random(seed_of(seed, 'steps', number)).shuffle(steps)
+        yield from chain.from_iterable(steps)
 
 def _launch(out, module='ehr_r1.training.stages', rewards=None):
     "Train here, or on the processes that an accelerate configuration names; they run `module`, which brings the rewards."
