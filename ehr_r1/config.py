@@ -42,7 +42,7 @@ class Profile:
     lora: int = 0                   # rank of the adapters; 0: all weights are trained
     context: int = 256              # longest prompt in the model's tokens (EHR-R1: 8,192, with reasoning 10,000 to 12,288)
     answer_tokens: int = 192        # longest answer, reasoning included (EHR-R1: 2,048 in training, 4,096 at evaluation)
-    base_steps: int = 240           # stage 0, for models from scratch only
+    base_steps: int = 300           # stage 0, for models from scratch only
     adapt_steps: int = 800          # stage 1; 0: one epoch, as EHR-R1
     reason_steps: int = 300         # stage 2; 0: five epochs, as EHR-R1
     reinforce_steps: int = 8        # stage 3; 0: one epoch, as EHR-R1

@@ -305,7 +305,8 @@ def train(out:str|Path,     # folder with job.json and examples/
         model.generation_config.update(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
         trainer = GRPOTrainer(reward_funcs=rewards or grpo_rewards(), train_dataset=datasets.Dataset.from_list(rows), **shared)
     else:
-        stream = partial(_encoded, out/'examples', p.seed, tokenizer, stage != 'base', sequences if small else 0)
+        stream = partial(_encoded, out/'examples', p.seed, tokenizer, stage != 'base',
+                         sequences if small and stage != 'base' else 0)
         shared['train_dataset'] = datasets.IterableDataset.from_generator(stream)
         if stage == 'base': # nothing is masked, so transformers' own trainer does; TRL's head costs a small model half its speed
             shared.pop('peft_config')
@@ -331,7 +332,7 @@ def train(out:str|Path,     # folder with job.json and examples/
 
 REPLAY = 8 # sequences of stage 1 of which one is a text of stage 0 that quotes
 
-WINDOW = 16 # steps of a small model whose sequences are dealt out by length
+WINDOW = 8 # steps of a small model whose sequences are dealt out by length
 
 def _sequences(folder, seed, tokenizer, masked):
     told = folder.with_name('replay') # texts of stage 0, where there are some
