@@ -447,7 +447,7 @@ def build_base(run:Run,  # trajectories and samples must stand
         writer = Writer(tokenizer, p.context, p.answer_tokens, p.style)
         def texts():
             held = write_texts(run, 200*p.context, writer, out/'held', p.seed, 'tuning', p.workers)
-            quoted = scan_examples(out/'held').filter(pl.col('prompt') != '').head(100).collect()
+            quoted = scan_examples(out/'held').filter(pl.col('prompt') != '').head(50).collect()
             quoted.write_parquet(out/'gate.parquet'); shutil.rmtree(out/'held')
             wanted = p.base_steps*p.batch*(p.context + p.answer_tokens)
             return write_texts(run, wanted, writer, out/'examples', p.seed, 'train', p.workers)
