@@ -144,7 +144,7 @@ def tune_allocator()->bool: # whether this system's C library could be told
     return all(libc.mallopt(option, value) for option, value in ((-3, 1 << 30), (-1, (1 << 31) - 1), (-2, 1 << 28)))
 
 # %% ../../nbs/training/33_stages.ipynb #caf3f1b9
-COMPILED = 200 # steps from which it pays
+COMPILED = 200 # steps from which it may pay
 
 def compiles(stage:str, # one of `CONFIGS`
              p:Profile, # model
