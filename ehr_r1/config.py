@@ -58,7 +58,7 @@ class Profile:
     curriculum: bool = False        # short answers first, instead of a drawn order
     ablations: str = ''             # more stage 2 models: some of no_knowledge, no_sections, plain
     scaling: str = ''               # more stage 1 models, on these shares of the steps, e.g. 0.1,0.3
-    warmup_steps: int = 16          # EHRMind's warm-up on another benchmark; 0: its epochs, as EHRMind
+    warmup_steps: int = 60          # EHRMind's warm-up on another benchmark; 0: its epochs, as EHRMind
     ehrmind_steps: int = 3          # its GRPO there; 0: one epoch
     lm_per_task: int = 5            # samples a decision task that language models answer, of risks four times that; 0: all
     shard_patients: int = 1000      # patients a file of the trajectory store, about; at most 512 files
