@@ -105,11 +105,12 @@ def run_report(template:Path,   # a notebook with a cell tagged `parameters`
     if unknown := set(parameters) - known:
         raise ValueError(f"{template.name}: no parameter {', '.join(sorted(unknown))}; "
                          f"its parameters cell has {', '.join(sorted(known))}")
+    quiet = ['--IPKernelApp.log_level=CRITICAL'] # not that it was closed; errors of cells are outputs
     old = os.environ.get('EHR_R1_HOME')
     os.environ['EHR_R1_HOME'] = str(Path(home).resolve())
     try:
         nb = papermill.execute_notebook(str(template), None, parameters=parameters, cwd=str(folder), kernel_name='python3',
-                                        progress_bar=False, log_output=False)
+                                        progress_bar=False, log_output=False, extra_arguments=quiet)
     finally:
         if old is None: os.environ.pop('EHR_R1_HOME', None)
         else: os.environ['EHR_R1_HOME'] = old
