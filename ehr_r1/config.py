@@ -98,7 +98,7 @@ PROFILES = {p.name: p for p in [
             model='tiny', context=256, answer_tokens=160, base_steps=6, adapt_steps=6, reason_steps=6, reinforce_steps=2,
             prompts=1, completions=4, ablations='plain', scaling='0.5', warmup_steps=2, ehrmind_steps=1, lm_per_task=2),
     Profile('demo', ins_per_task=1_000, shard_patients=50),
-    Profile('study', patients=20_000, ins_per_task=3_000, base_steps=1_000, adapt_steps=5_000, reason_steps=3_000,
+    Profile('study', patients=20_000, ins_per_task=3_000, base_steps=1_000, adapt_steps=8_000, reason_steps=3_000,
             reinforce_steps=40, reinforce_rate=5e-5, prompts=16, ablations='no_knowledge,no_sections,plain', scaling='0.05,0.2',
             warmup_steps=100, ehrmind_steps=5, lm_per_task=60),
     Profile('paper', patients=300_000, style='official', chains_per_task=12_500, model='Qwen/Qwen3-1.7B', context=8_192,

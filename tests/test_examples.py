@@ -5,7 +5,7 @@ from hypothesis import given, settings, strategies as st
 from ehr_r1.config import VARIANTS, Run, profile
 from ehr_r1.data.tasks import TASKS
 from ehr_r1.synthesis.reasoning import read_record, supported
-from ehr_r1.training.examples import BLOCK, EXAMPLES, Writer, encode, in_order, quotes, scan_examples, shorten, show_example
+from ehr_r1.training.examples import BLOCK, EXAMPLES, LISTED, Writer, encode, in_order, names_of, quotes, scan_examples, shorten, show_example
 from ehr_r1.training.rewards import fault_of_format
 from ehr_r1.training.models import MODES, ModelError, answer_text, chat_text, check_chat, load_model, new_model, train_tokenizer
 
@@ -131,6 +131,14 @@ def test_quoted_lines_stand_in_the_record(seed):
     text = record(EVENTS).removesuffix('\n' + QUESTION)
     lines, events = quotes(text, seed), read_record(text, 'compact')
     assert lines and len(set(lines)) == len(lines) and all(supported(l, events) for l in lines)
+
+@given(st.integers(0, 2**63))
+def test_listed_names_stand_in_the_record_and_their_number_varies(seed):
+    text = record(EVENTS).removesuffix('\n' + QUESTION)
+    names = names_of(text, seed)
+    assert 1 <= len(names) == len(set(names)) <= LISTED and all(f'\n- {n}' in text for n in names) and names == names_of(text, seed)
+    many = '\n'.join(f'- {"abcdefghijklmnopqrst"[k]*4} {k}' for k in range(20))
+    assert {len(names_of(many, s)) for s in range(200)} == set(range(1, LISTED + 1)) and names_of('## Labs\n- 12', seed) == []
 
 def test_each_example_comes_once_an_epoch_in_the_same_order(tmp_path):
     n = 2*BLOCK + 5
