@@ -139,6 +139,7 @@ def test_listed_names_stand_in_the_record_and_their_number_varies(seed):
     assert 1 <= len(names) == len(set(names)) <= LISTED and all(f'\n- {n}' in text for n in names) and names == names_of(text, seed)
     many = '\n'.join(f'- {"abcdefghijklmnopqrst"[k]*4} {k}' for k in range(20))
     assert {len(names_of(many, s)) for s in range(200)} == set(range(1, LISTED + 1)) and names_of('## Labs\n- 12', seed) == []
+    assert names_of('- ' + 'long '*9 + '\n- short 1', seed) == ['short'] # no name is cut
 
 def test_each_example_comes_once_an_epoch_in_the_same_order(tmp_path):
     n = 2*BLOCK + 5

@@ -237,7 +237,7 @@ def names_of(text:str, # a serialized record
              seed:int  # of this text
 )->list: # names, each once
     "As many names of a record as it happens, as results: what its lines begin with, up to a number."
-    found = dict.fromkeys(m[1].strip() for m in re.finditer(r'^- ([^\d,:;\[\n]{3,40})', text, re.M))
+    found = dict.fromkeys(m[1].strip() for m in re.finditer(r'^- ([^\d,:;\[\n]{3,40})(?=[\d,:;\[\n]|\Z)', text, re.M))
     draw = random.Random(seed)
     return draw.sample(list(found), min(draw.randint(1, LISTED), len(found)))
 
@@ -264,7 +264,8 @@ def patient_texts(rows:pl.DataFrame, # one patient's rows of the trajectory stor
         for n in range(len(names), 0, -1): # the longest list that fits
             evidence, results = map('\n'.join, (lines, names[:n]))
             answer = f'<think>\n## Extraction\n{evidence}\n\n## Final Results\n{results}\n</think>\n\n{results}'
-            if writer.count(answer) <= writer.answer_tokens: break
+            if writer.count(answer) < writer.answer_tokens: break # and one that ends it
+        else: yield '', text; continue
         yield chat_text(writer.tokenizer, messages, 'think'), answer
 
 def _text_shard(file, tokens, writer, seed, split, integers):
