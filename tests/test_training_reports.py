@@ -174,6 +174,9 @@ def test_chains_are_counted_by_what_is_wrong(reported, home):
     bad = j.filter(~pl.col('valid')).group_by('task').len()
     assert tasks.invalid.to_dict() == dict(bad.rows()) and (tasks.ehr_ins > 0).all() and (tasks.answer_lines >= 1).all()
     assert f'invalid chains are of {tasks.index[0]}' in said(reported/'06_stages.ipynb')
+    final = lambda l: l['text'].split('</think>')[0].split('## Final Results\n')[1].strip().split('\n')
+    ends = {(l['task'], frozenset(final(l)[:-1] if l['sample_id'] in unclosed else final(l))) for l in lines if l['kind'] == 'decision'}
+    assert tasks.lists.to_dict() == {t: sum(t == task for task, _ in ends) for t in tasks.index} and (tasks.lists < tasks.chains).any()
 
 def test_ablations_are_judged_beside_the_paper(reported):
     grid = pd.read_csv(reported/'reasoning_grid.csv')
