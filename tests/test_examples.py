@@ -119,7 +119,7 @@ def test_a_chain_without_its_evidence_gives_way_to_a_bare_one_only_where_that_is
     seen, gone = (next(l for l in quotes(record([e]).removesuffix('\n' + QUESTION), 0) if 'Sodium' in l) for e in (EVENTS[-1], EVENTS[0]))
     long = chain(seen).replace('now.', 'now, and again.'*200)
     for bare in (False, True):
-        writer = Writer(tokenizer, 150, 300, bare=bare)
+        writer = Writer(tokenizer, 150, 300, scratch=bare)
         row, why = writer.example(sample, 'think', chain(seen))
         assert why == '' and seen in row[5]
         for lost in (chain(gone), long):

@@ -144,7 +144,8 @@ class Model(BaseHTTPRequestHandler):
     asked, answered = [], []
     protocol_version = 'HTTP/1.1'
     def do_POST(self):
-        body = self.rfile.read(int(self.headers['content-length']))
+        body = self.rfile.read(size := int(self.headers['content-length']))
+        if len(body) < size: return # who asked was killed while it did
         key = hashlib.sha1(body).hexdigest(); self.asked.append(key)
         time.sleep(.02)
         reply = json.dumps(dict(id=key, object='chat.completion', created=0, model='m', choices=[dict(index=0, finish_reason='stop', message=dict(role='assistant', content=f'## Reasoning\n{key}'))],

@@ -66,9 +66,12 @@ class Writer:
                  context:int,          # longest prompt in tokens
                  answer_tokens:int,    # longest answer in tokens
                  style:str='compact',  # of the records
-                 bare:bool=False       # a chain that does not fit or has lost its evidence gives way to a bare one
+                 scratch:bool=False    # the model was never pretrained, see below
     ):
-        self.tokenizer, self.context, self.answer_tokens, self.style, self.bare = tokenizer, context, answer_tokens, style, bare
+        """Where a chain does not fit or has lost its evidence, a model from scratch is given a bare one. It copies its answer from
+        the end of its chain, and its answers end with a new line: what follows a last name there is `</think>`, which says so."""
+        self.tokenizer, self.context, self.answer_tokens = tokenizer, context, answer_tokens
+        self.style, self.scratch = style, scratch
         empty = [dict(role='system', content=SYSTEM), dict(role='user', content='')]
         self.around = {m: self.count(chat_text(tokenizer, empty, m)) + 2 for m in ('plain', 'think', 'no_think')}
 
@@ -77,6 +80,11 @@ class Writer:
     )->int: # its tokens
         "How long a text is."
         return len(self.tokenizer(text, add_special_tokens=False).input_ids)
+
+    def ended(self, answer:str # any
+    )->str: # the same as this model shall write it
+        "An answer with what stands behind its last line."
+        return answer + '\n'*self.scratch
 
     def prompt(self, text:str, # user message of a sample
                task:str,       # its task
@@ -100,12 +108,12 @@ class Writer:
             record = short.removesuffix(TASKS[sample['task']].instruction).rstrip('\n')
             case = Case(sample['sample_id'], sample['task'], record, tuple(sample['label']), NO_GRAPH, self.style)
             chain = verbalise(case, variant)
-        answer = answer_text(chain, sample['label'])
+        answer = self.ended(answer_text(chain, sample['label']))
         size, why = self.count(answer) + 1, ''
         if size > self.answer_tokens: why = 'answer is longer than a model may answer'
         elif chain is not None and (gone or bare) and fault_of(chain, sample['label'], read_record(short, self.style), variant):
             why = 'evidence of the chain was cut away'
-        if why: return self.example(sample, mode, '', variant) if given and self.bare else (None, why)
+        if why: return self.example(sample, mode, '', variant) if given and self.scratch else (None, why)
         row = (sample['sample_id'], sample['task'], sample['family'], mode, prompt, answer, sample['label'], n, size, gone)
         return row, 'bare'*bare
 
@@ -263,7 +271,7 @@ def patient_texts(rows:pl.DataFrame, # one patient's rows of the trajectory stor
         messages = [dict(role='system', content=SYSTEM), dict(role='user', content=text)]
         for n in range(len(names), 0, -1): # the longest list that fits
             evidence, results = map('\n'.join, (lines, names[:n]))
-            answer = f'<think>\n## Extraction\n{evidence}\n\n## Final Results\n{results}\n</think>\n\n{results}'
+            answer = writer.ended(f'<think>\n## Extraction\n{evidence}\n\n## Final Results\n{results}\n</think>\n\n{results}')
             if writer.count(answer) < writer.answer_tokens: break # and one that ends it
         else: yield '', text; continue
         yield chat_text(writer.tokenizer, messages, 'think'), answer

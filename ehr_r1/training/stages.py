@@ -442,7 +442,7 @@ def build_base(run:Run,  # trajectories and samples must stand
             tokenizer.save_pretrained(start)
             new_model(p.model, tokenizer, p.seed, p.context + p.answer_tokens).save_pretrained(start)
         model, tokenizer = load_model(start, device='cpu')
-        writer = Writer(tokenizer, p.context, p.answer_tokens, p.style)
+        writer = Writer(tokenizer, p.context, p.answer_tokens, p.style, scratch=True)
         def texts():
             held = write_texts(run, 200*p.context, writer, out/'held', p.seed, 'tuning', p.workers)
             quoted = scan_examples(out/'held').filter(pl.col('prompt') != '').head(50).collect()
@@ -466,7 +466,7 @@ def _supervised(run, p, stage, system, start, variant, steps, settings):
     def make(out):
         from transformers import AutoTokenizer
         tokenizer, parameters = AutoTokenizer.from_pretrained(model_at(run, start)), below['counts']['parameters']
-        writer = Writer(tokenizer, p.context, p.answer_tokens, p.style, bare=p.model in SIZES)
+        writer = Writer(tokenizer, p.context, p.answer_tokens, p.style, scratch=p.model in SIZES)
         each = dict(adapt=p.batch, reason=p.reason_batch, reinforce=p.prompts)[stage]
         def examples():
             chosen = choose_examples(run, stage, p.seed, variant, p.curriculum, bare=p.model in SIZES)
