@@ -42,7 +42,7 @@ class Profile:
     lora: int = 0                   # rank of the adapters; 0: all weights are trained
     context: int = 256              # longest prompt in the model's tokens (EHR-R1: 8,192, with reasoning 10,000 to 12,288)
     answer_tokens: int = 192        # longest answer, reasoning included (EHR-R1: 2,048 in training, 4,096 at evaluation)
-    base_steps: int = 260           # stage 0, for models from scratch only
+    base_steps: int = 240           # stage 0, for models from scratch only
     adapt_steps: int = 500          # stage 1; 0: one epoch, as EHR-R1
     reason_steps: int = 240         # stage 2; 0: five epochs, as EHR-R1
     reinforce_steps: int = 8        # stage 3; 0: one epoch, as EHR-R1
@@ -59,7 +59,7 @@ class Profile:
     ablations: str = ''             # more stage 2 models: some of no_knowledge, no_sections, plain
     scaling: str = ''               # more stage 1 models, on these shares of the steps, e.g. 0.1,0.3
     warmup_steps: int = 60          # EHRMind's warm-up on another benchmark; 0: its epochs, as EHRMind
-    ehrmind_steps: int = 3          # its GRPO there; 0: one epoch
+    ehrmind_steps: int = 2          # its GRPO there; 0: one epoch
     lm_per_task: int = 5            # samples a decision task that language models answer, of risks four times that; 0: all
     shard_patients: int = 1000      # patients a file of the trajectory store, about; at most 512 files
     replicates: int = 1000          # bootstrap replicates of the intervals
