@@ -4,8 +4,8 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
-# the same examples in every run; HYPOTHESIS_PROFILE=default looks for new ones
-settings.register_profile('fixed', derandomize=True)
+# the same examples in every run, however slow the machine; HYPOTHESIS_PROFILE=default looks for new ones
+settings.register_profile('fixed', derandomize=True, deadline=None)
 settings.load_profile(os.environ.get('HYPOTHESIS_PROFILE', 'fixed'))
 
 ROOT = Path(__file__).resolve().parent.parent

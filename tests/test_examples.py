@@ -4,10 +4,12 @@ import polars as pl, pytest
 from hypothesis import given, settings, strategies as st
 from ehr_r1.config import VARIANTS, Run, profile
 from ehr_r1.data.tasks import TASKS
+from ehr_r1.evaluation.scoring import parse_answer
 from ehr_r1.synthesis.reasoning import read_record, supported
-from ehr_r1.training.examples import BLOCK, EXAMPLES, LISTED, Writer, encode, in_order, names_of, quotes, scan_examples, shorten, show_example
-from ehr_r1.training.rewards import fault_of_format
+from ehr_r1.training.examples import BLOCK, EXAMPLES, LISTED, Writer, encode, in_order, names_of, patient_texts, quotes, scan_examples, shorten, show_example
+from ehr_r1.training.rewards import accuracy_reward, fault_of_format
 from ehr_r1.training.models import MODES, ModelError, answer_text, chat_text, check_chat, load_model, new_model, train_tokenizer
+from records import at, row, store
 
 EVENTS = [f'## Labs [2150-01-{d:02} 08:00]\n- Sodium 14{d % 10} mEq/L\n- Potassium 4.{d % 10} mEq/L [3.3-5.1]' for d in range(1, 29)]
 QUESTION = TASKS['labevents'].instruction
@@ -100,6 +102,19 @@ def test_only_the_answer_bears_loss_and_what_does_not_fit_is_left_out(tokenizer)
     assert writer.example(sample | dict(label=['Sodium']*40), 'plain')[1] == 'answer is longer than a model may answer'
     assert Writer(tokenizer, 20, 40).example(sample, 'plain')[1] == 'head and question are longer than the context'
 
+def test_only_the_answers_of_a_model_from_scratch_end_with_a_new_line(tokenizer):
+    sample = dict(sample_id='s', task='labevents', family='decision', label=['Sodium', 'Potassium'], text=record(EVENTS))
+    for scratch, end in ((False, ''), (True, '\n')):
+        writer = Writer(tokenizer, 150, 300, scratch=scratch)
+        for mode, chain in (('plain', None), ('no_think', None), ('think', '')):
+            row = dict(zip(EXAMPLES, writer.example(sample, mode, chain)[0])); x = encode(row, tokenizer)
+            assert row['answer'].endswith('Sodium\nPotassium' + end) and parse_answer(row['answer']).lines == sample['label']
+            assert row['answer_tokens'] == sum(x['completion_mask']) and x['input_ids'][-1] == tokenizer.eos_token_id
+            if chain == '': assert fault_of_format(row['answer']) == '' and accuracy_reward(row['answer'], sample['label'], 'decision') == 1
+        size = writer.example(sample, 'think', '')[0][8] # the new line counts
+        assert Writer(tokenizer, 150, size, scratch=scratch).example(sample, 'think', '')[0]
+        assert Writer(tokenizer, 150, size - 1, scratch=scratch).example(sample, 'think', '')[0] is None
+
 @pytest.mark.parametrize('variant', VARIANTS)
 def test_a_bare_chain_is_whole_and_quotes_what_the_model_sees(tokenizer, variant):
     sample = dict(sample_id='s', task='labevents', family='decision', label=['Sodium', 'Potassium'], text=record(EVENTS))
@@ -140,6 +155,17 @@ def test_listed_names_stand_in_the_record_and_their_number_varies(seed):
     many = '\n'.join(f'- {"abcdefghijklmnopqrst"[k]*4} {k}' for k in range(20))
     assert {len(names_of(many, s)) for s in range(200)} == set(range(1, LISTED + 1)) and names_of('## Labs\n- 12', seed) == []
     assert names_of('- ' + 'long '*9 + '\n- short 1', seed) == ['short'] # no name is cut
+
+def test_texts_of_stage_0_quote_the_record_and_end_as_answers_do(tokenizer):
+    before = [row('labevents', at(1, h), 7, {'item_name': n, 'value': '4.1'}) for h, n in enumerate('Sodium Potassium Lactate Glucose'.split(), 1)]
+    rows = store([row('patients', cells=['60.0', 'F']), *before], 'strict')
+    made = [text for seed in range(40) for text in patient_texts(rows, Writer(tokenizer, 300, 300, scratch=True), seed)]
+    quoted = [answer for prompt, answer in made if prompt]
+    assert .5*len(made) < len(quoted) < len(made)
+    for answer in quoted:
+        results, again = answer.split('## Final Results\n')[1].split('</think>\n\n')
+        assert results == again and again.endswith('\n') and set(again.split()) <= {'anchor_age', 'Sodium', 'Potassium', 'Lactate', 'Glucose'}
+    assert all('think' not in answer for prompt, answer in made if not prompt)
 
 def test_each_example_comes_once_an_epoch_in_the_same_order(tmp_path):
     n = 2*BLOCK + 5
