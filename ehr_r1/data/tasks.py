@@ -199,7 +199,7 @@ class Events:
 # %% ../../nbs/data/05_tasks.ipynb #d2fa8001
 def decision_labels(e:Events, # the events of a shard
                     task:Task # a decision task
-)->pl.DataFrame: # j (number of the event in the shard), label (distinct non-empty values in the order of the record, groups by name)
+)->pl.DataFrame: # j (number of the event in the shard), label (distinct non-empty values as the record has them, groups by name)
     "The answers of every trigger of a decision task."
     if task.name == 'next_event':
         return pl.DataFrame(dict(j=np.arange(e.n), label=e.frame['table'])).filter(

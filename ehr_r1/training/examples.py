@@ -68,8 +68,9 @@ class Writer:
                  style:str='compact',  # of the records
                  scratch:bool=False    # the model was never pretrained, see below
     ):
-        """Where a chain does not fit or has lost its evidence, a model from scratch is given a bare one. It copies its answer from
-        the end of its chain, and its answers end with a new line: what follows a last name there is `</think>`, which says so."""
+        """Where a chain does not fit or has lost its evidence, a model from scratch is given a bare one. It copies its answer
+        from the end of its chain, and its answers end with a new line: what follows a last name there is `</think>`, which
+        says so."""
         self.tokenizer, self.context, self.answer_tokens = tokenizer, context, answer_tokens
         self.style, self.scratch = style, scratch
         empty = [dict(role='system', content=SYSTEM), dict(role='user', content='')]
