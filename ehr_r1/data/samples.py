@@ -176,20 +176,25 @@ def render(chosen:pl.DataFrame, # chosen index rows of the patients of one shard
            p:Profile,           # style, budget
            integers:dict,       # integer columns by table
            candidates:dict      # task -> Candidates
-)->Iterator[pl.DataFrame]: # `SAMPLES` rows, one frame a patient
+)->Iterator[pl.DataFrame]: # `SAMPLES` rows, a frame for every 64 million characters of prompts
     "Prompts and candidates of chosen samples."
+    frames, out, size = [], [], 0
+    def made():
+        extra = pl.DataFrame(out, schema={k: SAMPLES[k] for k in ('messages', 'candidates', 'tokens', 'dropped_events')})
+        return pl.concat(frames).select(list(INDEX) + ['split', 'weight']).hstack(extra).select(list(SAMPLES))
     wanted = chosen.partition_by('subject_id', as_dict=True, maintain_order=True)
     for (subject,), patient in rows.filter(
             pl.col('subject_id').is_in(chosen['subject_id'].unique().implode())).partition_by(
             'subject_id', as_dict=True, maintain_order=True).items():
-        record, out = Record(patient, p.style, integers), []
-        samples = wanted[(subject,)]
-        for s in samples.iter_rows(named=True):
+        record = Record(patient, p.style, integers)
+        for s in wanted[(subject,)].iter_rows(named=True):
             text, tokens, dropped = record.prompt(s, p.token_budget if p.caps == 'paper' else 0)
             out.append(dict(messages=[dict(role='system', content=SYSTEM), dict(role='user', content=text)],
                             candidates=candidates[s['task']](s['sample_id'], s['label']), tokens=tokens, dropped_events=dropped))
-        extra = pl.DataFrame(out, schema={k: SAMPLES[k] for k in ('messages', 'candidates', 'tokens', 'dropped_events')})
-        yield samples.select(list(INDEX) + ['split', 'weight']).hstack(extra).select(list(SAMPLES))
+            size += len(text)
+        frames.append(wanted[(subject,)])
+        if size > 64_000_000: yield made(); frames, out, size = [], [], 0
+    if out: yield made()
 
 # %% ../../nbs/data/06_samples.ipynb #6abadef5
 def _write_shard(file, out, p, integers, candidates):
@@ -203,15 +208,9 @@ def _write_shard(file, out, p, integers, candidates):
         with writing(out/s/f'{file.stem}.parquet') as a, writing(out/s/f'{file.stem}.jsonl.gz') as b:
             with (pq.ParquetWriter(a, schema, compression='zstd') as table, open(b, 'wb') as raw,
                   gzip.GzipFile('', 'wb', 1, raw, mtime=0) as lines):
-                held, size = [], 0
-                def flush():
-                    nonlocal held, size
-                    if held: table.write_table(pl.concat(held).to_arrow().cast(schema)); held, size = [], 0
                 for frame in render(chosen.filter(pl.col('set') == s), rows, p, integers, candidates):
                     frame.write_ndjson(lines)
-                    held.append(frame); size += frame['messages'].explode().struct.field('content').str.len_bytes().sum()
-                    if size > 64_000_000: flush()
-                flush()
+                    table.write_table(frame.to_arrow().cast(schema))
     with writing(out/f'{file.stem}.done') as f: f.write_text('')
 
 def build_samples(run:Run,  # the run; its trajectories and index must stand
@@ -275,15 +274,16 @@ def shown_rows(rows:pl.DataFrame,   # rows of a trajectory store, patients whole
     records = {s: Record(g, 'compact') for (s,), g in rows.partition_by('subject_id', as_dict=True, maintain_order=True).items()}
     at = rows.with_row_index('row').group_by('subject_id', 'event', maintain_order=True).agg(pl.col('row').first(), n=pl.len())
     at = {(s, e): (r, n) for s, e, r, n in at.rows()}
-    who, which = [np.zeros(0, np.uint32)], [np.zeros(0, np.uint32)]
+    runs = [] # sample, first row, rows
     for k, s in enumerate(samples.iter_rows(named=True)):
         r = records[s['subject_id']]
         head = [(i, None) for i in r.head(s) if i is not None]
         for i, some in head + list(r.window(s))[s['dropped_events']:]:
             first, n = at[s['subject_id'], i]
-            which.append(np.arange(first, first + n) if some is None else first + np.asarray(some))
-            who.append(np.full(len(which[-1]), k))
-    return pl.DataFrame(dict(sample=np.concatenate(who), row=np.concatenate(which)), schema=dict(sample=pl.UInt32, row=pl.UInt32))
+            runs += [(k, first, n)] if some is None else [(k, first + j, 1) for j in some]
+    who, first, n = np.array(runs, np.int64).reshape(-1, 3).T
+    row = np.repeat(first - n.cumsum() + n, n) + np.arange(n.sum())
+    return pl.DataFrame(dict(sample=np.repeat(who, n), row=row), schema=dict(sample=pl.UInt32, row=pl.UInt32))
 
 FACTS = pl.Schema(dict(sample_id=pl.String, table=pl.String, time=pl.Datetime('us'), cells=pl.String))
 

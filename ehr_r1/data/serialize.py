@@ -9,6 +9,7 @@ __all__ = ['TITLES', 'STYLES', 'official_event', 'short_number', 'compact_event'
 import re
 from collections.abc import Callable
 from datetime import datetime
+from functools import lru_cache
 from .trajectories import DISPLAY, FIELD, HIDDEN, ITEM
 
 # %% ../../nbs/data/04_serialize.ipynb #3981c815
@@ -46,6 +47,7 @@ _PAIRS = ('patients', 'edstays', 'triage', 'vitalsign')
 _UNITS = ('valueuom', 'amountuom', 'rateuom')
 _NUMBER = re.compile(r'-?\d+\.\d+(?:e[+-]?\d+)?|-?\d+e[+-]?\d+')
 
+@lru_cache(1 << 16) # laboratory values and doses come again and again
 def short_number(text:str # a cell
 )->str: # the same, shorter if it is a decimal number
     "A number with at most four significant digits and no trailing zeros; other text unchanged."
@@ -93,12 +95,12 @@ def event_text(style:str,           # official or compact
             else compact_event(table, start, rows))
 
 # %% ../../nbs/data/04_serialize.ipynb #a0bcd17a
-_PIECES = re.compile(r'\d|[^\W\d_]+|[^\w\s]+|_+|\n+')
+_PIECES = re.compile(r'\d|[^\W\d_]{1,6}|[^\w\s]+|_+|\n+')
 
 def estimate_tokens(text:str # any text
 )->int: # tokens, about
     "How many tokens a text has, without a tokenizer: digits one by one, words by six letters, marks by runs."
-    return sum(-(-len(p)//6) if p[0].isalpha() else 1 for p in _PIECES.findall(text))
+    return len(_PIECES.findall(text))
 
 def prompt(head:list,        # texts of demographics, last discharge summary and admission; '' where missing
            window:list,      # texts of the window's events, oldest first

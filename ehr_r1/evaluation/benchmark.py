@@ -13,6 +13,7 @@ from importlib.resources import files
 from itertools import combinations
 from pathlib import Path
 import polars as pl
+from joblib import Parallel, delayed
 from tqdm import tqdm
 from ..config import Profile, Run, build, fingerprint, read_manifest, writing
 from ..data.samples import read_samples, window_facts
@@ -81,17 +82,19 @@ def task_facts(part:pl.DataFrame, # samples of one task
 
 def write_facts(run:Run,              # the run; its trajectories must stand
                 samples:pl.DataFrame, # all splits and tasks
-                folder:Path           # where the facts go, a folder a task
+                folder:Path,          # where the facts go, a folder a task
+                workers:int=2         # shards at a time
 ):
     "Window facts of all samples: each shard of patients is read once, for all tasks."
     shards = read_manifest(run.trajectories)['counts']['shards']
-    for k in tqdm(range(shards), desc='facts', unit='shard'):
-        some = samples.filter(pl.col('subject_id') % shards == k)
-        if not some.height: continue
-        rows = window_facts(run, some.drop('label')).join(some.select('sample_id', 'task'), on='sample_id', maintain_order='left')
+    parts = samples.drop('label').with_columns(shard=pl.col('subject_id') % shards).partition_by('shard', as_dict=True)
+    def write(k, some):
+        rows = window_facts(run, some).join(some.select('sample_id', 'task'), on='sample_id', maintain_order='left')
         for (task,), part in rows.partition_by('task', as_dict=True, maintain_order=True, include_key=False).items():
             (folder/task).mkdir(parents=True, exist_ok=True)
             part.write_parquet(folder/task/f'{k:05d}.parquet')
+    wrote = Parallel(workers, return_as='generator_unordered')(delayed(write)(k, some) for (k,), some in parts.items())
+    for _ in tqdm(wrote, desc='facts', unit='shard', total=len(parts)): pass
 
 def build_predictions(run:Run,  # the run; its trajectories and samples must stand
                       p:Profile, # seed, workers
@@ -103,7 +106,7 @@ def build_predictions(run:Run,  # the run; its trajectories and samples must sta
     def make(out):
         samples, facts = read_samples(run, p), out/'facts'
         shutil.rmtree(facts, ignore_errors=True)
-        write_facts(run, samples, facts)
+        write_facts(run, samples, facts, p.workers)
         counts = predict_baselines(samples, partial(task_facts, folder=facts), out, pl.read_parquet(truth) if truth else None,
                                    p.seed, p.workers)
         shutil.rmtree(facts)

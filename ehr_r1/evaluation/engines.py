@@ -7,7 +7,7 @@ __all__ = ['WAYS', 'WORTH', 'InferenceError', 'Yes', 'Text', 'yes_no_tokens', 'E
            'Transformers', 'VllmEngine', 'ServerEngine']
 
 # %% ../../nbs/evaluation/21_engines.ipynb #3c975622
-import hashlib, json, math, openai, os
+import hashlib, json, math, os
 import numpy as np
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -270,6 +270,7 @@ class ServerEngine(Engine):
     def _client(self):
         key = os.environ.get(self.key_variable, '') if self.key_variable else 'none'
         if not key: raise InferenceError(f'no key for {self.endpoint}: the environment variable {self.key_variable} is not set')
+        import openai # here, for it takes most of a second that no report and no training need wait
         http = openai.DefaultHttpxClient(follow_redirects=False, trust_env=not self.local)
         timeout = openai.Timeout(self.timeout, connect=min(10., self.timeout))
         return openai.OpenAI(base_url=self.base_url, api_key=key, max_retries=self.tries - 1, timeout=timeout, http_client=http)
@@ -291,6 +292,7 @@ class ServerEngine(Engine):
         unseen = sum(map(len, WAYS.values())) - sum(map(len, words))
         return *(sum(w.values()) for w in words), max(0., min(1 - sum(p.values()), unseen*min(p.values())))
     def _one(self, client, prompt, max_tokens):
+        import openai
         here = self.endpoint
         try: reply = client.completions.create(**self._how(prompt, max_tokens))
         except openai.APIStatusError as e:

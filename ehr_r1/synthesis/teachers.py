@@ -7,7 +7,7 @@ __all__ = ['LONGEST_WAIT', 'Request', 'Answer', 'digest', 'TeacherError', 'Refus
            'Teacher', 'retry_after', 'pause_before', 'Server', 'Record', 'Recorded', 'Replay', 'Vllm']
 
 # %% ../../nbs/synthesis/14_teachers.ipynb #a3fd72d9
-import asyncio, fcntl, hashlib, json, openai, os, queue, re, threading, time
+import asyncio, fcntl, hashlib, json, os, queue, re, threading, time
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields
@@ -134,11 +134,13 @@ class Server(Teacher):
     def _client(self):
         key = os.environ.get(self.key_variable, '') if self.key_variable else 'none'
         if not key: raise TeacherError(f"no key for {self.endpoint}: the environment variable {self.key_variable} is not set")
+        import openai # here, for it takes most of a second that no report and no training need wait
         http = openai.DefaultAsyncHttpxClient(follow_redirects=False, trust_env=not self.local)
         timeout = openai.Timeout(self.timeout, connect=min(10., self.timeout))
         return openai.AsyncOpenAI(base_url=self.base_url, api_key=key, max_retries=0, timeout=timeout, http_client=http)
     async def _no(self, client, error, request):
         "What to tell when the server will not answer this request however often it is asked."
+        import openai
         here, code, said, there = self.endpoint, error.status_code, str(error)[:300], []
         to = error.response.headers.get('location', 'nowhere')[:200]
         if 300 <= code < 400: return f"{here} redirects to {to}, which is not followed: name that address if you trust it"
@@ -158,6 +160,7 @@ class Server(Teacher):
         return Answer(text, *counts, finish, reply.model or self.model)
     async def _answer(self, client, r):
         "Ask until there is an answer."
+        import openai
         asked = dict(model=self.model, messages=list(r.messages), **_sampling(r))
         for attempt in range(self.tries):
             wait = 0.

@@ -41,7 +41,7 @@ class Size:
     k: int = 12      # answers to a question (EHRMind: 12)
     rates: tuple = (8e-3, 2e-3, 1e-3) # learning rates of the base model, the warm-up and GRPO
 
-STUDY = dict(smoke=Size('tiny', 12, 2, 2, 4, 1, 4, 4), demo=Size('tiny', 200, 20, 40, 800, 20, 12),
+STUDY = dict(smoke=Size('tiny', 12, 2, 2, 4, 1, 4, 4), demo=Size('tiny', 200, 15, 30, 800, 12, 12),
              study=Size('tiny', 200, 40, 100, 800, 40, 12))
 HELD = 4 # answers to a held-out question
 
