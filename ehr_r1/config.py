@@ -45,7 +45,7 @@ class Profile:
     base_steps: int = 240           # stage 0, for models from scratch only
     adapt_steps: int = 400          # stage 1; 0: one epoch, as EHR-R1
     reason_steps: int = 250         # stage 2; 0: five epochs, as EHR-R1
-    reinforce_steps: int = 8        # stage 3; 0: one epoch, as EHR-R1
+    reinforce_steps: int = 6        # stage 3; 0: one epoch, as EHR-R1
     base_rate: float = 3e-3         # learning rates; EHR-R1's 2e-5, 2e-5 and 2e-6 are for models that can already read
     adapt_rate: float = 1e-3
     reason_rate: float = 1e-3
@@ -97,7 +97,7 @@ PROFILES = {p.name: p for p in [
     Profile('smoke', patients=300, ins_per_task=300, bench_per_task=100, replicates=200, shard_patients=50,
             model='tiny', context=256, answer_tokens=160, base_steps=6, adapt_steps=6, reason_steps=6, reinforce_steps=2,
             prompts=1, completions=4, ablations='plain', scaling='0.5', warmup_steps=2, ehrmind_steps=1, lm_per_task=2),
-    Profile('demo', ins_per_task=600, shard_patients=50, context=192),
+    Profile('demo', ins_per_task=600, shard_patients=50, context=192, reason_rate=3e-3),
     Profile('study', patients=20_000, ins_per_task=3_000, base_steps=1_000, adapt_steps=8_000, reason_steps=3_000,
             reinforce_steps=40, reinforce_rate=5e-5, prompts=16, ablations='no_knowledge,no_sections,plain', scaling='0.05,0.2',
             warmup_steps=100, ehrmind_steps=5, lm_per_task=60),
