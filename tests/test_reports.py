@@ -106,6 +106,19 @@ def test_reports_that_are_up_to_date_are_not_made_again(reported, home):
     assert not run_reports(reported, FOLDER, SETTINGS, home)
     assert {p.name: p.stat().st_mtime_ns for p in reported.reports.iterdir()} == before
 
+def test_another_training_of_the_same_recipe_gives_reports_of_its_own(home, tmp_path, monkeypatch):
+    "As where a clone brings the reports of another machine along."
+    run, made = copied(home, tmp_path), []
+    monkeypatch.setattr('ehr_r1.evaluation.reporting.run_report', lambda template, *rest: made.append(template.name))
+    def trained(seconds):
+        (run.checkpoints/'base').mkdir(parents=True, exist_ok=True)
+        (run.checkpoints/'base'/'manifest.json').write_text(json.dumps(dict(key='the same', counts={})))
+        (run.checkpoints/'base'/'metrics.jsonl').write_text(json.dumps(dict(step=1, seconds=seconds, loss=1.)) + '\n')
+    def reports(): return run_reports(run, FOLDER, SETTINGS, tmp_path, workers=1)
+    trained(1.); assert reports() and not reports() and len(made) == len(TEMPLATES)
+    trained(1.); assert not reports()
+    trained(2.); assert reports() and len(made) == 2*len(TEMPLATES)
+
 def test_same_run_gives_the_same_bytes(reported, home, tmp_path):
     run_report(FOLDER/'03_benchmark.ipynb', tmp_path, SETTINGS, home)
     made = sorted(p.name for p in tmp_path.iterdir())

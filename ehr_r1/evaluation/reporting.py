@@ -13,7 +13,7 @@ from IPython.display import HTML
 from joblib import Parallel, delayed
 from matplotlib.figure import Figure
 from tqdm import tqdm
-from ..config import Run, build, read_manifest, writing
+from ..config import Run, build, fingerprint, read_manifest, writing
 
 SMALLEST = 10 # counts below this are suppressed for credentialed data (the usual rule for data use agreements)
 STYLE = {'figure.dpi': 100, 'font.size': 9.5, 'axes.titlesize': 10.5, 'axes.titlelocation': 'left', 'axes.spines.top': False,
@@ -138,10 +138,13 @@ def run_reports(run:Run,       # its scores must stand
     for s in ('graphs', 'chains'): # where there is knowledge
         if (getattr(run, s)/'manifest.json').exists(): stages[s] = read_manifest(getattr(run, s))['key']
     others = run.folder/'transfer' # other benchmarks
+    curves = {} # of trainings, no two of which are alike
     for f in sorted([*run.checkpoints.glob('*/manifest.json'), *run.answers.glob('*/manifest.json'),
                      *others.glob('*/manifest.json'), *others.glob('ehrmind/*/manifest.json')]): # where a model was trained
         name = f'{f.parent.parent.name}/{f.parent.name}'
-        if f.parent.suffix not in ('.partial', '.old'): stages[name] = read_manifest(f.parent)['key']
+        if f.parent.suffix in ('.partial', '.old'): continue
+        stages[name] = read_manifest(f.parent)['key']
+        if (f.parent/'metrics.jsonl').exists(): curves[f'{name}/metrics.jsonl'] = f.parent/'metrics.jsonl'
     read = [read_manifest(f.parent)['counts'].get('access') for f in others.glob('*/manifest.json')] # the files of a benchmark
     access = 'credentialed' if 'credentialed' in read else read_manifest(run.trajectories)['counts']['access']
     source = lambda f: hashlib.blake2b(''.join(c.source for c in nbformat.read(f, 4).cells).encode(), digest_size=16).hexdigest()
@@ -150,5 +153,6 @@ def run_reports(run:Run,       # its scores must stand
         ran = Parallel(workers, return_as='generator_unordered')(delayed(run_report)(f, out, parameters, home) for f in lacking)
         for _ in tqdm(ran, desc='reports', unit='report', initial=len(files) - len(lacking), total=len(files)): pass
         return dict(reports=[f.stem for f in files], access=access)
-    folder, inputs = run.reports if access == 'open' else run.private_reports, stages | {f.name: source(f) for f in files}
+    folder = run.reports if access == 'open' else run.private_reports
+    inputs = stages | fingerprint(curves) | {f.name: source(f) for f in files}
     return build(folder, make, inputs, parameters, 'evaluation.reporting')
