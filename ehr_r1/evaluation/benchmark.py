@@ -86,12 +86,13 @@ def write_facts(run:Run,              # the run; its trajectories must stand
                 workers:int=2         # shards at a time
 ):
     "Window facts of all samples: each shard of patients is read once, for all tasks."
+    folder.mkdir(parents=True, exist_ok=True) # though there may be no samples
     shards = read_manifest(run.trajectories)['counts']['shards']
     parts = samples.drop('label').with_columns(shard=pl.col('subject_id') % shards).partition_by('shard', as_dict=True)
     def write(k, some):
         rows = window_facts(run, some).join(some.select('sample_id', 'task'), on='sample_id', maintain_order='left')
         for (task,), part in rows.partition_by('task', as_dict=True, maintain_order=True, include_key=False).items():
-            (folder/task).mkdir(parents=True, exist_ok=True)
+            (folder/task).mkdir(exist_ok=True)
             part.write_parquet(folder/task/f'{k:05d}.parquet')
     wrote = Parallel(workers, return_as='generator_unordered')(delayed(write)(k, some) for (k,), some in parts.items())
     for _ in tqdm(wrote, desc='facts', unit='shard', total=len(parts)): pass
