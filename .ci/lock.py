@@ -63,6 +63,22 @@ include = ["{s['lib_path']}*"]
 
 [tool.pytest.ini_options]
 testpaths = ["tests"]
+
+[tool.ruff]
+line-length = 120
+target-version = "py311"
+src = ["."]
+extend-exclude = ["_proc", "_docs", "runs", "reports", "ehr_r1/_modidx.py"]
+
+[tool.ruff.lint]
+# statements one a line, no assigned lambdas, lines of 120 characters; names; likely faults; order of imports
+select = ["E", "F", "B", "I"]
+# zip(strict=) beside every zip of two columns says nothing
+ignore = ["B905"]
+
+[tool.ruff.lint.per-file-ignores]
+# made by nbdev_export, which turns the sorted absolute imports of a notebook into relative ones
+"ehr_r1/**/*.py" = ["I001", "E402"]
 '''
 
 def environment(s, lock):

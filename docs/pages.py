@@ -113,7 +113,7 @@ def settle(text, name, site, pages, labels, source):
 
 def api(symbols, pages, labels):
     "One line for every exported name, by module."
-    from ehr_r1.config import MODULES
+    from ehr_r1.stages import MODULES
     text = ['# API', '', 'Every exported name, with the notebook that explains it.']
     for module in sorted(symbols, key=[*(f'ehr_r1.{m}' for m in MODULES), *symbols].index):
         source = (ROOT/(module.replace('.', '/') + '.py')).read_text(encoding='utf-8')

@@ -1,12 +1,13 @@
 """Baselines: what they may look at, what they fall back to, and that they find a signal that is there."""
 import numpy as np, polars as pl, pytest
-from ehr_r1.config import Run, profile
+from ehr_r1.config import Run
+from ehr_r1.profiles import profile
 from ehr_r1.data.samples import SAMPLES
 from ehr_r1.data.trajectories import DISPLAY
 from ehr_r1.evaluation.baselines import (COUNTED, MEASURED, SYSTEMS, WORDS, best_cut, count_matrix, dense_features, f1_at_k, fit_task, learn_vocabulary,
                                          observations, run_baselines, unit_rows)
 from ehr_r1.evaluation.benchmark import predict_baselines, predict_ceiling, published, read_predictions, read_samples, score_run
-from ehr_r1.evaluation.scoring import score_all
+from ehr_r1.scoring import score_all
 
 def planted(patients=400, seed=0):
     "One risk and one decision task; lactate tells the risk, the complaint the drugs."

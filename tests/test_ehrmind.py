@@ -7,20 +7,23 @@ from itertools import combinations
 from pathlib import Path
 import polars as pl, pytest
 from hypothesis import given, strategies as st
-from ehr_r1.config import Run, build, profile, read_manifest, writing
+from ehr_r1.config import Run
+from ehr_r1.stages import build, read_manifest, writing
+from ehr_r1.profiles import profile
 from ehr_r1.data.samples import SYSTEM
-from ehr_r1.synthesis.teachers import Answer, Teacher
+from ehr_r1.inference.teachers import Answer, Teacher
 from ehr_r1.training.examples import EXAMPLES, Writer
 from ehr_r1.training.models import new_model, train_tokenizer
 from ehr_r1.training.rewards import ehrmind_answer
 from ehr_r1.training.stages import CONFIGS, read_metrics, train
-from ehr_r1.transfer import courses
-from ehr_r1.transfer.benchmarks import QUESTIONS, Benchmark
-from ehr_r1.transfer.calculators import CALCULATORS, draw_questions, right, spoken
-from ehr_r1.transfer.courses import (Course, answer_in_form, course_examples, course_of, course_rewards, in_form, read_rationale,
-                                     teacher_rationales, train_questions, warmup_questions)
-from ehr_r1.transfer.ehrmind import build_cross, build_minded, build_warmed, recipe_of, trained
-from ehr_r1.transfer.pilot import ATTEMPTS, entropy, pass_at, pass_table, pilot_course, r_squared, reliable, verdict
+from ehr_r1.ehrmind import recipe as courses
+from ehr_r1.transfer.question_sets import QUESTIONS, Benchmark
+from ehr_r1.ehrmind.calculators import CALCULATORS, draw_questions, right, spoken
+from ehr_r1.ehrmind.recipe import (
+    Course, answer_in_form, course_examples, course_of, course_rewards, in_form, read_rationale,
+    teacher_rationales, train_questions, warmup_questions)
+from ehr_r1.ehrmind.stages import build_cross, build_minded, build_warmed, recipe_of, trained
+from ehr_r1.ehrmind.pilot import ATTEMPTS, entropy, pass_at, pass_table, pilot_course, r_squared, reliable, verdict
 
 # a benchmark of our own: which of four colours stands in a note
 
@@ -55,7 +58,7 @@ def base(tmp_path_factory):
         (out/'job.json').write_text(json.dumps(job))
         train(out)
         return dict(parameters=1)
-    build(run.checkpoints/'base', make, {}, {}, 'transfer.ehrmind')
+    build(run.checkpoints/'base', make, {}, {}, 'ehrmind.stages')
     return run
 
 # --- pass@k
@@ -296,5 +299,5 @@ def test_recipe_runs_once_and_starts_where_it_should(base):
 
 def test_launcher_knows_its_benchmarks_only(tmp_path):
     (tmp_path/'job.json').write_text(json.dumps(dict(benchmark='os')))
-    done = subprocess.run([sys.executable, '-m', 'ehr_r1.transfer.ehrmind', str(tmp_path)], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, '-m', 'ehr_r1.ehrmind.stages', str(tmp_path)], capture_output=True, text=True)
     assert done.returncode and "no course 'os'" in done.stderr

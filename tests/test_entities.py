@@ -3,11 +3,12 @@ import sys, types
 from pathlib import Path
 import polars as pl, pytest
 from hypothesis import given, settings, strategies as st
-from ehr_r1.config import Run, profile
-from ehr_r1.data.hospital import build_hospital
+from ehr_r1.config import Run
+from ehr_r1.profiles import profile
+from ehr_r1.hospital.hospital import build_hospital
 from ehr_r1.data.tables import open_source
 from ehr_r1.data.tasks import GROUPS, TASKS, Events, decision_labels
-from ehr_r1.data.terms import write_rrf
+from ehr_r1.data.rrf import write_rrf
 from ehr_r1.data.trajectories import ITEM, build_trajectories, scan_store
 from ehr_r1.synthesis.entities import (ENTITY, FOUND, LINK, Matcher, QuickUmls, core_form, entities, held_names, icd_codes,
     link_report, link_terms, lower, terms_in_use, text_terms, value_terms)

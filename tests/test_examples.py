@@ -2,13 +2,15 @@
 from functools import cache
 import polars as pl, pytest
 from hypothesis import given, settings, strategies as st
-from ehr_r1.config import VARIANTS, Run, profile
+from ehr_r1.profiles import VARIANTS, profile
+from ehr_r1.config import Run
 from ehr_r1.data.tasks import TASKS
-from ehr_r1.evaluation.scoring import parse_answer
+from ehr_r1.scoring import parse_answer
 from ehr_r1.synthesis.reasoning import read_record, supported
 from ehr_r1.training.examples import BLOCK, EXAMPLES, LISTED, Writer, encode, in_order, names_of, patient_texts, quotes, scan_examples, shorten, show_example
 from ehr_r1.training.rewards import accuracy_reward, fault_of_format
-from ehr_r1.training.models import MODES, ModelError, answer_text, chat_text, check_chat, load_model, new_model, train_tokenizer
+from ehr_r1.inference.checkpoints import MODES, ModelError, answer_text, chat_text, check_chat, load_model
+from ehr_r1.training.models import new_model, train_tokenizer
 from records import at, row, store
 
 EVENTS = [f'## Labs [2150-01-{d:02} 08:00]\n- Sodium 14{d % 10} mEq/L\n- Potassium 4.{d % 10} mEq/L [3.3-5.1]' for d in range(1, 29)]

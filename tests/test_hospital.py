@@ -2,10 +2,10 @@
 import hashlib, re
 import numpy as np, polars as pl, pytest
 from sklearn.metrics import roc_auc_score
-from ehr_r1.data import hospital
-from ehr_r1.data.conditions import matrix, read_library
-from ehr_r1.data.courses import courses, patients, true_risks
-from ehr_r1.data.hospital import BLOCK, FORMATS, block_tables, build_hospital
+from ehr_r1.hospital import hospital
+from ehr_r1.hospital.conditions import matrix, read_library
+from ehr_r1.hospital.illness import courses, patients, true_risks
+from ehr_r1.hospital.hospital import BLOCK, FORMATS, block_tables, build_hospital
 from ehr_r1.data.schema import TABLES
 
 PATIENTS = BLOCK + 20          # two blocks, the second cut short

@@ -4,14 +4,16 @@ from dataclasses import replace
 from zlib import crc32
 import polars as pl, pytest, torch
 from hypothesis import given, settings, strategies as st
-from ehr_r1.evaluation.engines import (Engine, InferenceError, ServerEngine, Text, Transformers, VllmEngine, Yes, shared_prefixes,
-                                       yes_no_tokens)
-from ehr_r1.evaluation.inference import Ask, answer, asks_of, predictions_of
-from ehr_r1.evaluation.scoring import score_all
+from ehr_r1.inference.engines import (
+    Engine, InferenceError, ServerEngine, Text, Transformers, VllmEngine, Yes, shared_prefixes, yes_no_tokens)
+from ehr_r1.inference.asking import Ask, answer
+from ehr_r1.evaluation.answers import asks_of, predictions_of
+from ehr_r1.scoring import score_all
 from ehr_r1.data.tasks import TASKS
-from ehr_r1.synthesis.teachers import Refused, TeacherError
+from ehr_r1.inference.teachers import Refused, TeacherError
 from ehr_r1.training.examples import Writer
-from ehr_r1.training.models import chat_text, new_model, train_tokenizer
+from ehr_r1.inference.checkpoints import chat_text
+from ehr_r1.training.models import new_model, train_tokenizer
 from faulty_proxy import FAULTS, JSON, Proxy
 
 # a model

@@ -2,7 +2,8 @@
 import gzip, re, shutil
 import networkx as nx, numpy as np, polars as pl, pytest
 from hypothesis import HealthCheck, given, settings, strategies as st
-from ehr_r1.data.terms import CUI, RRF, hospital_terms, write_rrf, write_terms
+from ehr_r1.data.rrf import CUI, RRF, write_rrf
+from ehr_r1.hospital.terms import hospital_terms, write_terms
 from ehr_r1.synthesis import knowledge as K
 from ehr_r1.synthesis.open_knowledge import LETTERS, open_knowledge
 from ehr_r1.synthesis.knowledge import Knowledge, KnowledgeError, compile_knowledge, normal_form
@@ -246,7 +247,7 @@ def hospital(tmp_path_factory):
     return k, dict(names.select('name', 'cui').iter_rows()), names
 
 def test_every_value_that_the_hospital_can_write_has_a_concept(hospital):
-    from ehr_r1.data.conditions import read_library
+    from ehr_r1.hospital.conditions import read_library
     _, concept, _ = hospital; lib = read_library()
     values = [*lib.labs['label'], *lib.items['label'], *lib.drugs['name'], *lib.drugs['home'], *lib.drugs['pyxis'], *lib.drugs['atc_name'], *(s['test'][1] for s in lib.specimens.values())]
     for rows in (lib.diagnoses, lib.procedures): values += [r[c] for r in rows.values() for c in ('title10', 'title9', 'ccs_name', 'ccs9_name')]
@@ -257,7 +258,7 @@ def test_no_name_leads_to_two_concepts(hospital):
     assert hospital[2].group_by(pl.col('name').str.to_lowercase()).agg(pl.col('cui').n_unique())['cui'].max() == 1
 
 def test_facts_of_a_condition_reach_its_decisions_in_few_steps(hospital):
-    from ehr_r1.data.conditions import read_library
+    from ehr_r1.hospital.conditions import read_library
     k, concept, _ = hospital; lib = read_library(); drug = dict(lib.drugs.select('drug', 'name').iter_rows()); lab = dict(lib.labs.select('lab', 'label').iter_rows())
     lengths = []
     for c in lib.conditions.values():
@@ -278,7 +279,7 @@ def test_terms_are_the_same_every_time():
     assert all(x.equals(y) for x, y in zip(a, b)) and a[0]['cui'].str.contains('^H[0-9]{7}$').all() and not re.match('C', a[0]['cui'][0]) and CUI.fullmatch(a[0]['cui'][0])
 
 def test_a_wrong_key_in_the_library_is_named(tmp_path):
-    from ehr_r1.data.conditions import LIBRARY
+    from ehr_r1.hospital.conditions import LIBRARY
     library = tmp_path/'library'; shutil.copytree(LIBRARY, library)
     with (library/'relations.csv').open('a') as f: f.write('drug.nothing,may_treat,dx.I10,\n')
     with pytest.raises(ValueError, match='drug.nothing.*relations.csv'): hospital_terms(library)

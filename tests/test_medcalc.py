@@ -2,10 +2,10 @@
 import csv, datetime, gzip, json, time
 import polars as pl, pytest
 from hypothesis import given, strategies as st
-from ehr_r1.config import profile
+from ehr_r1.profiles import profile
 from ehr_r1.data.tables import TableError
 from ehr_r1.training.rewards import ehrmind_reward
-from ehr_r1.transfer.benchmarks import ANSWERS, RESULTS
+from ehr_r1.transfer.question_sets import ANSWERS, RESULTS
 from ehr_r1.transfer.medcalc import (BENCHMARK, CATEGORIES, COLUMNS, dates, judge, medcalc_baselines, medcalc_files, medcalc_questions,
                                      medcalc_score, numbers, read_answer, read_medcalc, right, weeks)
 

@@ -7,8 +7,10 @@ import meds
 from hypothesis import given, settings, strategies as st
 from records import at, merged, random_rows, row, store
 import ehr_r1.data.meds as module
-from ehr_r1.config import Run, profile, read_manifest
-from ehr_r1.data.hospital import build_hospital
+from ehr_r1.config import Run
+from ehr_r1.profiles import profile
+from ehr_r1.stages import read_manifest
+from ehr_r1.hospital.hospital import build_hospital
 from ehr_r1.data.meds import DATA, build_meds, check_meds, hidden_tables, label_rows, meds_rows, restore_rows, restore_store
 from ehr_r1.data.samples import SETS, build_samples, scan_samples, split_of
 from ehr_r1.data.tables import TableError, open_source

@@ -5,17 +5,20 @@ import numpy as np, pandas as pd, polars as pl, pytest
 from hypothesis import HealthCheck, given, settings, strategies as st
 from sklearn.metrics import accuracy_score, f1_score
 from sklearn.preprocessing import MultiLabelBinarizer
-import ehr_r1.transfer.plain_pickle as module
-from ehr_r1.config import Run, profile, read_manifest
-from ehr_r1.data.hospital import build_hospital
+import ehr_r1.transfer.mimic_cdm.plain_pickle as module
+from ehr_r1.config import Run
+from ehr_r1.profiles import profile
+from ehr_r1.stages import read_manifest
+from ehr_r1.hospital.hospital import build_hospital
 from ehr_r1.data.samples import SAMPLES
 from ehr_r1.data.tables import TableError, open_source
 from ehr_r1.data.trajectories import STORE
-from ehr_r1.transfer.benchmarks import ANSWERS, QUESTIONS, asked_questions, build_benchmark
-from ehr_r1.transfer.cdm_files import DISEASES, NEEDED, build_cases, lab_line, made_up, read_cases, write_cases
-from ehr_r1.transfer.mimic_cdm import (BENCHMARK, QUESTION, best_titles, by_words, cdm_baselines, cdm_questions, cdm_score, context_of, for_run,
-                                       named_diseases, patients_seen)
-from ehr_r1.transfer.plain_pickle import plain_bytes, read_plain
+from ehr_r1.transfer.question_sets import ANSWERS, QUESTIONS, asked_questions, build_benchmark
+from ehr_r1.transfer.mimic_cdm.files import DISEASES, NEEDED, build_cases, lab_line, made_up, read_cases, write_cases
+from ehr_r1.transfer.mimic_cdm.cases import (
+    BENCHMARK, QUESTION, best_titles, by_words, cdm_baselines, cdm_questions, cdm_score, context_of, for_run,
+    named_diseases, patients_seen)
+from ehr_r1.transfer.mimic_cdm.plain_pickle import plain_bytes, read_plain
 
 SMOKE = profile('smoke', lm_per_task=0, replicates=50)
 quick = settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -2,7 +2,9 @@
 import builtins, gzip, json
 from datetime import datetime
 import polars as pl, pytest
-from ehr_r1.config import Profile, Run, read_manifest
+from ehr_r1.profiles import Profile
+from ehr_r1.config import Run
+from ehr_r1.stages import read_manifest
 from ehr_r1.data.official import (OfficialError, INDEX_COLUMNS, PATIENT_COLUMNS, iter_index, iter_samples, names_of, parse_target, read_index,
                                   read_patient_file, read_samples, samples_to_parquet, split_output, write_index, write_samples, write_store)
 from ehr_r1.data.tables import open_source

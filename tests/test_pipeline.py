@@ -2,8 +2,10 @@
 import hashlib, os, shutil, signal, subprocess, sys, time
 from pathlib import Path
 import polars as pl, pytest
-from ehr_r1.config import Run, profile, read_manifest
-from ehr_r1.data.hospital import build_hospital
+from ehr_r1.config import Run
+from ehr_r1.profiles import profile
+from ehr_r1.stages import read_manifest
+from ehr_r1.hospital.hospital import build_hospital
 from ehr_r1.data.samples import SETS, build_samples, scan_samples
 from ehr_r1.data.tables import TableError, open_source
 from ehr_r1.data.tasks import TASKS, build_index

@@ -4,15 +4,17 @@ from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import polars as pl, pytest
 from hypothesis import given, settings, strategies as st
-from ehr_r1.config import Run, profile, read_manifest
-from ehr_r1.data.hospital import build_hospital
+from ehr_r1.config import Run
+from ehr_r1.profiles import profile
+from ehr_r1.stages import read_manifest
+from ehr_r1.hospital.hospital import build_hospital
 from ehr_r1.data.samples import build_samples, shown_rows
 from ehr_r1.data.tables import open_source
 from ehr_r1.data.tasks import build_index
 from ehr_r1.data.trajectories import FIELD, build_trajectories
 from ehr_r1.synthesis.open_knowledge import build_knowledge
 from ehr_r1.synthesis.reasoning import build_chains, cases_of, fault_of, final_results, kept_chains, read_chain, read_record, scan_chains, support, supported, verbalise
-from ehr_r1.synthesis.teachers import Refused, TeacherError
+from ehr_r1.inference.teachers import Refused, TeacherError
 from ehr_r1.synthesis.thinking_graph import GRAPHED, build_graphs, draw_graph, graph_samples, read_graphs, scan_graphs
 
 def made(home, **fields):

@@ -3,7 +3,8 @@ import json, re, shutil, sys
 from pathlib import Path
 import nbformat, pandas as pd, polars as pl, pytest
 from papermill.exceptions import PapermillExecutionError
-from ehr_r1.config import Run, read_manifest
+from ehr_r1.config import Run
+from ehr_r1.stages import read_manifest
 from ehr_r1.evaluation.reporting import SMALLEST, Report, run_report, run_reports, shown, suppress
 from ehr_r1.pipeline import Reproduction
 

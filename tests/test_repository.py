@@ -1,13 +1,14 @@
 """What holds for the whole repository: import order, module length, what code may not do, and files made from one another."""
-import ast, os, re, socket, subprocess, sys
+import ast, os, re, socket, subprocess
 from importlib.metadata import distribution
 from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
-from ehr_r1.config import MODULES
+
 from ehr_r1.pipeline import ORDER
+from ehr_r1.stages import imported
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = {'.'.join(p.relative_to(ROOT/'ehr_r1').with_suffix('').parts): p for p in (ROOT/'ehr_r1').rglob('*.py')
@@ -24,30 +25,43 @@ def texts():
             if path.suffix in ('.py', '.ipynb', '.md', '.toml', '.csv', '.ini', '.yml', '.yaml', '.cff', '.lock', '.css', '') and path.is_file():
                 yield path, path.read_text(encoding='utf-8', errors='ignore')
 
-def imported(tree, module):
-    "Modules of the package that a module imports, wherever in it the import stands."
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Import): names = [a.name for a in node.names]
-        elif isinstance(node, ast.ImportFrom):
-            base = node.module or ''
-            if node.level: base = '.'.join(['ehr_r1', *module.split('.')][:-node.level] + [base]*bool(base))
-            names = [base, *(f'{base}.{a.name}' for a in node.names)]
-        else: continue
-        for name in names:
-            if name.removeprefix('ehr_r1.') in SOURCES: yield name.removeprefix('ehr_r1.')
+def reading_order():
+    "Modules in the order of their notebooks, by file name, folders included."
+    order = []
+    for book in sorted((ROOT/'nbs').glob('*/*.ipynb')):
+        if found := re.search(r'#\| ?default_exp ([\w.]+)', book.read_text(encoding='utf-8')):
+            order.append(found[1])
+    return order
 
-def order_broken(module, source):
+BOOKS = reading_order()
+
+def package_of(module):
+    "The first part of a module's name; modules without a package are one."
+    return module.split('.')[0] if '.' in module else ''
+
+def out_of_order(module, source):
     "The imports of a module that do not stand before it."
-    return [m for m in imported(ast.parse(source), module) if MODULES.index(m) >= MODULES.index(module)]
+    return [m for m in sorted(imported(ast.parse(source), module)) if BOOKS.index(m) >= BOOKS.index(module)]
 
-def test_every_module_has_its_place(): assert set(SOURCES) <= set(MODULES)
+def test_every_module_has_a_notebook():
+    assert sorted(BOOKS) == sorted(SOURCES)
 
 @pytest.mark.parametrize('module', sorted(SOURCES))
-def test_module_imports_only_what_stands_before_it(module): assert order_broken(module, SOURCES[module].read_text()) == []
+def test_module_imports_only_what_stands_before_it(module):
+    assert out_of_order(module, SOURCES[module].read_text()) == []
 
 def test_import_order_is_really_checked():
-    assert order_broken('config', 'def f():\n    from ehr_r1.evaluation import scoring') == ['evaluation.scoring']
-    assert order_broken('evaluation.scoring', 'from ..config import Run') == []
+    assert out_of_order('config', 'def f():\n    from ehr_r1 import scoring') == ['scoring']
+    assert out_of_order('scoring', 'from .config import Run') == []
+    assert out_of_order('data.tasks', 'from . import samples\nfrom ..hospital.notes import x') == ['data.samples', 'hospital.notes']
+
+def test_packages_lean_on_each_other_one_way():
+    leans = {(package_of(m), package_of(i)) for m in SOURCES for i in imported(ast.parse(SOURCES[m].read_text()), m)}
+    assert [(a, b) for a, b in leans if a != b and a and b and (b, a) in leans] == []
+
+def test_only_the_pipeline_needs_the_hospital():
+    needs = {m for m in SOURCES for i in imported(ast.parse(SOURCES[m].read_text()), m) if package_of(i) == 'hospital'}
+    assert {m for m in needs if package_of(m) != 'hospital'} == {'pipeline'}
 
 @pytest.mark.parametrize('module', sorted(SOURCES))
 def test_module_is_short(module): assert len(SOURCES[module].read_text().splitlines()) < 600

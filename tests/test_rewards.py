@@ -2,9 +2,9 @@
 import json, math, subprocess, sys, time
 import pytest
 from hypothesis import given, strategies as st
-from ehr_r1.evaluation.scoring import parse_answer, set_f1
+from ehr_r1.scoring import parse_answer, set_f1
 from ehr_r1.synthesis import reasoning
-from ehr_r1.training.models import answer_text
+from ehr_r1.inference.checkpoints import answer_text
 from ehr_r1.training.rewards import (BRACKETS, LONGEST, SECTIONS, accuracy_reward, ehrmind_answer, ehrmind_reward, fault_of_format,
                                      format_reward, grpo_rewards)
 

@@ -1,6 +1,6 @@
 "Split, sampling and candidates."
 import numpy as np, polars as pl
-from ehr_r1.config import profile
+from ehr_r1.profiles import profile
 from ehr_r1.data.samples import Candidates, choose, split_of
 
 def index(n=4000, task='services', label=lambda i: ['MED'], seed=0, **columns):

@@ -5,11 +5,13 @@ from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
 import polars as pl, pytest, torch
-from ehr_r1.config import Run, profile
+from ehr_r1.config import Run
+from ehr_r1.profiles import profile
 from ehr_r1.synthesis.reasoning import CHAINS
 from ehr_r1.training.examples import AGAIN, EXAMPLES, choose_examples, encode
 from ehr_r1.training import stages
-from ehr_r1.training.models import ModelError, answer_text, chat_text, new_model, train_tokenizer
+from ehr_r1.inference.checkpoints import ModelError, answer_text, chat_text
+from ehr_r1.training.models import new_model, train_tokenizer
 from ehr_r1.training.stages import CONFIGS, EPOCHS, TARGETS, _encoded, _launch, copying, read_metrics, train
 
 CONFIGURATIONS = sorted((Path(__file__).parent.parent/'ehr_r1'/'training'/'accelerate').glob('*.yaml'))
@@ -279,7 +281,7 @@ def test_sequences_of_a_step_are_alike_in_length_and_none_is_lost(start, tmp_pat
 
 def test_lora_changes_what_its_rank_allows_and_leaves_a_whole_model(start, tmp_path):
     import torch
-    from ehr_r1.training.models import load_model
+    from ehr_r1.inference.checkpoints import load_model
     out = prepare(tmp_path/'x', start, steps=6, lora=3)
     train(out)
     before, after = weights(start), weights(out/'model')

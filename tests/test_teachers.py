@@ -1,8 +1,8 @@
 """Teachers: answers survive faults, kills and full disks, nothing is asked twice, and credentialed text stays here."""
 import asyncio, json, os, signal, socket, subprocess, sys, textwrap, time
 import psutil, pytest
-from ehr_r1.synthesis.teachers import (Answer, Recorded, Replay, Request, Server, TeacherError, Vllm, allowed_endpoints, digest,
-                                       endpoint_of, guard)
+from ehr_r1.inference.teachers import (
+    Answer, Recorded, Replay, Request, Server, TeacherError, Vllm, allowed_endpoints, digest, endpoint_of, guard)
 from faulty_proxy import JSON, Proxy, parrot, said, some_faults
 
 def ask_for(text, key=None, **more): return Request(key or text, (dict(role='user', content=text),), **more)

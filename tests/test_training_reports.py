@@ -7,10 +7,11 @@ from ehr_r1.config import Run
 from ehr_r1.data.samples import read_samples
 from ehr_r1.data.tasks import TASKS
 from ehr_r1.evaluation.benchmark import read_answers, score_run
-from ehr_r1.evaluation.inference import predictions_of
+from ehr_r1.evaluation.answers import predictions_of
 from ehr_r1.evaluation.reporting import SMALLEST, run_report
-from ehr_r1.evaluation.scoring import set_f1
-from ehr_r1.evaluation.stage_reports import Results, better, judge, judge_answers, asked_records, mean_over_patients, no_worse, reaches, training_order
+from ehr_r1.scoring import set_f1
+from ehr_r1.evaluation.results import (
+    Results, better, judge, judge_answers, asked_records, mean_over_patients, no_worse, reaches, training_order)
 from ehr_r1.pipeline import Reproduction
 from ehr_r1.synthesis.reasoning import read_record
 from ehr_r1.training.examples import EXAMPLES, Writer, quotes

@@ -6,11 +6,13 @@ from types import SimpleNamespace
 import matplotlib, nbformat, numpy as np, polars as pl, pytest
 from hypothesis import given, settings, strategies as st
 from sklearn import metrics as sk
-from ehr_r1.config import Run, profile, read_manifest
+from ehr_r1.config import Run
+from ehr_r1.profiles import profile
+from ehr_r1.stages import read_manifest
 from ehr_r1.data.tables import TableError
 from ehr_r1.evaluation.reporting import run_report
 from ehr_r1.training.rewards import ehrmind_answer, ehrmind_reward
-from ehr_r1.transfer.benchmarks import ANSWERS, QUESTIONS, RESULTS, build_benchmark
+from ehr_r1.transfer.question_sets import ANSWERS, QUESTIONS, RESULTS, build_benchmark
 from ehr_r1.transfer.trials import (BENCHMARK, FIELDS, KEYS, METRICS, NONE, TESTS, WORDS, admitted, as_answer, balanced, confusion, metrics_of, pair_features, patient_of, read_class,
                                     read_pairs, read_topics, read_trials, right, score_trials, split_pairs, trial_baselines, trial_files, trial_questions)
 

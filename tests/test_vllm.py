@@ -1,9 +1,10 @@
 """vLLM, as a server and in a process: teachers and engines ask it, and it agrees with transformers. One model, one server, one engine."""
 import importlib.util, json, os, signal, socket, subprocess, sys, textwrap, time
 import psutil, pytest
-from ehr_r1.evaluation.engines import InferenceError, ServerEngine, Transformers, yes_no_tokens
-from ehr_r1.evaluation.inference import answer, predictions_of
-from ehr_r1.synthesis.teachers import Recorded, Replay, Server
+from ehr_r1.inference.engines import InferenceError, ServerEngine, Transformers, yes_no_tokens
+from ehr_r1.inference.asking import answer
+from ehr_r1.evaluation.answers import predictions_of
+from ehr_r1.inference.teachers import Recorded, Replay, Server
 from faulty_proxy import Proxy, forward, some_faults
 from test_inference import asks, folder, model, prompts, tokenizer, writer # fixtures
 from test_teachers import ask_for, by_key, fails, lines, questions, resumed, start, stopped
