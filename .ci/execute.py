@@ -1,14 +1,30 @@
 """Execute notebooks in place: those named, else every one under nbs/ except folders with a .notest file."""
 import sys
 from pathlib import Path
+
 import nbformat
 from nbclient import NotebookClient
 from tqdm import tqdm
 
-names = [Path(n) for n in sys.argv[1:]] or [p for p in sorted(Path('nbs').rglob('*.ipynb'))
-    if not (p.parent/'.notest').exists() and not any(part[0] in '._' for part in p.parts)]
-for path in (bar := tqdm(names)):
-    bar.set_description(str(path))
+
+def notebooks():
+    "Notebooks under nbs/ whose outputs are kept."
+    for path in sorted(Path('nbs').rglob('*.ipynb')):
+        hidden = any(part[0] in '._' for part in path.parts)
+        if not hidden and not (path.parent/'.notest').exists():
+            yield path
+
+
+def execute(path):
+    "Run one notebook in its own folder and store its outputs."
     nb = nbformat.read(path, as_version=4)
-    NotebookClient(nb, timeout=3600, kernel_name='python3', resources={'metadata': {'path': str(path.parent)}}).execute()
+    place = {'metadata': {'path': str(path.parent)}}
+    NotebookClient(nb, timeout=3600, kernel_name='python3', resources=place).execute()
     nbformat.write(nb, path)
+
+
+if __name__ == '__main__':
+    named = [Path(name) for name in sys.argv[1:]]
+    for notebook in (bar := tqdm(named or list(notebooks()))):
+        bar.set_description(str(notebook))
+        execute(notebook)

@@ -9,7 +9,8 @@ html_show_sourcelink = False
 html_copy_source = False
 html_static_path = ['_static']
 html_css_files = ['site.css']
-html_theme_options = dict(home_page_in_toc=True, show_toc_level=2, use_download_button=False, use_fullscreen_button=False)
+html_theme_options = dict(home_page_in_toc=True, show_toc_level=2,
+                          use_download_button=False, use_fullscreen_button=False)
 nb_execution_mode = 'off'              # pages show the outputs that are stored
 nb_render_markdown_format = 'myst'
 myst_enable_extensions = ['colon_fence', 'dollarmath']
