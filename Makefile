@@ -4,7 +4,7 @@ VENV ?= .venv
 OPTIONS := PROFILE DATA RUN PROTOCOL STYLE CAPS SEED CODES KNOWLEDGE TEACHER MODEL WORKERS
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help env reproduce hospital trajectories index samples knowledge graphs chains baselines base adapt reason reinforce answers scores benchmarks ehrmind meds reports test lab docs notebooks readme lock hooks clean
+.PHONY: help env reproduce hospital trajectories index samples knowledge graphs chains baselines base adapt reason reinforce answers scores benchmarks ehrmind meds reports test lab docs notebooks export readme lock hooks clean
 
 BIN := $(abspath $(VENV))/bin
 STAMP := $(VENV)/installed
@@ -78,10 +78,15 @@ docs: env ## site of notebooks, API and executed reports, into _docs/
 	$(BIN)/python docs/pages.py
 
 notebooks: env ## re-execute and clean the notebooks, export the library, write README.md (NB=nbs/x.ipynb for one)
-	$(BIN)/nbdev_export
+	$(BIN)/python .ci/export.py
 	$(BIN)/python .ci/execute.py $(NB)
 	$(BIN)/nbdev_clean
-	$(BIN)/nbdev_export
+	$(BIN)/python .ci/export.py
+	$(BIN)/python docs/readme.py
+
+export: env ## clean the notebooks, export the library, write README.md, without running anything
+	$(BIN)/nbdev_clean
+	$(BIN)/python .ci/export.py
 	$(BIN)/python docs/readme.py
 
 readme: env ## README.md from nbs/index.ipynb

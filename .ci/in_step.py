@@ -13,7 +13,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 KEPT = ('nbs', 'ehr_r1', 'docs', '.ci', 'settings.ini', 'pyproject.toml', 'README.md')
 LEFT_BEHIND = {'__pycache__', '.ipynb_checkpoints'}
-COMMANDS = (['nbdev_export'], ['nbdev_clean'], ['python', 'docs/readme.py'])
+COMMANDS = (['python', '.ci/export.py'], ['nbdev_clean'], ['python', 'docs/readme.py'])
 
 
 def files(root):
@@ -60,7 +60,7 @@ def main():
     for name in found:
         print(f'out of step or not clean: {name}')
     if found:
-        print('make notebooks (or nbdev_export, nbdev_clean and make readme) puts them right')
+        print('make notebooks (or make export) puts them right')
     return bool(found)
 
 

@@ -49,7 +49,7 @@ class Profile:
     model: str = 'small'            # a size of `training.models`, a checkpoint (folder or name on the hub), or none
     lora: int = 0                   # rank of the adapters; 0: all weights are trained
     context: int = 256              # longest prompt in the model's tokens (EHR-R1: 8,192, reasoning 10,000 to 12,288)
-    answer_tokens: int = 192        # longest answer, reasoning included (EHR-R1: 2,048 in training, 4,096 at evaluation)
+    answer_tokens: int = 192        # longest answer, reasoning included (EHR-R1: 2,048 in training, 4,096 when asked)
     base_steps: int = 240           # stage 0, for models from scratch only
     adapt_steps: int = 400          # stage 1; 0: one epoch, as EHR-R1
     reason_steps: int = 250         # stage 2; 0: five epochs, as EHR-R1
@@ -62,13 +62,13 @@ class Profile:
     reason_batch: int = 8           # the same in stage 2 (EHR-R1: 64)
     prompts: int = 4                # a step of stage 3 (EHR-R1: 4)
     completions: int = 8            # of each prompt (EHR-R1: 16)
-    micro_batch: int = 0            # sequences a device holds at a time; 0: all of a step (stage 3: a prompt's completions)
+    micro_batch: int = 0            # sequences a device holds at a time; 0: a step's (stage 3: a prompt's completions)
     curriculum: bool = False        # short answers first, instead of a drawn order
     ablations: str = ''             # more stage 2 models: some of no_knowledge, no_sections, plain
     scaling: str = ''               # more stage 1 models, on these shares of the steps, e.g. 0.1,0.3
     warmup_steps: int = 60          # EHRMind's warm-up on another benchmark; 0: its epochs, as EHRMind
     ehrmind_steps: int = 2          # its GRPO there; 0: one epoch
-    lm_per_task: int = 5            # samples a decision task that language models answer, of risks four times that; 0: all
+    lm_per_task: int = 5            # samples a decision task that models answer, of risks four times that; 0: all
     shard_patients: int = 1000      # patients a file of the trajectory store, about; at most 512 files
     replicates: int = 1000          # bootstrap replicates of the intervals
     workers: int = 2                # processes where a stage runs shards side by side

@@ -7,7 +7,7 @@ from ehr_r1.data.trajectories import DISPLAY
 from ehr_r1.evaluation.baselines import (COUNTED, MEASURED, SYSTEMS, WORDS, best_cut, count_matrix, dense_features, f1_at_k, fit_task, learn_vocabulary,
                                          observations, run_baselines, unit_rows)
 from ehr_r1.evaluation.benchmark import predict_baselines, predict_ceiling, published, read_predictions, read_samples, score_run
-from ehr_r1.scoring import score_all
+from ehr_r1.intervals import score_all
 
 def planted(patients=400, seed=0):
     "One risk and one decision task; lactate tells the risk, the complaint the drugs."

@@ -72,8 +72,9 @@ def test_in_step_finds_what_is_out_of_step(script, root, tmp_path):
     check = script('.ci/in_step.py')
     small_project(tmp_path)
     for name in ('settings.ini', 'pyproject.toml'): shutil.copy(root/name, tmp_path)
+    shutil.copytree(root/'.ci', tmp_path/'.ci', ignore=shutil.ignore_patterns('__pycache__'))
     shutil.copytree(root/'docs', tmp_path/'docs', ignore=shutil.ignore_patterns('__pycache__'))
-    for command in (['nbdev_export'], ['nbdev_clean'], ['python', 'docs/readme.py']): check.run(tmp_path, command)
+    for command in check.COMMANDS: check.run(tmp_path, command)
     assert check.differences(tmp_path) == []
     (tmp_path/'ehr_r1/core.py').write_text('def one(): return 2\n')     # edited by hand
     (tmp_path/'ehr_r1/extra.py').write_text('')                         # no notebook

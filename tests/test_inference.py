@@ -8,7 +8,7 @@ from ehr_r1.inference.engines import (
     Engine, InferenceError, ServerEngine, Text, Transformers, VllmEngine, Yes, shared_prefixes, yes_no_tokens)
 from ehr_r1.inference.asking import Ask, answer
 from ehr_r1.evaluation.answers import asks_of, predictions_of
-from ehr_r1.scoring import score_all
+from ehr_r1.intervals import score_all
 from ehr_r1.data.tasks import TASKS
 from ehr_r1.inference.teachers import Refused, TeacherError
 from ehr_r1.training.examples import Writer

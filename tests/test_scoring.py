@@ -4,8 +4,8 @@ import numpy as np, polars as pl, pytest
 from hypothesis import given, settings, strategies as st
 from sklearn.metrics import average_precision_score, brier_score_loss, roc_auc_score
 from ehr_r1.scoring import (
-    auprc, auroc, brier, calibration, compare, evaluate, interval, p_value, parse_answer, resample_patients,
-    score_all, score_decision, score_risk, score_table, set_f1, weighted_mean)
+    auprc, auroc, brier, calibration, parse_answer, score_decision, score_risk, set_f1, weighted_mean)
+from ehr_r1.intervals import compare, evaluate, interval, p_value, resample_patients, score_all, score_table
 
 # ---- answers
 

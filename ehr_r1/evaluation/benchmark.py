@@ -21,7 +21,8 @@ from ..stages import build, read_manifest, writing
 from ..data.samples import read_samples, window_facts
 from ..data.tasks import TASKS
 from .baselines import PREDICTIONS, run_baselines
-from ..scoring import COMPARISON, calibration, compare, evaluate, match_risk, score_table
+from ..intervals import COMPARISON, compare, evaluate, score_table
+from ..scoring import calibration, match_risk
 
 # %% ../../nbs/07_evaluation/02_benchmark.ipynb #e40da4ca
 def write_predictions(folder:str|Path, # the run's predictions/
