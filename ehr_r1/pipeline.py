@@ -25,7 +25,8 @@ from .ehrmind.pilot import build_pilot, build_pilot_base
 from .ehrmind.recipe import course_of
 from .ehrmind.stages import build_course, build_cross
 from .evaluation.answers import build_answers, systems
-from .evaluation.benchmark import build_predictions, build_scores
+from .evaluation.predictions import build_predictions
+from .evaluation.benchmark import build_scores
 from .evaluation.reporting import run_reports
 from .hospital.hospital import build_hospital
 from .inference.teachers import TeacherError

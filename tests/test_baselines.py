@@ -4,9 +4,12 @@ from ehr_r1.config import Run
 from ehr_r1.profiles import profile
 from ehr_r1.data.samples import SAMPLES
 from ehr_r1.data.trajectories import DISPLAY
-from ehr_r1.evaluation.baselines import (COUNTED, MEASURED, SYSTEMS, WORDS, best_cut, count_matrix, dense_features, f1_at_k, fit_task, learn_vocabulary,
-                                         observations, run_baselines, unit_rows)
-from ehr_r1.evaluation.benchmark import predict_baselines, predict_ceiling, published, read_predictions, read_samples, score_run
+from ehr_r1.evaluation.features import (
+    COUNTED, MEASURED, WORDS_COUNTED, count_matrix, dense_features, learn_vocabulary, observations, unit_rows)
+from ehr_r1.evaluation.baselines import SYSTEMS, best_cut, f1_at_k, fit_task, run_baselines
+from ehr_r1.evaluation.predictions import predict_baselines, predict_ceiling, read_predictions
+from ehr_r1.evaluation.benchmark import published, score_run
+from ehr_r1.data.samples import read_samples
 from ehr_r1.intervals import score_all
 
 def planted(patients=400, seed=0):

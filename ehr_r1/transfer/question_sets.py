@@ -17,7 +17,7 @@ from ..config import Run, seed_of
 from ..stages import build, read_manifest, writing
 from ..data.samples import SYSTEM
 from ..data.tables import TableError, fault
-from ..evaluation.answers import RISKS, open_engine, systems
+from ..evaluation.answers import RISKS_A_DECISION, open_engine, systems
 from ..inference.asking import Ask, answer
 from ..intervals import interval, resample_patients
 from ..scoring import weighted_mean
@@ -145,7 +145,7 @@ class Benchmark:
 
 def asked_questions(questions:pl.DataFrame, # `QUESTIONS` rows
                     p:Profile, # lm_per_task, seed
-                    risks:int=RISKS # times as many of a risk task
+                    risks:int=RISKS_A_DECISION # times as many of a risk task
 )->pl.DataFrame: # of held_out
     "The questions that language models answer: of each task a seeded draw, of risks as many yes as no."
     rows = questions.filter(pl.col('split') == 'held_out')

@@ -17,7 +17,8 @@ from threadpoolctl import threadpool_limits
 from tqdm import tqdm
 from ...profiles import Profile
 from ...config import seed_of
-from ...evaluation.baselines import STRENGTH, STRENGTHS, SUPPORT, unit_rows
+from ...evaluation.baselines import STRENGTH, STRENGTHS
+from ...evaluation.features import SUPPORT, unit_rows
 from ...scoring import auroc
 from ...intervals import evaluate, score_table
 from ..question_sets import ANSWERS, QUESTIONS, RESULTS, Benchmark, asked_questions
