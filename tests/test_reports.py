@@ -5,7 +5,7 @@ import nbformat, pandas as pd, polars as pl, pytest
 from papermill.exceptions import PapermillExecutionError
 from ehr_r1.config import Run
 from ehr_r1.stages import read_manifest
-from ehr_r1.evaluation.reporting import SMALLEST, Report, run_report, run_reports, shown, suppress
+from ehr_r1.evaluation.reporting import SMALLEST, Report, run_report, run_reports, readable, suppress
 from ehr_r1.pipeline import Reproduction
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -205,6 +205,6 @@ def test_small_counts_are_not_told_in_sentences(home, tmp_path):
 
 def test_tables_read_well(home, tmp_path):
     t = Report(Run('r', home), tmp_path).table(pl.DataFrame(dict(task=['a<b', None], rows=[12345, None], first_year=[2110, None], rate=[.12345, None], in_42=[True, False])), 't')
-    cells = re.findall(r'<td>(.*?)</td>', shown(t).data)
+    cells = re.findall(r'<td>(.*?)</td>', readable(t).data)
     assert cells == ['a&lt;b', '12,345', '2110', '0.123', 'yes', '', '', '', '', '']
     assert (tmp_path/'t.csv').read_text() == 'task,rows,first_year,rate,in_42\na<b,12345,2110,0.1235,true\n,,,,false\n'

@@ -10,8 +10,8 @@ from ehr_r1.evaluation.benchmark import read_answers, score_run
 from ehr_r1.evaluation.answers import predictions_of
 from ehr_r1.evaluation.reporting import SMALLEST, run_report
 from ehr_r1.scoring import set_f1
-from ehr_r1.evaluation.results import (
-    Results, better, judge, judge_answers, asked_records, mean_over_patients, no_worse, reaches, training_order)
+from ehr_r1.evaluation.results import Results, better, mean_over_patients, no_worse, reaches, training_order
+from ehr_r1.evaluation.judging import judge, judge_answers, asked_records
 from ehr_r1.pipeline import Reproduction
 from ehr_r1.synthesis.reasoning import read_record
 from ehr_r1.training.examples import EXAMPLES, Writer, quotes
