@@ -33,8 +33,8 @@ from .inference.teachers import TeacherError
 from .profiles import PROFILES, listed, profile
 from .stages import build
 from .synthesis.open_knowledge import build_knowledge, find_knowledge
-from .synthesis.reasoning import build_chains
-from .synthesis.thinking_graph import build_graphs
+from .synthesis.chains import build_chains
+from .synthesis.graphs import build_graphs
 from .training.stages import build_adapted, build_base, build_reasoned, build_reinforced, side_by_side
 from .transfer import medcalc, trials
 from .transfer.ehrshot import tasks as ehrshot

@@ -6,7 +6,7 @@ from ehr_r1.profiles import VARIANTS, profile
 from ehr_r1.config import Run
 from ehr_r1.data.tasks import TASKS
 from ehr_r1.scoring import parse_answer
-from ehr_r1.synthesis.reasoning import read_record, supported
+from ehr_r1.synthesis.support import read_record, supported
 from ehr_r1.training.examples import BLOCK, EXAMPLES, LISTED, Writer, encode, in_order, names_of, patient_texts, quotes, scan_examples, shorten, show_example
 from ehr_r1.training.rewards import accuracy_reward, fault_of_format
 from ehr_r1.inference.checkpoints import MODES, ModelError, answer_text, chat_text, check_chat, load_model

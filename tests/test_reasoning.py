@@ -13,9 +13,12 @@ from ehr_r1.data.tables import open_source
 from ehr_r1.data.tasks import build_index
 from ehr_r1.data.trajectories import FIELD, build_trajectories
 from ehr_r1.synthesis.open_knowledge import build_knowledge
-from ehr_r1.synthesis.reasoning import build_chains, cases_of, fault_of, final_results, kept_chains, read_chain, read_record, scan_chains, support, supported, verbalise
+from ehr_r1.synthesis.chains import build_chains, briefs_of, kept_chains, scan_chains
+from ehr_r1.synthesis.reasoning import fault_of, verbalise
+from ehr_r1.synthesis.support import final_results, read_chain, read_record, support, supported
 from ehr_r1.inference.teachers import Refused, TeacherError
-from ehr_r1.synthesis.thinking_graph import GRAPHED, build_graphs, draw_graph, graph_samples, read_graphs, scan_graphs
+from ehr_r1.synthesis.graphs import GRAPHED, build_graphs, graph_samples, read_graphs, scan_graphs
+from ehr_r1.synthesis.thinking_graph import draw_graph
 
 def made(home, **fields):
     "A small hospital as far as its graphs."

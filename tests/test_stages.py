@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import polars as pl, pytest, torch
 from ehr_r1.config import Run
 from ehr_r1.profiles import profile
-from ehr_r1.synthesis.reasoning import CHAINS
+from ehr_r1.synthesis.chains import CHAINS
 from ehr_r1.training.examples import AGAIN, EXAMPLES, choose_examples, encode
 from ehr_r1.training import stages
 from ehr_r1.inference.checkpoints import ModelError, answer_text, chat_text

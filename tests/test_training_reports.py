@@ -13,7 +13,7 @@ from ehr_r1.scoring import set_f1
 from ehr_r1.evaluation.results import Results, better, mean_over_patients, no_worse, reaches, training_order
 from ehr_r1.evaluation.judging import judge, judge_answers, asked_records
 from ehr_r1.pipeline import Reproduction
-from ehr_r1.synthesis.reasoning import read_record
+from ehr_r1.synthesis.support import read_record
 from ehr_r1.training.examples import EXAMPLES, Writer, quotes
 from ehr_r1.training.models import train_tokenizer
 

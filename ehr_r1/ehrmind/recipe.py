@@ -16,7 +16,7 @@ import polars as pl
 from ..profiles import Profile
 from ..config import Run, seed_of
 from ..data.samples import SYSTEM
-from ..synthesis.reasoning import open_teacher
+from ..synthesis.chains import open_teacher
 from ..inference.teachers import Request, allowed_endpoints, guard
 from ..training.examples import EXAMPLES, Writer
 from ..inference.checkpoints import chat_text

@@ -14,7 +14,7 @@ import polars as pl
 from ..config import Run
 from .results import model_of
 from ..stages import read_manifest
-from ..synthesis.reasoning import read_record, support
+from ..synthesis.support import read_record, support
 from ..training.examples import Writer
 from ..training.rewards import accuracy_reward, fault_of_format
 from ..training.stages import model_at

@@ -23,7 +23,9 @@ from ..data.samples import SYSTEM, Record, split_of
 from ..data.serialize import TITLES
 from ..data.tasks import TASKS
 from ..data.trajectories import DISPLAY, HIDDEN, store_files
-from ..synthesis.reasoning import Case, fault_of, kept_chains, read_record, verbalise
+from ..synthesis.reasoning import Brief, fault_of, verbalise
+from ..synthesis.chains import kept_chains
+from ..synthesis.support import read_record
 from ..synthesis.thinking_graph import ThinkingGraph
 from ..inference.checkpoints import answer_text, chat_text
 

@@ -20,7 +20,7 @@ from tqdm import tqdm
 from ..profiles import Profile
 from ..config import Run, seed_of
 from ..stages import build, read_manifest, writing
-from ..synthesis.reasoning import kept_chains
+from ..synthesis.chains import kept_chains
 from .examples import (Writer, choose_examples, encode, in_order, scan_examples, write_examples,
                                       write_texts)
 from .models import SIZES, new_model, train_tokenizer
