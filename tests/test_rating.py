@@ -3,7 +3,8 @@ import base64, csv, hashlib, html.parser, json, re, shutil, subprocess
 from statistics import mean
 import polars as pl, pytest
 from hypothesis import given, settings, strategies as st
-from ehr_r1.synthesis.rating import CASE, QUESTIONS, RATING, agreement, blinded, rating_page, rating_sheet, read_ratings
+from ehr_r1.synthesis.rating import RATED, RATING_QUESTIONS, blinded, rating_page, rating_sheet
+from ehr_r1.synthesis.agreement import RATING, agreement, read_ratings
 
 HOSTILE = ('</script><script>alert(1)</script><img src=x onerror="alert(1)"> \'q\' &amp; <!-- ]]> '
            '\x00\x1b\u202e {digest} ${x}\r\nnext "line"\n')
