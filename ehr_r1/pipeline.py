@@ -41,7 +41,8 @@ from .transfer.ehrshot import tasks as ehrshot
 from .transfer.ehrshot.synthetic import write_synthetic
 from .transfer.mimic_cdm import cases as mimic_cdm
 from .transfer.mimic_cdm.files import build_cases
-from .transfer.question_sets import build_benchmark, find_benchmark
+from .transfer.benchmark_stage import build_benchmark
+from .transfer.benchmark_files import find_benchmark
 
 # %% ../nbs/10_pipeline/01_pipeline.ipynb #9ae8d3d7
 def run_name(

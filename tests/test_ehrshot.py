@@ -12,7 +12,8 @@ from ehr_r1.data.samples import split_of
 from ehr_r1.data.tables import TableError, open_source
 from ehr_r1.data.trajectories import build_trajectories, scan_store
 from ehr_r1.transfer.ehrshot import synthetic as ehrshot_synthetic
-from ehr_r1.transfer.question_sets import ANSWERS, QUESTIONS, RESULTS, asked_questions, build_benchmark
+from ehr_r1.transfer.question_sets import ANSWERS, QUESTIONS, RESULTS, asked_questions
+from ehr_r1.transfer.benchmark_stage import build_benchmark
 from ehr_r1.transfer.ehrshot.tasks import BENCHMARK, ehrshot_right, ehrshot_score
 from ehr_r1.transfer.ehrshot.files import (
     EVENTS, SHOT_TASKS, all_labels, read_events, read_labels, read_shots, read_splits, read_words, release_files,

@@ -13,7 +13,8 @@ from ehr_r1.hospital.hospital import build_hospital
 from ehr_r1.data.samples import SAMPLES
 from ehr_r1.data.tables import TableError, open_source
 from ehr_r1.data.trajectories import STORE
-from ehr_r1.transfer.question_sets import ANSWERS, QUESTIONS, asked_questions, build_benchmark
+from ehr_r1.transfer.question_sets import ANSWERS, QUESTIONS, asked_questions
+from ehr_r1.transfer.benchmark_stage import build_benchmark
 from ehr_r1.transfer.mimic_cdm.files import DISEASES, NEEDED, build_cases, lab_line, made_up, read_cases, write_cases
 from ehr_r1.transfer.mimic_cdm.cases import (
     BENCHMARK, QUESTION, best_titles, by_words, cdm_baselines, cdm_questions, cdm_score, context_of, for_run,

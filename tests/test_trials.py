@@ -12,7 +12,8 @@ from ehr_r1.stages import read_manifest
 from ehr_r1.data.tables import TableError
 from ehr_r1.evaluation.reporting import run_report
 from ehr_r1.training.rewards import ehrmind_answer, ehrmind_reward
-from ehr_r1.transfer.question_sets import ANSWERS, QUESTIONS, RESULTS, build_benchmark
+from ehr_r1.transfer.question_sets import ANSWERS, QUESTIONS, RESULTS
+from ehr_r1.transfer.benchmark_stage import build_benchmark
 from ehr_r1.transfer.trials import (BENCHMARK, FIELDS, KEYS, METRICS, NONE, TESTS, WORDS, admitted, as_answer, balanced, confusion, metrics_of, pair_features, patient_of, read_class,
                                     read_pairs, read_topics, read_trials, right, score_trials, split_pairs, trial_baselines, trial_files, trial_questions)
 

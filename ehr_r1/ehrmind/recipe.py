@@ -21,7 +21,8 @@ from ..inference.teachers import Request, allowed_endpoints, guard
 from ..training.examples import EXAMPLES, Writer
 from ..inference.checkpoints import chat_text
 from ..training.rewards import ehrmind_answer, ehrmind_reward
-from ..transfer.question_sets import Benchmark, cut_context, read_rows
+from ..transfer.question_sets import Benchmark, cut_context
+from ..transfer.benchmark_files import read_rows
 
 # %% ../../nbs/09_ehrmind/01_recipe.ipynb #e1a37654
 def in_form(question:str, # how a benchmark asks

@@ -17,7 +17,8 @@ from ..profiles import Profile
 from ..data.tables import fault
 from ..scoring import parse_answer
 from ..training.rewards import LONGEST, ehrmind_answer
-from .question_sets import ANSWERS, QUESTIONS, RESULTS, Benchmark, mean_by_group, read_rows
+from .question_sets import ANSWERS, QUESTIONS, RESULTS, Benchmark, mean_by_group
+from .benchmark_files import read_rows
 
 # %% ../../nbs/08_transfer/09_medcalc.ipynb #7eda7e33
 _PLAIN = {ord(c): to for some, to in (('−‒–﹣－', '-'), ('\u2007\u2009\u202f', '\u00a0'), ('⁄∕', '/')) for c in some}

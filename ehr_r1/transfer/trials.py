@@ -20,7 +20,8 @@ from ..data.tables import fault
 from ..intervals import interval, resample_patients
 from ..scoring import parse_answer
 from ..training.rewards import ehrmind_answer
-from .question_sets import ANSWERS, QUESTIONS, RESULTS, Benchmark, read_lines, read_rows
+from .question_sets import ANSWERS, QUESTIONS, RESULTS, Benchmark
+from .benchmark_files import read_lines, read_rows
 
 # %% ../../nbs/08_transfer/10_trials.ipynb #dccc2395
 WORDS = ('Irrelevant', 'Excluded', 'Eligible') # TREC's 0, 1 and 2

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 import polars as pl
 from ...data.tables import bad_bytes, fault, ragged, stored
-from ..question_sets import read_rows
+from ..benchmark_files import read_rows
 
 # %% ../../../nbs/08_transfer/02_ehrshot_files.ipynb #70da5b8f
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from ...stages import build, read_manifest, writing
 from ...hospital.orders import modality
 from ...data.serialize import short_number
 from ...data.tables import Source, fault, open_source
-from ..question_sets import read_rows
+from ..benchmark_files import read_rows
 from .plain_pickle import plain_bytes, read_plain
 
 # %% ../../../nbs/08_transfer/07_cdm_files.ipynb #1526f666
