@@ -22,8 +22,9 @@ from .data.tables import open_source
 from .data.tasks import build_index
 from .data.trajectories import build_trajectories
 from .ehrmind.pilot import build_pilot, build_pilot_base
-from .ehrmind.recipe import course_of
-from .ehrmind.stages import build_course, build_cross
+from .ehrmind.courses import course_of
+from .ehrmind.stages import build_course
+from .ehrmind.cross import build_cross
 from .evaluation.answers import build_answers, systems
 from .evaluation.predictions import build_predictions
 from .evaluation.benchmark import build_scores

@@ -19,10 +19,11 @@ from ehr_r1.training.stages import CONFIGS, read_metrics, train
 from ehr_r1.ehrmind import recipe as courses
 from ehr_r1.transfer.question_sets import QUESTIONS, Benchmark
 from ehr_r1.ehrmind.calculators import CALCULATORS, draw_questions, right, spoken
-from ehr_r1.ehrmind.recipe import (
-    Course, answer_in_form, course_examples, course_of, course_rewards, in_form, read_rationale,
-    teacher_rationales, train_questions, warmup_questions)
-from ehr_r1.ehrmind.stages import build_cross, build_minded, build_warmed, recipe_of, trained
+from ehr_r1.ehrmind.recipe import Course, answer_in_form, in_form, train_questions, warmup_questions
+from ehr_r1.ehrmind.course_examples import course_examples, course_rewards, read_rationale, teacher_rationales
+from ehr_r1.ehrmind.courses import course_of
+from ehr_r1.ehrmind.cross import build_cross
+from ehr_r1.ehrmind.stages import build_rewarded, build_warmed, recipe_of, trained
 from ehr_r1.ehrmind.pilot import ATTEMPTS, entropy, pass_at, pass_table, pilot_course, r_squared, reliable, verdict
 
 # a benchmark of our own: which of four colours stands in a note
@@ -282,14 +283,14 @@ def test_grpo_without_a_judge_is_refused(tmp_path):
 
 def test_recipe_runs_once_and_starts_where_it_should(base):
     assert build_warmed(base, SMALL, COURSE, None) and not build_warmed(base, SMALL, COURSE, None)
-    assert build_minded(base, SMALL, COURSE, None) and not build_minded(base, SMALL, COURSE, None)
-    assert build_minded(base, SMALL, COURSE, None, 0.)
+    assert build_rewarded(base, SMALL, COURSE, None) and not build_rewarded(base, SMALL, COURSE, None)
+    assert build_rewarded(base, SMALL, COURSE, None, 0.)
     warm, minded, alone = (read_manifest(trained(base, n)) for n in ('colours-warmup', 'colours', 'colours-0'))
     assert warm['counts']['questions'] == warm['counts']['rationales'] == 24 and minded['counts']['questions'] == 48
     assert minded['inputs'] == {'colours-warmup': warm['key']} and alone['inputs'] == {'base': read_manifest(base.checkpoints/'base')['key']}
     assert warm['counts']['steps'] == 6 and minded['counts']['steps'] == 4 # two epochs of 24 by 8, one of 48 by 2 but at most 4
     with pytest.raises(ValueError, match='share 0'): build_warmed(base, SMALL, COURSE, None, 0.)
-    with pytest.raises(FileNotFoundError): build_minded(base, SMALL, COURSE, None, .1) # its warm-up does not stand
+    with pytest.raises(FileNotFoundError): build_rewarded(base, SMALL, COURSE, None, .1) # its warm-up does not stand
     # each model on each benchmark
     other = replace(COURSE, benchmark=replace(BENCH, name='others', right=lambda gold, found: False))
     assert build_cross(base, SMALL, [(COURSE, None), (other, None)]) and not build_cross(base, SMALL, [(COURSE, None), (other, None)])
