@@ -97,7 +97,8 @@ def stranger(outer):
 def test_credentialed_text_stays_here(stranger, outer, tmp_path, monkeypatch, allow):
     monkeypatch.setenv('EHR_R1_ALLOW', allow.format(host=outer, port=stranger.port))
     file = tmp_path/'a.jsonl'
-    said = ended(start(url=stranger.url, model='parrot', file=str(file), n=3, dataset='mimic-iv-3.1'))
+    process = start(url=stranger.url, model='parrot', file=str(file), n=3, dataset='mimic-iv-3.1')
+    said = ended(process)
     assert said.startswith('Refused: mimic-iv-3.1')
     assert f'EHR_R1_ALLOW=mimic-iv-3.1@{outer}:{stranger.port}' in said
     assert stranger.connections == 0
@@ -106,8 +107,9 @@ def test_credentialed_text_stays_here(stranger, outer, tmp_path, monkeypatch, al
 
 def test_credentialed_text_goes_to_a_named_host(stranger, outer, tmp_path, monkeypatch):
     monkeypatch.setenv('EHR_R1_ALLOW', f'other@example.org, mimic-iv-3.1@{outer}:{stranger.port}')
-    said = ended(start(url=stranger.url, model='parrot', file=str(tmp_path/'a.jsonl'), n=3, dataset='mimic-iv-3.1'))
-    assert said == ''
+    file = tmp_path/'a.jsonl'
+    process = start(url=stranger.url, model='parrot', file=str(file), n=3, dataset='mimic-iv-3.1')
+    assert ended(process) == ''
     assert len(stranger.delivered) == 3
 
 

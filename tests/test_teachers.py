@@ -218,8 +218,10 @@ def test_usage_may_be_missing():
 def test_digest_knows_all_that_decides_an_answer():
     base = ask_for('x')
     system = dict(role='system', content='x')
-    sampled = [ask_for('x', temperature=.6), ask_for('x', top_p=.9), ask_for('x', max_tokens=5), ask_for('x', seed=1)]
-    others = [ask_for('y'), Request('x', (system,)), Request('x', base.messages*2), *sampled]
+    settings = [dict(temperature=.6), dict(top_p=.9), dict(max_tokens=5), dict(seed=1)]
+    sampled = [ask_for('x', **setting) for setting in settings]
+    said = [ask_for('y'), Request('x', (system,)), Request('x', base.messages*2)]
+    others = [*said, *sampled]
     digests = [request_digest('t', 'm', request) for request in (base, *others)]
     of_others = [request_digest('u', 'm', base), request_digest('t', 'n', base)]
     assert len({*digests, *of_others}) == 10
@@ -377,7 +379,8 @@ def test_interrupted_run_does_not_wait_for_a_silent_server(file):
 
 
 def test_full_disk_ends_the_run_with_whole_lines(proxy, file):
-    words = ended(start(url=proxy.url, model='parrot', file=str(file), n=100, limit=5000))
+    process = start(url=proxy.url, model='parrot', file=str(file), n=100, limit=5000)
+    words = ended(process)
     assert 'InferenceError: cannot record answers' in words
     assert 'File too large' in words
     assert 10 < len(lines(file)) < 100
