@@ -16,7 +16,6 @@ from faulty_proxy import FAULTS, JSON, Proxy
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from teacher_runs import assert_each_once, lines
-from tiny_model import bench_samples
 
 from ehr_r1.data.tasks import TASKS
 from ehr_r1.evaluation.answers import asks_of, predictions_of
@@ -32,7 +31,7 @@ from ehr_r1.scoring import score_all
 from ehr_r1.training.examples import Writer
 from ehr_r1.training.models import new_model
 
-pytest_plugins = ['tiny_model']  # model, tokenizer, folder, writer, asks, prompts
+pytest_plugins = ['tiny_model']  # samples, model, tokenizer, folder, writer, asks, prompts
 
 
 @pytest.fixture
@@ -217,22 +216,22 @@ def test_a_tokenizer_without_yes_is_refused():
 
 
 @pytest.mark.parametrize('mode, of_risks', [('plain', 'plain'), ('think', 'no_think'), ('no_think', 'no_think')])
-def test_risk_questions_are_never_asked_with_thinking(writer, mode, of_risks):
-    made = asks_of(bench_samples(), writer, mode)
+def test_risk_questions_are_never_asked_with_thinking(samples, writer, mode, of_risks):
+    made = asks_of(samples, writer, mode)
     assert {ask.mode for ask in made if ask.kind == 'decision'} == {mode}
     assert {ask.mode for ask in made if ask.kind == 'risk'} == {of_risks}
     assert all(ask.prompt.rstrip().endswith('</think>') == (ask.mode != 'think') for ask in made)
 
 
-def test_an_ask_is_a_rendered_sample(writer, tokenizer):
-    sample = bench_samples().row(0, named=True)
-    [ask] = asks_of(bench_samples().head(1), writer, 'think')
+def test_an_ask_is_a_rendered_sample(samples, writer, tokenizer):
+    sample = samples.row(0, named=True)
+    [ask] = asks_of(samples.head(1), writer, 'think')
     assert ask.prompt == chat_text(tokenizer, sample['messages'], 'no_think')
     assert (ask.sample_id, ask.task, ask.dropped) == ('s000', sample['task'], 0)
 
 
-def test_long_records_are_cut_and_counted(tokenizer):
-    made = asks_of(bench_samples(), Writer(tokenizer, 100, 24), 'plain')
+def test_long_records_are_cut_and_counted(samples, tokenizer):
+    made = asks_of(samples, Writer(tokenizer, 100, 24), 'plain')
     assert sum(ask.dropped > 0 for ask in made) > 5
     assert all(len(tokenizer.encode(ask.prompt)) <= 100 for ask in made)
     assert all('## Patient' in ask.prompt for ask in made)
@@ -261,11 +260,11 @@ def test_answers_come_in_the_order_of_the_asks(asks, file):
     assert said == [(ask.sample_id, ask.task, ask.kind, ask.mode) for ask in asks]
 
 
-def test_answers_make_predictions_that_are_scored(asks, file):
+def test_answers_make_predictions_that_are_scored(samples, asks, file):
     made = predictions_of(answered(asks, Counting(), file))
     assert set(made.filter(task='Inpatient_Mortality')['risk']) == {.3/(.3 + .1)}
     assert made['fallback'].null_count() == len(made)
-    scores = score_all(bench_samples(), dict(counting=made), replicates=20)
+    scores = score_all(samples, dict(counting=made), replicates=20)
     assert scores.filter(metric='f1', task='overall')['value'][0] == .5  # one of two lines
 
 

@@ -31,10 +31,11 @@ def user_words(rng, task):
     return rng.choice(PATIENTS) + ''.join(EVENTS[begin:begin + n]) + '\n' + TASKS[task].instruction
 
 
-def bench_samples(n=48, seed=0):
+@pytest.fixture(scope='module')
+def samples():
     "Rows of EHR-Bench, risks and decisions in turn."
-    rng, rows = random.Random(seed), []
-    for i in range(n):
+    rng, rows = random.Random(0), []
+    for i in range(48):
         task, family, label = KINDS[i % 2]
         system = dict(role='system', content='You are a helpful assistant.')
         messages = [system, dict(role='user', content=user_words(rng, task))]
@@ -44,8 +45,8 @@ def bench_samples(n=48, seed=0):
 
 
 @pytest.fixture(scope='module')
-def tokenizer():
-    texts = [messages[1]['content'] for messages in bench_samples()['messages'].to_list()]
+def tokenizer(samples):
+    texts = [messages[1]['content'] for messages in samples['messages'].to_list()]
     words = ['yes', 'no', ' Yes', 'Sodium\nGlucose', 'You are a helpful assistant.']*200
     return train_tokenizer([*texts, *words], 512)
 
@@ -78,8 +79,8 @@ def writer(tokenizer):
 
 
 @pytest.fixture(scope='module')
-def asks(writer):
-    return asks_of(bench_samples(), writer, 'think')
+def asks(samples, writer):
+    return asks_of(samples, writer, 'think')
 
 
 @pytest.fixture(scope='module')
