@@ -1,316 +1,402 @@
-"""Teachers: answers survive faults, kills and full disks, nothing is asked twice, and credentialed text stays here."""
-import asyncio, json, os, signal, socket, subprocess, sys, textwrap, time
-import psutil, pytest
-from ehr_r1.inference.teachers import (
-    Answer, Recorded, Replay, Request, Server, TeacherError, Vllm, allowed_endpoints, digest, endpoint_of, guard)
-from faulty_proxy import JSON, Proxy, parrot, said, some_faults
+"""Teachers: answers survive faults, kills and full disks, and nothing is asked twice."""
+import asyncio
+import json
+import signal
+import socket
+import sys
+import time
 
-def ask_for(text, key=None, **more): return Request(key or text, (dict(role='user', content=text),), **more)
-def questions(n, **more): return [ask_for(f'question {i}', **more) for i in range(n)]
-def server(proxy, **more): return Server(proxy.url, 'parrot', **{'pause': .02, **more})
-def by_key(answers): return sorted(((r.key, a) for r, a in answers), key=lambda x: x[0])
-def lines(file): return [json.loads(x) for x in file.read_text().splitlines()]
+import pytest
+from faulty_proxy import JSON, Proxy, always, at_first, parrot, said, some_faults
+from teacher_runs import (
+    ask_for,
+    assert_each_once,
+    by_key,
+    ended,
+    fails,
+    lines,
+    questions,
+    resumed,
+    server,
+    start,
+    stopped,
+)
 
-def fails(teacher, requests=None):
-    with pytest.raises(TeacherError) as e: list(teacher.ask(requests or questions(1)))
-    return str(e.value)
+from ehr_r1.inference.endpoints import InferenceError
+from ehr_r1.inference.recorded import Recorded, Replay, cost, request_digest
+from ehr_r1.inference.servers import Server
+from ehr_r1.inference.teachers import Reply, Request
+from ehr_r1.inference.vllm import Vllm
+
+
+@pytest.fixture
+def proxy():
+    "A parrot that never fails."
+    with Proxy() as proxy:
+        yield proxy
+
+
+@pytest.fixture
+def file(tmp_path):
+    "Where a record shall stand."
+    return tmp_path/'a.jsonl'
+
 
 # asking
 
-def test_faults_lose_and_double_nothing(tmp_path):
-    with Proxy(fault=some_faults) as clean, Proxy() as plain:
-        teacher = Recorded(server(clean), tmp_path/'a.jsonl')
-        got = by_key(teacher.ask(questions(200)))
-        assert set(clean.faults) == {'429', '500', 'drop', 'half'} and min(clean.faults.values()) > 10
-        assert len(got) == 200 == len(clean.delivered) and set(clean.delivered.values()) == {1}
-        assert len({x['digest'] for x in lines(tmp_path/'a.jsonl')}) == 200 == len(lines(tmp_path/'a.jsonl'))
-        assert got == by_key(server(plain, concurrency=1).ask(questions(200)))
-        before = clean.connections
-        again = Recorded(server(clean, key_variable='NO_SUCH_KEY'), tmp_path/'a.jsonl') # what is recorded needs no teacher
-        assert by_key(again.ask(questions(200))) == got and again.asked == 0 and clean.connections == before
 
-def test_asks_while_a_loop_is_running():
-    async def notebook(): return list(server(proxy).ask(questions(3)))
-    with Proxy() as proxy: assert len(asyncio.run(notebook())) == 3
+def test_faults_lose_and_double_nothing(proxy, file):
+    with Proxy(fault=some_faults) as faulty:
+        got = by_key(Recorded(server(faulty), file).ask(questions(200)))
+        assert set(faulty.faults) == {'429', '500', 'drop', 'half'}
+        assert min(faulty.faults.values()) > 10
+        assert len(got) == 200 == len(faulty.delivered)
+        assert set(faulty.delivered.values()) == {1}
+    assert_each_once(file, 200)
+    assert got == by_key(server(proxy, concurrency=1).ask(questions(200)))
 
-def test_never_more_under_way_than_allowed_and_requests_are_taken_lazily():
-    taken, most = [], []
+
+def test_what_is_recorded_needs_no_teacher(proxy, file):
+    first = by_key(Recorded(server(proxy), file).ask(questions(9)))
+    before = proxy.connections
+    again = Recorded(server(proxy, key_variable='NO_SUCH_KEY'), file)
+    assert by_key(again.ask(questions(9))) == first
+    assert again.tally.asked == 0
+    assert proxy.connections == before
+
+
+def test_asks_while_a_loop_is_running(proxy):
+    async def notebook():
+        return list(server(proxy).ask(questions(3)))
+    assert len(asyncio.run(notebook())) == 3
+
+
+def test_never_more_under_way_than_allowed_and_requests_are_taken_lazily(proxy):
+    taken = []
+
     def requests():
-        for r in questions(40): taken.append(r); yield r
-    with Proxy() as proxy:
-        for n, _ in enumerate(server(proxy, concurrency=4).ask(requests())): most.append(len(taken) - n)
-        assert max(most) <= 5 and len(taken) == 40
+        for request in questions(40):
+            taken.append(request)
+            yield request
+
+    answers = server(proxy, concurrency=4).ask(requests())
+    ahead = [len(taken) - given for given, _ in enumerate(answers)]
+    assert max(ahead) <= 5
+    assert len(taken) == 40
+
 
 def test_retry_after_is_honoured():
-    with Proxy(fault=lambda body, attempt: '429' if attempt == 0 else None, retry_after='1') as proxy:
+    with Proxy(fault=at_first('429'), retry_after='1') as proxy:
         assert len(list(server(proxy).ask(questions(1)))) == 1
-        assert .99 < proxy.times[1] - proxy.times[0] < 3
-    with Proxy(fault=lambda body, attempt: '429', retry_after='90000') as proxy:
-        assert '25.0 hours' in fails(server(proxy)) and len(proxy.seen) == 1
+        first, second = proxy.times
+    assert .99 < second - first < 3
 
-def test_waits_double_and_then_it_gives_up():
-    with Proxy(fault=lambda body, attempt: '500') as proxy:
-        message = fails(server(proxy, tries=5, pause=.1))
-        assert 'question 0' in message and '5 times' in message and '500' in message and len(proxy.seen) == 5
-        waits = [b - a for a, b in zip(proxy.times, proxy.times[1:])]
-        assert all(.05*2**i <= w < .1*2**i + .1 for i, w in enumerate(waits))
+
+def test_a_server_that_wants_us_back_much_later_is_not_waited_for():
+    with Proxy(fault=always('429'), retry_after='90000') as proxy:
+        assert 'Retry-After: 90000' in fails(server(proxy))
+        assert len(proxy.seen) == 1
+
+
+def test_waits_grow_and_then_it_gives_up():
+    with Proxy(fault=always('500')) as proxy:
+        message = fails(server(proxy, max_retries=2))
+        first, second, third = proxy.times
+    assert 'question 0' in message
+    assert '3 times' in message
+    assert '500' in message
+    assert .3 < second - first < third - second
+
 
 def test_silence_is_tried_again():
-    def asleep(*args): time.sleep(.8); return parrot(*args)
-    with Proxy(asleep) as proxy: assert 'silent for 0.2 s' in fails(server(proxy, tries=2, timeout=.2)) and len(proxy.seen) == 2
+    def asleep(*args):
+        time.sleep(.8)
+        return parrot(*args)
+    with Proxy(asleep) as proxy:
+        assert 'silent for 0.2 s' in fails(server(proxy, max_retries=1, timeout=.2))
+        assert len(proxy.seen) == 2
+
 
 def test_nobody_there():
-    with socket.socket() as free: free.bind(('127.0.0.1', 0)); port = free.getsockname()[1]
-    message = fails(Server(f'http://127.0.0.1:{port}/v1', 'parrot', tries=3, pause=.01))
-    assert f'127.0.0.1:{port}' in message and '3 times' in message and 'is it up' in message
+    with socket.socket() as free:
+        free.bind(('127.0.0.1', 0))
+        port = free.getsockname()[1]
+    message = fails(Server(f'http://127.0.0.1:{port}/v1', 'parrot', max_retries=1))
+    assert f'127.0.0.1:{port}' in message
+    assert '2 times' in message
+    assert 'is it up' in message
+
 
 @pytest.mark.parametrize('reply, words', [
     ((404, JSON, '{"error": {"message": "no model"}}'), "no model 'pigeon'; it has 'parrot', 'crow'"),
-    ((401, JSON, '{"error": {"message": "key sk-secret is wrong"}}'), "does not accept the key; key_variable='TEST_KEY'"),
+    ((401, JSON, '{"error": {"message": "key sk-secret is wrong"}}'),
+     "does not accept the key; key_variable='TEST_KEY'"),
     ((400, JSON, '{"error": {"message": "prompt of 9000 tokens is too long"}}'), "'question 0': Error code: 400"),
     ((200, {'content-type': 'text/html'}, '<html>Welcome</html>'), '<html>Welcome</html>')])
 def test_what_will_not_pass_is_an_error_at_once(monkeypatch, reply, words):
+    def answer(method, *rest):
+        return parrot(method, *rest) if method == 'GET' else reply
     monkeypatch.setenv('TEST_KEY', 'sk-secret')
-    with Proxy(lambda method, *rest: parrot(method, *rest) if method == 'GET' else reply) as proxy:
+    with Proxy(answer) as proxy:
         message = fails(Server(proxy.url, 'pigeon', 'TEST_KEY'))
-        assert words in message and 'sk-secret' not in message and len(proxy.seen) == 1
-        assert {h['authorization'] for h in proxy.headers} == {'Bearer sk-secret'}
+        assert words in message
+        assert 'sk-secret' not in message
+        assert len(proxy.seen) == 1
+        assert {headers['authorization'] for headers in proxy.headers} == {'Bearer sk-secret'}
 
-def test_address_without_v1_and_key_without_value(monkeypatch):
+
+def test_an_address_without_v1_is_said():
     with Proxy(lambda *args: (404, {'content-type': 'text/html'}, '<h1>Not Found</h1>')) as proxy:
         assert 'end in /v1' in fails(server(proxy))
+
+
+def test_a_key_without_value_is_said(proxy, monkeypatch):
     monkeypatch.delenv('TEST_KEY', raising=False)
-    with Proxy() as proxy:
-        assert 'TEST_KEY is not set' in fails(Server(proxy.url, 'parrot', 'TEST_KEY')) and proxy.connections == 0
+    assert 'TEST_KEY is not set' in fails(Server(proxy.url, 'parrot', 'TEST_KEY'))
+    assert proxy.connections == 0
 
-@pytest.mark.parametrize('bad', [
-    '127.0.0.1:8000/v1', 'httpserver:80', 'ftp://127.0.0.1/v1', 'http://me:secret@127.0.0.1/v1', 'http://a b/', '',
-    'http://127.0.0.1\\@evil.example/v1', 'http://127.0.0.1/v1?to=evil', 'http://127.0.0.1/v1\n'])
-def test_doubtful_addresses_are_refused(bad):
-    with pytest.raises(TeacherError): Server(bad, 'parrot')
 
-@pytest.mark.parametrize('bad', [
+@pytest.mark.parametrize('nonsense', [
     '{"choices": [', '[1]', '{"choices": []}', '{"choices": [{"message": null}]}', '{"error": "busy"}'])
-def test_an_answer_that_is_none_is_asked_for_again(bad):
-    def answer(*args): return (200, JSON, bad) if len(proxy.seen) == 1 else parrot(*args)
-    with Proxy(answer) as proxy: assert [a.text for _, a in server(proxy).ask(questions(1))] == ['question 0 (seed 0)']
-    with Proxy(lambda *args: (200, JSON, bad)) as proxy: assert 'cannot be read' in fails(server(proxy, tries=2))
+def test_an_answer_that_is_none_is_said(nonsense):
+    with Proxy(lambda *args: (200, JSON, nonsense)) as proxy:
+        message = fails(server(proxy))
+        assert "the answer to request 'question 0' cannot be read" in message
+        assert len(message.splitlines()) == 1
+        assert len(proxy.seen) == 1
 
-def test_answers_are_kept_as_they_came(tmp_path):
-    texts = dict(empty=None, cut='half a sent', long='räksmörgås 𝛼\u2028\r\n'*400_000, odd='a\x00b\ud800c')
+
+def test_after_nonsense_the_next_run_goes_on(file):
+    def answer(*args):
+        return (200, JSON, '{"choices": []}') if len(proxy.seen) == 3 else parrot(*args)
+    with Proxy(answer) as proxy:
+        assert 'cannot be read' in fails(Recorded(server(proxy, concurrency=1), file), questions(5))
+        got = by_key(Recorded(server(proxy), file).ask(questions(5)))
+        assert [reply.text for _, reply in got] == [f'question {i} (seed 0)' for i in range(5)]
+        assert len(proxy.seen) == 6
+
+
+ODD_TEXTS = dict(empty=None, cut='half a sent', long='räksmörgås 𝛼\u2028\r\n'*400_000, odd='a\x00b\ud800c')
+
+
+@pytest.fixture
+def oddities():
+    "A server whose answers are hard to keep."
     def answer(method, path, body, headers):
         what = json.loads(body)['messages'][0]['content']
-        return said(texts[what], 'length' if what == 'cut' else 'stop', model='parrot-2')
+        return said(ODD_TEXTS[what], 'length' if what == 'cut' else 'stop', model='parrot-2')
     with Proxy(answer) as proxy:
-        teacher = Recorded(server(proxy), tmp_path/'a.jsonl', price=(1., 2.))
-        got = dict(by_key(teacher.ask([ask_for(t) for t in texts])))
-        spent = (teacher.prompt_tokens + 2*teacher.completion_tokens)/1e6
-    assert got['empty'] == Answer('', 3, 1, 'stop', 'parrot-2') and got['cut'].finish == 'length'
-    assert got['long'].text == texts['long'] and got['odd'].text == 'a\x00b?c'
-    assert dict(by_key(Replay(tmp_path/'a.jsonl').ask([ask_for(t) for t in texts]))) == got
-    assert teacher.cost == pytest.approx(spent) and teacher.prompt_tokens == 12 and teacher.answers == 4
+        yield proxy
+
+
+def test_answers_are_kept_as_they_came(oddities, file):
+    requests = [ask_for(name) for name in ODD_TEXTS]
+    got = dict(by_key(Recorded(server(oddities), file).ask(requests)))
+    assert got['empty'] == Reply('', 3, 1, 'stop', 'parrot-2')
+    assert got['cut'].finish == 'length'
+    assert got['long'].text == ODD_TEXTS['long']
+    assert got['odd'].text == 'a\x00b?c'
+    assert dict(by_key(Replay(file).ask(requests))) == got
+
+
+def test_what_is_handed_out_is_counted(oddities, file):
+    teacher = Recorded(server(oddities), file, price=(1., 2.))
+    list(teacher.ask([ask_for(name) for name in ODD_TEXTS]))
+    tally = teacher.tally
+    assert tally.answers == 4
+    assert tally.prompt_tokens == 12
+    assert cost(teacher) == pytest.approx((tally.prompt_tokens + 2*tally.completion_tokens)/1e6)
+    assert cost(Recorded(server(oddities), file)) is None
+
 
 def test_usage_may_be_missing():
     with Proxy(lambda *args: (200, JSON, '{"choices": [{"message": {"content": "yes"}}]}')) as proxy:
-        assert [a for _, a in server(proxy).ask(questions(1))] == [Answer('yes', 0, 0, '', 'parrot')]
+        [(_, reply)] = server(proxy).ask(questions(1))
+    assert reply == Reply('yes', 0, 0, '', 'parrot')
+
 
 def test_digest_knows_all_that_decides_an_answer():
     base = ask_for('x')
-    others = [ask_for('y'), ask_for('x', temperature=.6), ask_for('x', top_p=.9), ask_for('x', max_tokens=5),
-              ask_for('x', seed=1), Request('x', (dict(role='system', content='x'),)), Request('x', base.messages*2)]
-    assert len({digest('t', 'm', r) for r in [base, *others]} | {digest('u', 'm', base), digest('t', 'n', base)}) == 10
-    assert digest('t', 'm', base) == digest('t', 'm', ask_for('x', key='other', case=object()))
+    system = dict(role='system', content='x')
+    settings = [dict(temperature=.6), dict(top_p=.9), dict(max_tokens=5), dict(seed=1)]
+    sampled = [ask_for('x', **setting) for setting in settings]
+    said = [ask_for('y'), Request('x', (system,)), Request('x', base.messages*2)]
+    others = [*said, *sampled]
+    digests = [request_digest('t', 'm', request) for request in (base, *others)]
+    of_others = [request_digest('u', 'm', base), request_digest('t', 'n', base)]
+    assert len({*digests, *of_others}) == 10
+
+
+def test_digest_knows_neither_key_nor_case():
+    renamed = ask_for('x', key='other', case=object())
+    assert request_digest('t', 'm', ask_for('x')) == request_digest('t', 'm', renamed)
+
+
+def test_digest_is_what_earlier_runs_kept_answers_under():
+    request = Request('k', (dict(role='user', content='Sodium 121, then what?'),), seed=2**63 + 5)
+    assert request_digest('gpt-4o', 'gpt-4o', request) == '3b0c34134bbcd26c8c2bd17405ede0c7'
+
 
 # the record
 
-def test_one_question_under_many_keys_is_asked_once(tmp_path):
-    with Proxy() as proxy:
-        requests = [ask_for(f'q{i % 3}', key=f'k{i}') for i in range(30)]
-        teacher = Recorded(server(proxy), tmp_path/'a.jsonl')
-        got = by_key(teacher.ask(requests))
-        assert len(proxy.seen) == 3 == teacher.asked and [k for k, _ in got] == sorted(r.key for r in requests)
-        assert all(a.text.startswith(f'q{int(k[1:]) % 3} ') for k, a in got)
-        mixed = [*requests, *questions(5), *requests] # recorded ones before, between and behind those that are asked
-        assert len(list(Recorded(server(proxy), tmp_path/'a.jsonl').ask(mixed))) == 65 and len(proxy.seen) == 8
 
-def test_whatever_has_arrived_is_recorded_when_the_reader_leaves(tmp_path):
-    with Proxy() as proxy:
-        answers = Recorded(server(proxy, concurrency=8), tmp_path/'a.jsonl').ask(questions(50))
-        next(answers)
-        deadline = time.monotonic() + 10
-        while sum(proxy.delivered.values()) < 8 and time.monotonic() < deadline: time.sleep(.01)
-        time.sleep(.2)
-        answers.close()
-        assert len(lines(tmp_path/'a.jsonl')) == 8 == sum(proxy.delivered.values())
-        asked = len(proxy.seen)
-        assert len(list(Recorded(server(proxy), tmp_path/'a.jsonl').ask(questions(50)))) == 50 and len(proxy.seen) - asked == 42
+def test_one_question_under_many_keys_is_asked_once(proxy, file):
+    requests = [ask_for(f'q{i % 3}', key=f'k{i}') for i in range(30)]
+    teacher = Recorded(server(proxy), file)
+    got = by_key(teacher.ask(requests))
+    assert len(proxy.seen) == 3 == teacher.tally.asked
+    assert [key for key, _ in got] == sorted(request.key for request in requests)
+    assert all(reply.text.startswith(f'q{int(key[1:]) % 3} ') for key, reply in got)
 
-def test_an_error_does_not_cost_the_answers_before_it(tmp_path):
-    def answer(*args): return (400, JSON, '{}') if b'question 30"' in args[2] else parrot(*args)
+
+def test_recorded_ones_may_stand_before_between_and_behind_those_that_are_asked(proxy, file):
+    known = [ask_for(f'q{i % 3}', key=f'k{i}') for i in range(30)]
+    list(Recorded(server(proxy), file).ask(known))
+    mixed = [*known, *questions(5), *known]
+    got = by_key(Recorded(server(proxy), file).ask(mixed))
+    assert [key for key, _ in got] == sorted(request.key for request in mixed)
+    assert len(proxy.seen) == 8
+
+
+def test_whatever_has_arrived_is_recorded_when_the_reader_leaves(proxy, file):
+    answers = Recorded(server(proxy, concurrency=8), file).ask(questions(50))
+    next(answers)
+    deadline = time.monotonic() + 10
+    while sum(proxy.delivered.values()) < 8 and time.monotonic() < deadline:
+        time.sleep(.01)
+    time.sleep(.2)
+    answers.close()
+    assert len(lines(file)) == 8 == sum(proxy.delivered.values())
+    asked = len(proxy.seen)
+    assert len(list(Recorded(server(proxy), file).ask(questions(50)))) == 50
+    assert len(proxy.seen) - asked == 42
+
+
+def test_an_error_does_not_cost_the_answers_before_it(file):
+    def answer(method, path, body, headers):
+        return (400, JSON, '{}') if b'question 30"' in body else parrot(method, path, body, headers)
     with Proxy(answer) as proxy:
-        assert 'question 30' in fails(Recorded(server(proxy, concurrency=4), tmp_path/'a.jsonl'), questions(50))
-        assert len(lines(tmp_path/'a.jsonl')) >= 27
+        assert 'question 30' in fails(Recorded(server(proxy, concurrency=4), file), questions(50))
+    assert len(lines(file)) >= 27
 
-def test_a_torn_last_line_is_dropped_wherever_it_is_torn(tmp_path):
-    with Proxy() as proxy:
-        whole = tmp_path/'whole.jsonl'
-        got = by_key(Recorded(server(proxy), whole).ask(questions(3)))
-        content = whole.read_bytes(); last = content.rstrip().rindex(b'\n') + 1
-        for cut in range(last, len(content), 37):
-            file = tmp_path/f'{cut}.jsonl'; file.write_bytes(content[:cut])
-            teacher = Recorded(server(proxy), file)
-            assert by_key(teacher.ask(questions(3))) == got and teacher.asked == 1 and len(lines(file)) == 3
 
-def test_a_bad_line_is_named(tmp_path):
-    file = tmp_path/'a.jsonl'
-    with Proxy() as proxy:
-        list(Recorded(server(proxy), file).ask(questions(3)))
-        good = file.read_text().splitlines()
-        for bad in ('{"digest": ', '[]', json.dumps({k: v for k, v in json.loads(good[1]).items() if k != 'text'})):
-            file.write_text('\n'.join([good[0], bad, good[2]]) + '\n')
-            assert 'line 2' in fails(Recorded(server(proxy), file))
+def test_a_torn_last_line_is_dropped_wherever_it_is_torn(proxy, file, tmp_path):
+    got = by_key(Recorded(server(proxy), file).ask(questions(3)))
+    content = file.read_bytes()
+    last = content.rstrip().rindex(b'\n') + 1
+    for cut in range(last, len(content), 37):
+        torn = tmp_path/f'{cut}.jsonl'
+        torn.write_bytes(content[:cut])
+        teacher = Recorded(server(proxy), torn)
+        assert by_key(teacher.ask(questions(3))) == got
+        assert teacher.tally.asked == 1
+        assert len(lines(torn)) == 3
 
-def test_an_unwritable_record_is_found_out_before_anything_is_asked(tmp_path):
+
+@pytest.mark.parametrize('fault', ['half a line', 'a list', 'no text'])
+def test_a_bad_line_is_named(proxy, file, fault):
+    list(Recorded(server(proxy), file).ask(questions(3)))
+    first, second, third = file.read_text().splitlines()
+    textless = {name: value for name, value in json.loads(second).items() if name != 'text'}
+    bad = {'half a line': '{"digest": ', 'a list': '[]', 'no text': json.dumps(textless)}[fault]
+    file.write_text(f'{first}\n{bad}\n{third}\n')
+    assert 'line 2' in fails(Recorded(server(proxy), file))
+
+
+@pytest.mark.parametrize('name', ['file/a.jsonl', 'folder.jsonl'])
+def test_an_unwritable_record_is_found_out_before_anything_is_asked(proxy, tmp_path, name):
     (tmp_path/'file').write_text('')
     (tmp_path/'folder.jsonl').mkdir()
-    with Proxy() as proxy:
-        for file in (tmp_path/'file'/'a.jsonl', tmp_path/'folder.jsonl'):
-            assert 'cannot record' in fails(Recorded(server(proxy), file)) and proxy.connections == 0
-        first = Recorded(server(proxy), tmp_path/'a.jsonl').ask(questions(9)); next(first)
-        second = Recorded(server(proxy), tmp_path/'a.jsonl')
-        assert 'another run' in fails(second, [ask_for('new')])
-        first.close()
-        assert 'new' not in proxy.asked() and len(list(second.ask([ask_for('new')]))) == 1
+    assert 'cannot record' in fails(Recorded(server(proxy), tmp_path/name))
+    assert proxy.connections == 0
 
-def test_replay_names_what_it_does_not_hold(tmp_path):
-    file = tmp_path/'a.jsonl'
-    with pytest.raises(TeacherError, match='Recorded'): Replay(file)
-    with Proxy() as proxy:
-        first = by_key(Recorded(server(proxy), file).ask(questions(2)))
-        assert "'question 2'" in fails(Replay(file), questions(3))
-        assert 'question 0' in fails(Replay(file), questions(1, temperature=.7))
-        second = by_key(Recorded(server(proxy, name='other'), file).ask(questions(2)))
-    with pytest.raises(TeacherError, match='other, parrot'): Replay(file)
-    assert by_key(Replay(file, 'parrot').ask(questions(2))) == first == second == by_key(Replay(file, 'other').ask(questions(2)))
-    assert Replay(file, 'other').local and Recorded(Replay(file, 'other'), tmp_path/'b.jsonl').model == 'parrot'
 
-def test_a_teacher_that_knows_of_no_record_is_recorded_too(tmp_path):
+def test_two_runs_do_not_write_one_record(proxy, file):
+    first = Recorded(server(proxy), file).ask(questions(9))
+    next(first)
+    second = Recorded(server(proxy), file)
+    assert 'another run' in fails(second, [ask_for('new')])
+    assert 'new' not in proxy.asked()
+    first.close()
+    assert len(list(second.ask([ask_for('new')]))) == 1
+
+
+def test_replay_of_nothing_is_an_error(file):
+    with pytest.raises(InferenceError, match='Recorded'):
+        Replay(file)
+
+
+def test_replay_names_what_it_does_not_hold(proxy, file):
+    list(Recorded(server(proxy), file).ask(questions(2)))
+    assert "'question 2'" in fails(Replay(file), questions(3))
+    assert 'question 0' in fails(Replay(file), questions(1, temperature=.7))
+
+
+def test_replay_of_two_teachers_needs_a_name(proxy, file, tmp_path):
+    first = by_key(Recorded(server(proxy), file).ask(questions(2)))
+    second = by_key(Recorded(server(proxy, name='other'), file).ask(questions(2)))
+    with pytest.raises(InferenceError, match='other, parrot'):
+        Replay(file)
+    parrots, others = Replay(file, 'parrot'), Replay(file, 'other')
+    assert by_key(parrots.ask(questions(2))) == first == second == by_key(others.ask(questions(2)))
+    assert others.local
+    assert Recorded(others, tmp_path/'b.jsonl').model == 'parrot'
+
+
+def test_a_teacher_that_knows_of_no_record_is_recorded_too(file):
     class Plain:
         name, local = 'plain', True
+
         def ask(self, requests):
-            for r in requests: yield r, Answer(r.case.upper(), 0, 0, 'stop', 'plain')
-    asked = list(Recorded(Plain(), tmp_path/'a.jsonl').ask([ask_for('a', case='b')]))
-    assert [a.text for _, a in asked] == ['B'] and list(Replay(tmp_path/'a.jsonl').ask([ask_for('a')])) == asked
+            for request in requests:
+                yield request, Reply(request.case.upper(), 0, 0, 'stop', 'plain')
 
-# a process of its own: killed, interrupted, out of space, and the network that the tests may not use
+    asked = list(Recorded(Plain(), file).ask([ask_for('a', case='b')]))
+    assert [reply.text for _, reply in asked] == ['B']
+    assert list(Replay(file).ask([ask_for('a')])) == asked
 
-SCRIPT = textwrap.dedent('''
-    import json, resource, sys
-    from ehr_r1.synthesis.teachers import Recorded, Request, Server, TeacherError, allowed_endpoints, guard
-    def main(url, model, file, n, limit=None, dataset=None):
-        if limit: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-        teacher = Recorded(Server(url, model, pause=.02, concurrency=4), file)
-        requests = [Request(f'question {i}', (dict(role='user', content=f'question {i}'),), max_tokens=16) for i in range(n)]
-        try:
-            if dataset: guard(teacher, dataset, 'credentialed', allowed_endpoints())
-            for r, a in teacher.ask(requests): pass
-        except TeacherError as e: sys.exit(f'{type(e).__name__}: {e}')
-    main(**json.loads(sys.argv[1]))
-''')
 
-def start(**args):
-    return subprocess.Popen([sys.executable, '-c', SCRIPT, json.dumps(args)], stderr=subprocess.PIPE, text=True,
-                            env={**os.environ, 'TQDM_DISABLE': '1'})
+# a process of its own: interrupted, and out of space
 
-def stopped(process, file, n, how):
-    "Send the signal when the record holds n answers; returns what the process said."
-    deadline = time.monotonic() + 60
-    while not file.exists() or file.read_bytes().count(b'\n') < n:
-        assert process.poll() is None and time.monotonic() < deadline, process.stderr.read()
-        time.sleep(.005)
-    process.send_signal(how)
-    return process.communicate(timeout=20)[1]
 
-def resumed(proxy, file, n, model='parrot'):
-    "Ask the rest; nothing that stands in the record is asked again."
-    kept = {x['request'] for x in lines(file) if x}
-    before = len(proxy.seen)
-    teacher = Recorded(Server(proxy.url, model, pause=.02), file)
-    assert len(list(teacher.ask(questions(n, max_tokens=16)))) == n
-    assert not kept & set(proxy.asked()[before:]) and teacher.asked == n - len(kept) > 0
-    assert len({x['digest'] for x in lines(file)}) == n == len(lines(file))
-    return kept
+def test_interrupted_run_ends_and_keeps_what_came(proxy, file):
+    process = start(url=proxy.url, model='parrot', file=str(file), n=2000)
+    words = stopped(process, file, 50, signal.SIGINT)
+    assert 'KeyboardInterrupt' in words
+    lost = sum(proxy.delivered.values()) - len(lines(file))
+    assert 0 <= lost <= 4  # those under way when the signal came
+    resumed(proxy, file, 2000)
 
-def test_interrupted_run_ends_and_keeps_what_came(tmp_path):
-    with Proxy() as proxy:
-        file = tmp_path/'a.jsonl'
-        words = stopped(start(url=proxy.url, model='parrot', file=str(file), n=2000), file, 50, signal.SIGINT)
-        assert 'KeyboardInterrupt' in words
-        lost = sum(proxy.delivered.values()) - len(lines(file))
-        assert 0 <= lost <= 4 # those under way when the signal came
-        resumed(proxy, file, 2000)
 
-def test_full_disk_ends_the_run_with_whole_lines(tmp_path):
-    file = tmp_path/'a.jsonl'
-    with Proxy() as proxy:
-        words = start(url=proxy.url, model='parrot', file=str(file), n=100, limit=5000).communicate(timeout=60)[1]
-        assert 'TeacherError: cannot record answers' in words and 'File too large' in words
-        assert 10 < len(lines(file)) < 100 and file.read_bytes().endswith(b'}\n')
-        resumed(proxy, file, 100)
+def test_interrupted_run_does_not_wait_for_a_silent_server(file):
+    def silent_later(*args):
+        if len(proxy.seen) > 8:
+            time.sleep(60)
+        return parrot(*args)
+    with Proxy(silent_later) as proxy:
+        process = start(url=proxy.url, model='parrot', file=str(file), n=20)
+        assert 'KeyboardInterrupt' in stopped(process, file, 8, signal.SIGINT)  # which waits 20 seconds at most
 
-@pytest.fixture(scope='module')
-def outer():
-    "An address of this machine that is not loopback; where there is none, the one that means all of them."
-    found = [a.address for net in psutil.net_if_addrs().values() for a in net if a.family == socket.AF_INET]
-    return next((a for a in found if not a.startswith('127.')), '0.0.0.0')
 
-def test_credentialed_text_goes_to_a_named_host_only(tmp_path, outer, monkeypatch):
-    with Proxy(host=outer) as proxy:
-        args = dict(url=proxy.url, model='parrot', file=str(tmp_path/'a.jsonl'), n=3, dataset='mimic-iv-3.1')
-        for allow in ('', f'mimic-iv-2.2@{outer}:{proxy.port}', f'mimic-iv-3.1@{outer}', f'mimic-iv-3.1@127.0.0.1:{proxy.port}'):
-            monkeypatch.setenv('EHR_R1_ALLOW', allow)
-            words = start(**args).communicate(timeout=60)[1]
-            assert words.startswith('Refused: mimic-iv-3.1') and f'EHR_R1_ALLOW=mimic-iv-3.1@{outer}:{proxy.port}' in words
-        assert proxy.connections == 0 and not (tmp_path/'a.jsonl').exists()
-        monkeypatch.setenv('EHR_R1_ALLOW', f'other@example.org, mimic-iv-3.1@{outer}:{proxy.port}')
-        assert start(**args).communicate(timeout=60)[1] == '' and len(proxy.delivered) == 3
+def test_full_disk_ends_the_run_with_whole_lines(proxy, file):
+    process = start(url=proxy.url, model='parrot', file=str(file), n=100, limit=5000)
+    words = ended(process)
+    assert 'InferenceError: cannot record answers' in words
+    assert 'File too large' in words
+    assert 10 < len(lines(file)) < 100
+    assert file.read_bytes().endswith(b'}\n')
+    resumed(proxy, file, 100)
 
-# who may be told what
 
-@pytest.mark.parametrize('address, local', [
-    *((a, True) for a in ('http://127.0.0.1:8000/v1', 'http://localhost/v1', 'http://LOCALHOST:1/v1', 'https://[::1]:8443/v1',
-                          '127.9.9.9:80')),
-    *((a, False) for a in ('http://0.0.0.0:8000/v1', 'http://[::]:8000/v1', 'http://10.0.0.1/v1', 'http://127.1/v1',
-                           'api.example.org:8443', 'http://localhost.example.org/v1', 'http://127.0.0.1.example.org/v1'))])
-def test_only_loopback_is_local(address, local): assert endpoint_of(address)[1] is local
+# vLLM
 
-def test_guard_takes_addresses_and_teachers(monkeypatch):
-    far = Server('https://API.example.org/v1', 'x')
-    for teacher in ('https://api.example.org:443/v1', far, Recorded(far, 'a')):
-        guard(teacher, 'hospital', 'open', ())
-        guard(teacher, 'mimic-iv-3.1', 'credentialed', ('MIMIC-IV-3.1@api.example.org',))
-        for allowed in ((), ('mimic-iv-3.1@example.org',), ('mimic-iv@api.example.org',), ('*@api.example.org',)):
-            with pytest.raises(PermissionError): guard(teacher, 'mimic-iv-3.1', 'credentialed', allowed)
-        with pytest.raises(ValueError): guard(teacher, 'mimic-iv-3.1', 'secret', ())
-    monkeypatch.setenv('EHR_R1_ALLOW', ' a@b:1 ,, c@d ')
-    assert allowed_endpoints() == ('a@b:1', 'c@d')
-    for bad in ('api.example.org', 'a@', '@b'):
-        monkeypatch.setenv('EHR_R1_ALLOW', bad)
-        with pytest.raises(TeacherError, match='EHR_R1_ALLOW'): allowed_endpoints()
-
-def test_redirects_are_not_followed():
-    with Proxy() as stranger, Proxy(lambda *args: (status, {'location': stranger.url + '/chat/completions'}, '')) as proxy:
-        for status in (301, 302, 307, 308):
-            assert stranger.url in fails(server(proxy))
-        assert stranger.connections == 0 and len(proxy.seen) == 4
-
-def test_this_machine_is_not_reached_through_a_proxy(monkeypatch):
-    for name in ('NO_PROXY', 'no_proxy'): monkeypatch.delenv(name, raising=False)
-    with Proxy() as outside, Proxy() as here:
-        for name in ('HTTP_PROXY', 'http_proxy', 'ALL_PROXY'): monkeypatch.setenv(name, f'http://127.0.0.1:{outside.port}')
-        assert len(list(server(here).ask(questions(2)))) == 2 and outside.connections == 0
-        assert len(list(Server('http://teacher.invalid/v1', 'parrot').ask(questions(2)))) == 2 == len(outside.seen) # they do work
 
 def test_vllm_missing_is_said(monkeypatch):
     monkeypatch.setitem(sys.modules, 'vllm', None)
-    assert 'install vllm' in fails(Vllm('a/model')) and Vllm('a/model').local and Vllm('a/model').name == 'model'
+    assert 'install vllm' in fails(Vllm('a/model'))
+
+
+def test_vllm_is_local_and_named_after_its_model():
+    teacher = Vllm('a/model')
+    assert teacher.local
+    assert teacher.name == 'model'
