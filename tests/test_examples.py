@@ -1,5 +1,4 @@
 "Models from scratch, the chat format, training examples: nothing is lost that must stay or kept that cannot fit."
-import json
 from functools import cache
 
 import polars as pl
@@ -61,7 +60,12 @@ def without_question(text):
 
 
 def sample_of(text, label=('Sodium', 'Potassium')):
-    return dict(sample_id='s', task='labevents', family='decision', label=list(label), text=text)
+    about = dict(sample_id='s', task='labevents', family='decision')
+    return about | dict(label=list(label), text=text)
+
+
+SAMPLE = sample_of(record(EVENTS))
+SODIUM_ASKED = sample_of(record(EVENTS), ['Sodium'])
 
 
 def example(writer, sample, *how):
@@ -86,10 +90,15 @@ def small_tokenizer():
 
 # --- records that are too long
 
-CUT = (st.lists(st.sampled_from(EVENTS), max_size=20), st.integers(0, 80), st.booleans(), st.integers(20, 400))
+CUT = dict(
+    events=st.lists(st.sampled_from(EVENTS), max_size=20),
+    summary=st.integers(0, 80),
+    admission=st.booleans(),
+    limit=st.integers(20, 400),
+)
 
 
-@given(*CUT)
+@given(**CUT)
 def test_a_cut_record_keeps_head_and_question(events, summary, admission, limit):
     short, _, _ = shorten(record(events, summary, admission), 'labevents', limit, words)
     assert short.startswith(FIRST)
@@ -97,7 +106,7 @@ def test_a_cut_record_keeps_head_and_question(events, summary, admission, limit)
     assert ('## Admission' in short) == admission
 
 
-@given(*CUT)
+@given(**CUT)
 def test_a_cut_record_keeps_the_latest_events_whole(events, summary, admission, limit):
     short, _, dropped = shorten(record(events, summary, admission), 'labevents', limit, words)
     body = without_question(short)
@@ -107,7 +116,7 @@ def test_a_cut_record_keeps_the_latest_events_whole(events, summary, admission, 
     assert dropped == len(events) - kept + lost_summary
 
 
-@given(*CUT)
+@given(**CUT)
 def test_a_cut_record_fits_and_is_not_cut_again(events, summary, admission, limit):
     text = record(events, summary, admission)
     short, tokens, dropped = shorten(text, 'labevents', limit, words)
@@ -119,12 +128,14 @@ def test_a_cut_record_fits_and_is_not_cut_again(events, summary, admission, limi
 
 
 def test_a_long_summary_goes_before_the_window():
-    short, _, _ = shorten(record(EVENTS[:8], 300), 'labevents', 200, words)
+    text = record(EVENTS[:8], summary=300)
+    short, _, _ = shorten(text, 'labevents', 200, words)
     assert '## Discharge' not in short
 
 
 def test_a_short_summary_stays():
-    short, _, _ = shorten(record(EVENTS, 20), 'labevents', 120, words)
+    text = record(EVENTS, summary=20)
+    short, _, _ = shorten(text, 'labevents', 120, words)
     assert '## Discharge summary' in short
     assert EVENTS[-1] in short
     assert EVENTS[0] not in short
@@ -154,14 +165,16 @@ def test_yes_and_no_are_one_token_each_even_if_never_seen(word):
 def test_prompt_and_answer_are_the_conversation_of_the_template(tokenizer, mode, chain, user):
     system = dict(role='system', content='S')
     answer = answer_text(chain, ['A', 'B'])
+    asked = [system, dict(role='user', content='U')]
     said = [system, dict(role='user', content=user), dict(role='assistant', content=answer)]
-    prompt = chat_text(tokenizer, [system, dict(role='user', content='U')], mode)
-    assert tokenizer.apply_chat_template(said, tokenize=False) == prompt + answer + '<|im_end|>\n'
+    prompt = chat_text(tokenizer, asked, mode)
+    whole = tokenizer.apply_chat_template(said, tokenize=False)
+    assert whole == prompt + answer + '<|im_end|>\n'
     assert prompt.endswith('</think>\n\n') == (mode != 'think')
 
 
 def test_a_mode_that_does_not_exist_is_named(tokenizer):
-    messages = [dict(role='system', content='S'), dict(role='user', content='U')]
+    messages = [dict(role=role, content='x') for role in ('system', 'user')]
     with pytest.raises(ValueError, match='mode'):
         chat_text(tokenizer, messages, 'loud')
 
@@ -185,11 +198,14 @@ def test_a_template_that_cannot_think_is_refused(template, lacks):
 
 
 def same_weights(one, two):
-    return all(torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters()))
+    pairs = zip(one.parameters(), two.parameters())
+    return all(torch.equal(a, b) for a, b in pairs)
 
 
 def test_models_are_the_same_for_a_seed(tokenizer):
-    one, again, other = (new_model('tiny', tokenizer, seed, 64) for seed in (1, 1, 2))
+    one = new_model('tiny', tokenizer, seed=1, context=64)
+    again = new_model('tiny', tokenizer, seed=1, context=64)
+    other = new_model('tiny', tokenizer, seed=2, context=64)
     assert same_weights(one, again)
     assert not same_weights(one, other)
 
@@ -213,7 +229,7 @@ def test_a_folder_that_is_not_there_is_named(tmp_path):
 
 @pytest.mark.parametrize('mode', ['plain', 'no_think'])
 def test_only_the_answer_bears_loss(tokenizer, mode):
-    made, _ = example(Writer(tokenizer, 150, 40), sample_of(record(EVENTS)), mode)
+    made, _ = example(Writer(tokenizer, 150, 40), SAMPLE, mode)
     encoded = encode(made, tokenizer)
     said = loss_bearing(encoded)
     assert tokenizer.decode(said) == 'Sodium\nPotassium<|im_end|>'
@@ -227,41 +243,47 @@ def test_only_the_answer_bears_loss(tokenizer, mode):
     (20, ['Sodium'], 'head and question are longer than the context'),
 ])
 def test_what_does_not_fit_is_left_out(tokenizer, context, label, why):
-    made = Writer(tokenizer, context, 40).example(sample_of(record(EVENTS), label), 'plain')
-    assert made == (None, why)
+    writer = Writer(tokenizer, context, 40)
+    sample = sample_of(record(EVENTS), label)
+    assert writer.example(sample, 'plain') == (None, why)
 
 
 @pytest.mark.parametrize('scratch, end', [(False, ''), (True, '\n')])
-@pytest.mark.parametrize('mode, chain', [('plain', None), ('no_think', None), ('think', '')])
+@pytest.mark.parametrize('mode, chain', [
+    ('plain', None),
+    ('no_think', None),
+    ('think', ''),
+])
 def test_only_the_answers_of_a_model_from_scratch_end_with_a_new_line(tokenizer, scratch, end, mode, chain):
-    sample = sample_of(record(EVENTS))
-    made, _ = example(Writer(tokenizer, 150, 300, scratch=scratch), sample, mode, chain)
+    writer = Writer(tokenizer, 150, 300, scratch=scratch)
+    made, _ = example(writer, SAMPLE, mode, chain)
     encoded = encode(made, tokenizer)
     assert made['answer'].endswith('Sodium\nPotassium' + end)
-    assert parse_answer(made['answer']).lines == sample['label']
+    assert parse_answer(made['answer']).lines == SAMPLE['label']
     assert made['answer_tokens'] == sum(encoded['completion_mask'])
     assert encoded['input_ids'][-1] == tokenizer.eos_token_id
     if chain == '':
         assert fault_of_format(made['answer']) == ''
-        assert accuracy_reward(made['answer'], sample['label'], 'decision') == 1
+        assert accuracy_reward(made['answer'], SAMPLE['label'], 'decision') == 1
 
 
 @pytest.mark.parametrize('scratch', [False, True])
 def test_the_new_line_counts(tokenizer, scratch):
-    sample = sample_of(record(EVENTS))
-    made, _ = example(Writer(tokenizer, 150, 300, scratch=scratch), sample, 'think', '')
-    size = made['answer_tokens']
-    fits, _ = Writer(tokenizer, 150, size, scratch=scratch).example(sample, 'think', '')
-    too_long, _ = Writer(tokenizer, 150, size - 1, scratch=scratch).example(sample, 'think', '')
-    assert fits
-    assert too_long is None
+    def with_room_for(size):
+        writer = Writer(tokenizer, 150, size, scratch=scratch)
+        return writer.example(SAMPLE, 'think', '')[0]
+
+    size = dict(zip(EXAMPLES, with_room_for(300)))['answer_tokens']
+    assert with_room_for(size)
+    assert with_room_for(size - 1) is None
 
 
 # --- bare chains
 
 @pytest.mark.parametrize('variant', VARIANTS)
 def test_a_bare_chain_is_whole_and_of_the_last_event(tokenizer, variant):
-    made, why = example(Writer(tokenizer, 150, 300), sample_of(record(EVENTS)), 'think', '', variant)
+    writer = Writer(tokenizer, 150, 300)
+    made, why = example(writer, SAMPLE, 'think', '', variant)
     assert why == 'bare'
     assert not fault_of_format(made['answer'], sections=variant != 'no_sections')
     assert '01-28 08:00' in made['answer']
@@ -270,10 +292,12 @@ def test_a_bare_chain_is_whole_and_of_the_last_event(tokenizer, variant):
 
 @pytest.mark.parametrize('variant', VARIANTS)
 def test_a_bare_chain_quotes_what_the_model_sees_and_knows_nothing(tokenizer, variant):
-    made, _ = example(Writer(tokenizer, 150, 300), sample_of(record(EVENTS)), 'think', '', variant)
+    writer = Writer(tokenizer, 150, 300)
+    made, _ = example(writer, SAMPLE, 'think', '', variant)
     chain = made['answer'].split('<think>\n')[1].split('\n</think>')[0]
     quoted = [line for line in chain.splitlines() if line.startswith('**')]
-    shown = made['prompt'].split('<|im_start|>user\n')[1].split('\n' + QUESTION)[0]
+    user = made['prompt'].split('<|im_start|>user\n')[1]
+    shown = user.split('\n' + QUESTION)[0]
     events = read_record(shown, 'compact')
     assert quoted
     assert all(supported(line, events) for line in quoted)
@@ -282,7 +306,8 @@ def test_a_bare_chain_quotes_what_the_model_sees_and_knows_nothing(tokenizer, va
 
 @pytest.mark.parametrize('variant', VARIANTS)
 def test_a_record_with_nothing_to_quote_gets_no_chain_with_sections(tokenizer, variant):
-    made, _ = Writer(tokenizer, 150, 300).example(sample_of(QUESTION), 'think', '', variant)
+    writer = Writer(tokenizer, 150, 300)
+    made, _ = writer.example(sample_of(QUESTION), 'think', '', variant)
     assert (made is None) == (variant != 'no_sections')
 
 
@@ -302,7 +327,7 @@ def chain_on(line, more=''):
 @pytest.mark.parametrize('scratch', [False, True])
 def test_a_chain_with_its_evidence_is_used(tokenizer, scratch):
     writer = Writer(tokenizer, 150, 300, scratch=scratch)
-    made, why = example(writer, sample_of(record(EVENTS), ['Sodium']), 'think', chain_on(SEEN))
+    made, why = example(writer, SODIUM_ASKED, 'think', chain_on(SEEN))
     assert why == ''
     assert SEEN in made['answer']
 
@@ -312,7 +337,8 @@ LOST = [chain_on(GONE), chain_on(SEEN, ' And again.'*200)]
 
 @pytest.mark.parametrize('chain', LOST, ids=['evidence cut away', 'too long'])
 def test_a_lost_chain_leaves_a_checkpoints_sample_out(tokenizer, chain):
-    made, why = Writer(tokenizer, 150, 300).example(sample_of(record(EVENTS), ['Sodium']), 'think', chain)
+    writer = Writer(tokenizer, 150, 300)
+    made, why = writer.example(SODIUM_ASKED, 'think', chain)
     assert made is None
     assert why
 
@@ -320,7 +346,7 @@ def test_a_lost_chain_leaves_a_checkpoints_sample_out(tokenizer, chain):
 @pytest.mark.parametrize('chain', LOST, ids=['evidence cut away', 'too long'])
 def test_a_lost_chain_gives_way_to_a_bare_one_from_scratch(tokenizer, chain):
     writer = Writer(tokenizer, 150, 300, scratch=True)
-    made, why = example(writer, sample_of(record(EVENTS), ['Sodium']), 'think', chain)
+    made, why = example(writer, SODIUM_ASKED, 'think', chain)
     assert why == 'bare'
     assert GONE not in made['answer']
     assert 'again' not in made['answer']
@@ -364,9 +390,11 @@ def test_what_is_no_name_is_not_listed(text, names, seed):
 
 def patient(subject):
     "A patient's rows of the store, with a laboratory value for each name."
-    labs = [row('labevents', at(1, hour), 7, {'item_name': name, 'value': '4.1'}, subject=subject)
-            for hour, name in enumerate(('Sodium', 'Potassium', 'Lactate', 'Glucose'), 1)]
-    return store([row('patients', cells=['60.0', 'F'], subject=subject), *labs], 'strict')
+    rows = [row('patients', cells=['60.0', 'F'], subject=subject)]
+    for hour, name in enumerate(('Sodium', 'Potassium', 'Lactate', 'Glucose'), 1):
+        cells = dict(item_name=name, value='4.1')
+        rows.append(row('labevents', at(1, hour), 7, cells, subject=subject))
+    return store(rows, 'strict')
 
 
 @pytest.fixture(scope='module')
@@ -399,22 +427,30 @@ def stored(tmp_path_factory):
     "A run with a store of five shards, ten patients each."
     run = Run('r', tmp_path_factory.mktemp('stored'))
     run.trajectories.mkdir(parents=True)
-    (run.trajectories/'manifest.json').write_text(json.dumps(dict(counts=dict(integers={}))))
+    (run.trajectories/'manifest.json').write_text('{"counts": {"integers": {}}}')
     for shard in range(5):
-        rows = pl.concat([patient(subject) for subject in range(100 + shard, 150 + shard, 5)])
+        subjects = range(100 + shard, 150 + shard, 5)
+        rows = pl.concat([patient(subject) for subject in subjects])
         rows.write_parquet(run.trajectories/f'shard-{shard:05d}.parquet')
     return run
 
 
-@pytest.mark.parametrize('tokens, shards', [(300, 2), (3_500, 4), (1_000_000, 5)])
+def bytes_of(folder):
+    return {file.name: file.read_bytes() for file in folder.iterdir()}
+
+
+@pytest.mark.parametrize('tokens, shards', [
+    (300, 2),
+    (3_500, 4),
+    (1_000_000, 5),
+])
 def test_workers_are_no_part_of_the_texts_of_stage_0(stored, tokenizer, tmp_path, tokens, shards):
     writer = Writer(tokenizer, 300, 300, scratch=True)
-    written, counts = [], []
-    for workers in (1, 2, 3):
-        out = tmp_path/str(workers)
-        counts.append(write_texts(stored, tokens, writer, out, 42, 'train', workers))
-        written.append({file.name: file.read_bytes() for file in out.iterdir()})
-    read = {int(s.split('-')[0]) % 5 for s in scan_examples(tmp_path/'1').collect()['sample_id']}
+    folders = [tmp_path/workers for workers in '123']
+    counts = [write_texts(stored, tokens, writer, folder, 42, 'train', int(folder.name)) for folder in folders]
+    written = [bytes_of(folder) for folder in folders]
+    ids = scan_examples(folders[0]).collect()['sample_id']
+    read = {int(sample_id.split('-')[0]) % 5 for sample_id in ids}
     assert len(read) == shards
     assert written[0] == written[1] == written[2]
     assert counts[0] == counts[1] == counts[2]
@@ -422,7 +458,8 @@ def test_workers_are_no_part_of_the_texts_of_stage_0(stored, tokenizer, tmp_path
 
 def test_texts_of_stage_0_are_read_until_there_are_enough(stored, tokenizer, tmp_path):
     writer = Writer(tokenizer, 300, 300, scratch=True)
-    few, all_of_them = (write_texts(stored, tokens, writer, tmp_path/str(tokens), 42) for tokens in (300, 1_000_000))
+    few = write_texts(stored, 300, writer, tmp_path/'few', 42)
+    all_of_them = write_texts(stored, 1_000_000, writer, tmp_path/'all', 42)
     assert 300 <= few['tokens'] < all_of_them['tokens']
 
 
@@ -432,11 +469,11 @@ def test_texts_of_stage_0_are_read_until_there_are_enough(stored, tokenizer, tmp
 def two_files(tmp_path):
     "Examples of more than two blocks in two files; their ids in order."
     number = 2*SHUFFLE_BLOCK + 5
-    rows = [(f's{i}', 't', 'decision', 'plain', '', 'x', [], 1, 1, 0) for i in range(number)]
-    frame = pl.DataFrame(rows, schema=EXAMPLES, orient='row')
+    ids = [f's{i}' for i in range(number)]
+    frame = pl.DataFrame([dict(sample_id=name) for name in ids], EXAMPLES)
     frame.head(1_500).write_parquet(tmp_path/'examples-00000.parquet')
     frame.tail(number - 1_500).write_parquet(tmp_path/'examples-00001.parquet')
-    return frame['sample_id'].to_list()
+    return ids
 
 
 def ids_in_order(folder, epochs):
@@ -450,7 +487,8 @@ def test_the_first_epoch_takes_examples_as_they_are_written(two_files, tmp_path)
 
 def test_each_example_comes_once_an_epoch_in_another_order(two_files, tmp_path):
     number, three = len(two_files), ids_in_order(tmp_path, 3)
-    first, second, third = (three[k*number:(k + 1)*number] for k in range(3))
+    starts = range(0, 3*number, number)
+    first, second, third = (three[start:start + number] for start in starts)
     assert first == two_files
     assert sorted(second) == sorted(third) == sorted(two_files)
     assert first != second != third != first
@@ -469,7 +507,12 @@ def test_an_empty_file_is_an_error_and_not_an_endless_wait(tmp_path):
 
 
 @pytest.mark.parametrize('bad', [
-    dict(ablations='graph'), dict(scaling='2'), dict(scaling='x'), dict(curriculum='maybe'), dict(adapt_rate='-1')])
+    dict(ablations='graph'),
+    dict(scaling='2'),
+    dict(scaling='x'),
+    dict(curriculum='maybe'),
+    dict(adapt_rate='-1'),
+])
 def test_bad_training_settings_are_refused(bad):
     with pytest.raises(ValueError):
         profile('demo', **bad)

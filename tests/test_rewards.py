@@ -31,13 +31,16 @@ It is low.
 ## Final Results
 Potassium"""
 TAGS = [
-    '<think>', '</think>', '<answer>', '</answer>', *(f'\n## {section}\n' for section in THINK_SECTIONS), '##',
-    '\n', '\r', ' ', 'yes', 'no', 'Potassium', '{"answer": 1}', '{', '[', '"', '\\', '1e999', 'NaN',
+    '<think>', '</think>', '<answer>', '</answer>',
+    *(f'\n## {section}\n' for section in THINK_SECTIONS), '##',
+    '\n', '\r', ' ', 'yes', 'no', 'Potassium',
+    '{"answer": 1}', '{', '[', '"', '\\', '1e999', 'NaN',
     '\x00', '\x1b', '\ud800', '\u2028', '\ufeff', 'ß', '\x85',
 ]
-PIECES_OF_TEXT = st.lists(st.sampled_from(TAGS) | st.text(max_size=3), max_size=30).map(''.join)
-ANY = st.text(st.characters(codec=None)) | PIECES_OF_TEXT
-WORD = st.text(st.characters(categories=['Lu', 'Ll', 'Nd']), min_size=1, max_size=8)
+PIECE = st.sampled_from(TAGS) | st.text(max_size=3)
+ANY = st.text(st.characters(codec=None)) | st.lists(PIECE, max_size=30).map(''.join)
+LETTERS = st.characters(categories=['Lu', 'Ll', 'Nd'])
+WORD = st.text(LETTERS, min_size=1, max_size=8)
 LINES = st.lists(WORD, min_size=1, max_size=6, unique_by=str.casefold)
 
 
@@ -76,8 +79,10 @@ def test_a_judge_sees_what_is_well_formed_and_nothing_else(text):
     assert (earned == -2) == (not seen)
 
 
-JSON_PARTS = ['{"answer": ', '"prediction": ', '}', '[', ']', ', ', '1', '-', '1e9', '1e999', 'NaN', 'null', 'true',
-              '"a"', '"\\ud800"']
+JSON_PARTS = [
+    '{"answer": ', '"prediction": ', '}', '[', ']', ', ',
+    '1', '-', '1e9', '1e999', 'NaN', 'null', 'true', '"a"', '"\\ud800"',
+]
 
 
 @given(st.lists(st.sampled_from(JSON_PARTS)))
@@ -88,15 +93,16 @@ def test_any_json_is_read_or_refused(parts):
         assert json.dumps(answer, allow_nan=False, ensure_ascii=False).encode()
 
 
-AS_TAUGHT = ['<think>\n', *(part for section in THINK_SECTIONS for part in (f'## {section}\n', 'x\n')), '</think>\n',
-             'a\n', 'b\n']
+TITLED = [part for section in THINK_SECTIONS for part in (f'## {section}\n', 'x\n')]
+AS_TAUGHT = ['<think>\n', *TITLED, '</think>\n', 'a\n', 'b\n']
+EDITS = st.lists(st.sampled_from(['drop', 'double', 'move']), max_size=3)
 
 
 @st.composite
 def edited(draw):
     "A completion as taught, with up to three pieces dropped, doubled or moved."
     pieces = list(AS_TAUGHT)
-    for edit in draw(st.lists(st.sampled_from(['drop', 'double', 'move']), max_size=3)):
+    for edit in draw(EDITS):
         at = draw(st.integers(0, len(pieces) - 1))
         to = draw(st.integers(0, len(pieces) - 1))
         piece = pieces[at] if edit == 'double' else pieces.pop(at)
@@ -115,7 +121,9 @@ def as_asked(pieces):
     if marks[:len(asked)] != asked or pieces[0] != asked[0]:
         return False
     answer = pieces[pieces.index('</think>\n') + 1:]
-    return bool(answer) and len(set(answer)) == len(answer) and not any('think' in piece for piece in answer)
+    if any('think' in piece for piece in answer):
+        return False
+    return len(set(answer)) == len(answer) > 0
 
 
 @given(edited())
@@ -154,8 +162,9 @@ def test_a_risk_is_won_by_the_right_word(gold, other):
 
 @pytest.mark.parametrize('gold, other', RISKS)
 def test_a_risk_is_lost_by_anything_else(gold, other):
-    wrong = ([other], [gold, other], [gold, gold], [f'{gold}.'], [f'{gold} {other}'], [gold[0]], [])
-    assert {accuracy_reward(said(*lines), [gold], 'risk') for lines in wrong} == {0}
+    both, unsure = [gold, other], [f'{gold} {other}']
+    for lines in ([other], both, [gold, gold], [f'{gold}.'], unsure, [gold[0]], []):
+        assert accuracy_reward(said(*lines), [gold], 'risk') == 0
 
 
 @pytest.mark.parametrize('gold, other', RISKS)
@@ -184,7 +193,11 @@ def test_a_chain_of_the_teacher_passes_the_filters(case):
 
 
 @pytest.mark.parametrize('old, new', [
-    ('', ''), ('## ', '##'), ('## Reasoning', '##  Reasoning :'), ('\n', '\r\n')])
+    ('', ''),
+    ('## ', '##'),
+    ('## Reasoning', '##  Reasoning :'),
+    ('\n', '\r\n'),
+])
 def test_a_chain_that_the_filters_can_read_passes_the_format(case, old, new):
     chain = reasoning.verbalise(case, 'no_knowledge')
     chain = chain.replace(old, new) if old else chain
@@ -280,16 +293,24 @@ def test_the_fault_is_named(text, fault):
 # --- as TRL calls them
 
 TEXTS = [said('a', 'c'), said('no'), 'yes']
-BATCH = dict(label=[['a', 'b'], ['no'], ['yes']], family=['decision', 'risk', 'risk'], prompts=['p']*3,
-             completion_ids=[[1]]*3, trainer_state=None, log_extra=None, log_metric=None, task=['t']*3)
+MESSAGES = [[dict(role='assistant', content=text)] for text in TEXTS]
+BATCH = dict(
+    label=[['a', 'b'], ['no'], ['yes']],
+    family=['decision', 'risk', 'risk'],
+    prompts=['p']*3,
+    completion_ids=[[1]]*3,
+    task=['t']*3,
+    trainer_state=None,
+    log_extra=None,
+    log_metric=None,
+)
 
 
 def test_trl_logs_them_by_name():
     assert [reward.__name__ for reward in grpo_rewards()] == ['accuracy', 'format']
 
 
-@pytest.mark.parametrize('completions', [TEXTS, [[dict(role='assistant', content=text)] for text in TEXTS]],
-                         ids=['text', 'messages'])
+@pytest.mark.parametrize('completions', [TEXTS, MESSAGES], ids=['text', 'messages'])
 def test_trl_gets_what_it_wants(completions):
     accuracy, form = grpo_rewards()
     assert accuracy(completions=completions, **BATCH) == [.5, 1, 0]
@@ -335,7 +356,11 @@ def with_idx(value):
 
 
 @pytest.mark.parametrize('around', [
-    dict(), dict(before=' \n<think></think>'), dict(after=' \n'), dict(body=f'\n{RIGHT}\n')])
+    dict(),
+    dict(before=' \n<think></think>'),
+    dict(after=' \n'),
+    dict(body=f'\n{RIGHT}\n'),
+])
 def test_a_right_answer_earns_more_than_1(around):
     assert mind(**dict(body=RIGHT) | around) == 1.1
 
@@ -389,9 +414,10 @@ def test_another_object_is_malformed(body):
     assert mind(body) == -2
 
 
-@pytest.mark.parametrize('number', [
-    'NaN', 'Infinity', '-Infinity', '1e999', '-1e999', '9'*400, '-' + '9'*5000, '01', '+1', '.5', '0x1'],
-    ids=lambda number: number[:8])
+NO_NUMBERS = ['NaN', 'Infinity', '-Infinity', '1e999', '-1e999', '01', '+1', '.5', '0x1']
+
+
+@pytest.mark.parametrize('number', [*NO_NUMBERS, '9'*400, '-' + '9'*5000], ids=lambda number: number[:8])
 def test_a_number_that_is_none_is_malformed(number):
     assert mind(with_idx(number)) == -2
 
@@ -414,8 +440,10 @@ def test_deep_json_is_malformed(depth, opening, closing):
     assert mind(opening*depth) == -2
 
 
-ONE_LINE = st.text(st.characters(codec='utf-8'), max_size=50).filter(lambda text: '<' not in text)
-NUMBER = st.integers(-10**300, 10**300) | st.floats(allow_nan=False, allow_infinity=False)
+STORABLE = st.text(st.characters(codec='utf-8'), max_size=50)
+ONE_LINE = STORABLE.filter(lambda text: '<' not in text)
+FINITE = st.floats(allow_nan=False, allow_infinity=False)
+NUMBER = st.integers(-10**300, 10**300) | FINITE
 
 
 @given(ONE_LINE | st.booleans() | NUMBER)
@@ -454,7 +482,7 @@ COSTLY = dict(  # texts of about N characters that cost much if read carelessly,
     titles=lambda: said('a', chain='## Extraction\n'*(N//14)),
     near=lambda: said('a', chain='## Extractio\n'*(N//13)),
     same=lambda: said('a\n'*(N//2)),
-    lines=lambda: said('\n'.join(map(str, range(N//7)))),
+    lines=lambda: said(*map(str, range(N//7))),
     one=lambda: said('a'*N),
     surrogates=lambda: said('\ud800'*N),
     controls=lambda: said('\x00\x1b'*(N//2)),

@@ -20,19 +20,27 @@ from ehr_r1.config import Run
 from ehr_r1.inference.checkpoints import ModelError, answer_text, chat_text, load_model
 from ehr_r1.profiles import PROFILES, profile
 from ehr_r1.synthesis.reasoning import CHAINS
-from ehr_r1.training import settings, streaming
+from ehr_r1.training import settings, streaming, trainer
 from ehr_r1.training.choosing import REPEATS, choose_examples
 from ehr_r1.training.copying import copied_share
-from ehr_r1.training.examples import EXAMPLES, encode
+from ehr_r1.training.examples import EXAMPLES, encode, tokens_of
 from ehr_r1.training.metrics import read_metrics
 from ehr_r1.training.models import new_model, train_tokenizer
 from ehr_r1.training.settings import BY_STAGE, CONFIGS, FOR_TRAINING, STAGE_EPOCHS, TARGETS, training_settings
 from ehr_r1.training.streaming import streamed
 from ehr_r1.training.trainer import launch, run_training, train, write_job
 
-CONFIGURATIONS = sorted((Path(__file__).parent.parent/'ehr_r1'/'training'/'accelerate').glob('*.yaml'))
+OURS = Path(trainer.__file__).parent/'accelerate'
+CONFIGURATIONS = sorted(OURS.glob('*.yaml'))
 COLOURS = ('red', 'green', 'blue', 'white')
-USUAL = dict(batch=8, prompts=2, completions=4, answer_tokens=16, adapt_rate=3e-3, reinforce_rate=1e-3)
+USUAL = dict(
+    batch=8,
+    prompts=2,
+    completions=4,
+    answer_tokens=16,
+    adapt_rate=3e-3,
+    reinforce_rate=1e-3,
+)
 
 
 def questions(number):
@@ -59,12 +67,19 @@ def colour_examples(tokenizer):
     "160 examples of the questions, in any tokenizer."
     rows = []
     for number, (text, label) in enumerate(questions(160)):
-        messages = [dict(role='system', content='S'), dict(role='user', content=text)]
-        prompt, answer = chat_text(tokenizer, messages, 'think'), answer_text('hm', [label])
-        sizes = [len(tokenizer(part, add_special_tokens=False).input_ids) for part in (prompt, answer)]
-        about = (str(number), 'colour', 'decision', 'think')
-        rows.append((*about, prompt, answer, [label], sizes[0], sizes[1] + 1, 0))
-    return pl.DataFrame(rows, schema=EXAMPLES, orient='row')
+        system = dict(role='system', content='S')
+        prompt = chat_text(tokenizer, [system, dict(role='user', content=text)], 'think')
+        answer = answer_text('hm', [label])
+        rows.append(dict(
+            sample_id=str(number),
+            family='decision',
+            prompt=prompt,
+            answer=answer,
+            label=[label],
+            tokens=tokens_of(tokenizer, prompt),
+            answer_tokens=tokens_of(tokenizer, answer) + 1,
+        ))
+    return pl.DataFrame(rows, EXAMPLES)
 
 
 def prepare(out, start, stage='adapt', steps=8, arguments=None, **changes):
@@ -83,8 +98,11 @@ def weights(folder):
 
 def curve(folder):
     "What was logged, without what is measured."
-    return [{name: value for name, value in line.items() if name not in ('seconds', 'step_time')}
-            for line in read_metrics(folder)]
+    lines = read_metrics(folder)
+    for line in lines:
+        line.pop('seconds')
+        line.pop('step_time', None)
+    return lines
 
 
 def changed(one, two):
@@ -93,7 +111,8 @@ def changed(one, two):
 
 
 def distance(one, two):
-    return sum(((one[name] - two[name])**2).sum() for name in one)**.5
+    squares = [((one[name] - two[name])**2).sum() for name in one]
+    return sum(squares)**.5
 
 
 def same(one, two, start, lines):
@@ -122,12 +141,14 @@ train(sys.argv[1])
 
 
 def checkpoints(out):
-    return {int(folder.name.split('-')[1]) for folder in (out/'trainer').glob('checkpoint-*')}
+    folders = (out/'trainer').glob('checkpoint-*')
+    return {int(folder.name.split('-')[1]) for folder in folders}
 
 
 def killed(out, step):
     "Train up to a step; what the last checkpoint is."
-    done = subprocess.run([sys.executable, '-c', KILLED, str(out), str(step)], capture_output=True, text=True)
+    command = [sys.executable, '-c', KILLED, str(out), str(step)]
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == -signal.SIGKILL, done.stderr
     assert read_metrics(out)[-1]['step'] == step
     assert not (out/'model').exists()
@@ -168,7 +189,9 @@ def test_no_pickle_is_left_beside_a_model(trained):
 
 
 def test_killed_reinforcement_comes_out_the_same(trained, tmp_path):
-    whole, out = (prepare(tmp_path/name, trained/'model', 'reinforce', 11) for name in ('whole', 'killed'))
+    start = trained/'model'
+    whole = prepare(tmp_path/'whole', start, 'reinforce', 11)
+    out = prepare(tmp_path/'killed', start, 'reinforce', 11)
     train(whole)
     lines = read_metrics(whole)
     learning = [line for line in lines if line['reward_std'] > 0 and line['grad_norm'] > 0]
@@ -176,7 +199,7 @@ def test_killed_reinforcement_comes_out_the_same(trained, tmp_path):
     assert all(0 <= line['rewards/accuracy/mean'] <= 1 for line in lines)
     assert killed(out, 5) == 4
     train(out)
-    same(whole, out, trained/'model', 11)
+    same(whole, out, start, 11)
 
 
 class Stop(transformers.TrainerCallback):
@@ -188,10 +211,10 @@ class Stop(transformers.TrainerCallback):
 def test_interrupted_stage_0_comes_out_the_same(start, tmp_path, monkeypatch):
     answer = '<think>\n## Extraction\n**Room [101]**: bed 2\n</think>'
     quoting = pl.DataFrame(dict(prompt=['Room 101, bed 2.\n'], answer=[answer]))
-    folders = [prepare(tmp_path/name, start, 'base', 20, base_rate=3e-3, lora=2) for name in ('whole', 'stopped')]
-    for folder in folders:
+    whole = prepare(tmp_path/'whole', start, 'base', 20, base_rate=3e-3, lora=2)
+    out = prepare(tmp_path/'stopped', start, 'base', 20, base_rate=3e-3, lora=2)
+    for folder in (whole, out):
         quoting.write_parquet(folder/'gate.parquet')
-    whole, out = folders
     train(whole)
     usual = transformers.trainer.DEFAULT_CALLBACKS
     with monkeypatch.context() as patch:
@@ -250,16 +273,17 @@ def test_copying_compares_the_tokens_that_training_sees(knows):
 # --- several processes
 
 def test_two_processes_train_as_one(start, tmp_path, monkeypatch):
-    one, two = (prepare(tmp_path/name, start, steps=8) for name in ('one', 'two'))
+    one = prepare(tmp_path/'one', start)
+    two = prepare(tmp_path/'two', start)
     train(one)
     monkeypatch.setenv('EHR_R1_ACCELERATE', 'two_processes_cpu')
     launch(two)
     for x, y in zip(read_metrics(one), read_metrics(two), strict=True):
-        assert [x[name] for name in ('step', 'num_tokens', 'learning_rate')] == \
-               [y[name] for name in ('step', 'num_tokens', 'learning_rate')]
+        for name in ('step', 'num_tokens', 'learning_rate'):
+            assert x[name] == y[name]
         assert x['loss'] == pytest.approx(y['loss'], abs=3e-3)  # bf16 products, added up in another order
-    a, b, old = weights(one/'model'), weights(two/'model'), weights(start)
-    assert distance(a, b) < .15*distance(a, old)
+    a, b = weights(one/'model'), weights(two/'model')
+    assert distance(a, b) < .15*distance(a, weights(start))
 
 
 @pytest.mark.parametrize('processes', [1, 2, 4, 8])
@@ -279,8 +303,12 @@ def test_a_step_that_does_not_divide_is_refused(monkeypatch):
 
 
 KINDS = dict(  # type, processes, machines
-    one_gpu=('NO', 1, 1), eight_gpus_zero3=('DEEPSPEED', 8, 1), eight_gpus_fsdp=('FSDP', 8, 1),
-    several_nodes=('FSDP', 32, 4), two_processes_cpu=('MULTI_GPU', 2, 1))
+    one_gpu=('NO', 1, 1),
+    eight_gpus_zero3=('DEEPSPEED', 8, 1),
+    eight_gpus_fsdp=('FSDP', 8, 1),
+    several_nodes=('FSDP', 32, 4),
+    two_processes_cpu=('MULTI_GPU', 2, 1),
+)
 
 
 def as_accelerate_reads(file):
@@ -300,8 +328,11 @@ def test_accelerate_takes_the_configuration(file):
     kind, processes, machines = KINDS[file.stem]
     assert args.mixed_precision == 'bf16'
     assert config.num_processes % config.num_machines == 0
-    assert (config.distributed_type.name, args.num_processes, args.num_machines) == (kind, processes, machines)
-    assert (args.use_deepspeed, args.use_fsdp) == (kind == 'DEEPSPEED', kind == 'FSDP')
+    assert config.distributed_type.name == kind
+    assert args.num_processes == processes
+    assert args.num_machines == machines
+    assert args.use_deepspeed == (kind == 'DEEPSPEED')
+    assert args.use_fsdp == (kind == 'FSDP')
 
 
 def test_deepspeed_takes_sizes_from_the_profile_and_leaves_one_file():
@@ -366,18 +397,22 @@ def test_loss_is_on_the_assistants_tokens_alone(trained, tmp_path):
         all_losses.append(losses)
         of_assistant.append(losses[said])
     logged = read_metrics(out)[0]['loss']
-    assert logged == pytest.approx(torch.cat(of_assistant).mean().item(), abs=.01)
-    assert abs(logged - torch.cat(all_losses).mean().item()) > 1
+    expected = torch.cat(of_assistant).mean().item()
+    of_all = torch.cat(all_losses).mean().item()
+    assert logged == pytest.approx(expected, abs=.01)
+    assert abs(logged - of_all) > 1
 
 
 def short_and_long_answers(out, tokenizer):
     "Make every other answer one word and the others as long as their prompts; the loss-bearing tokens of each."
     file = out/'examples'/'examples-00000.parquet'
     even = pl.int_range(pl.len()) % 2 == 0
-    answer = pl.when(even).then(pl.lit('red')).otherwise(pl.col('prompt'))
+    answer = pl.when(even).then(pl.lit('red')).otherwise('prompt')
     rows = pl.read_parquet(file).with_columns(answer=answer)
-    sizes = [sum(encode(row, tokenizer)['completion_mask']) for row in rows.to_dicts()]
-    rows.with_columns(answer_tokens=pl.Series(sizes, dtype=pl.Int32)).write_parquet(file)
+    encoded = [encode(row, tokenizer) for row in rows.to_dicts()]
+    sizes = [sum(x['completion_mask']) for x in encoded]
+    tokens = pl.Series(sizes, dtype=pl.Int32)
+    rows.with_columns(answer_tokens=tokens).write_parquet(file)
     return sizes
 
 
@@ -397,7 +432,8 @@ def test_what_a_sample_weighs_in_stages_1_and_2_of_a_small_model(start, tmp_path
     usual = sum(max(size, average) for size in sizes)/len(sizes)
     alike = stage == 'adapt'
     factors = [1 if alike else max(len(losses), average)/usual for losses in bearing]
-    expected = sum(losses.mean().item()*factor for losses, factor in zip(bearing, factors))/8
+    means = [losses.mean().item() for losses in bearing]
+    expected = sum(mean*factor for mean, factor in zip(means, factors))/8
     by_tokens = torch.cat(bearing).mean().item()
     found = read_metrics(out)[0]['loss']
     assert (len(set(factors)) == 1) == alike
@@ -410,14 +446,19 @@ def streams(start, tmp_path_factory):
     "384 sequences as they come, the same dealt out by length, and these once more."
     out = prepare(tmp_path_factory.mktemp('streams')/'x', start)
     tokenizer = AutoTokenizer.from_pretrained(start)
-    return [[x['input_ids'] for x in islice(streamed(out/'examples', 42, tokenizer, True, each), 384)]
-            for each in (0, 8, 8)]
+
+    def first(each):
+        stream = streamed(out/'examples', 42, tokenizer, True, each)
+        return [sequence['input_ids'] for sequence in islice(stream, 384)]
+
+    return first(0), first(8), first(8)
 
 
 def padded(rows):
     "Places of steps of eight sequences, for each token."
-    steps = [rows[k:k + 8] for k in range(0, len(rows), 8)]
-    return sum(max(map(len, step))*8 for step in steps)/sum(map(len, rows))
+    lengths = [len(row) for row in rows]
+    longest = [max(lengths[k:k + 8]) for k in range(0, len(rows), 8)]
+    return 8*sum(longest)/sum(lengths)
 
 
 def test_sequences_of_a_step_are_alike_in_length(streams):
@@ -428,8 +469,8 @@ def test_sequences_of_a_step_are_alike_in_length(streams):
 def test_no_sequence_is_lost_and_steps_are_in_a_drawn_order(streams):
     came, dealt, _ = streams
     many = 8*streaming.WINDOW
-    windows = range(0, 384, many)
-    assert [sorted(dealt[k:k + many]) for k in windows] == [sorted(came[k:k + many]) for k in windows]
+    for k in range(0, 384, many):
+        assert sorted(dealt[k:k + many]) == sorted(came[k:k + many])
     assert dealt[:many] != sorted(came[:many], key=len)
 
 
@@ -450,7 +491,8 @@ def adapted(start, tmp_path_factory):
 
 def test_lora_changes_the_projections_alone(start, adapted):
     before, after = weights(start), weights(adapted/'model')
-    targets = {name for name in before if name.split('.')[-2] in TARGETS.split()}
+    named = TARGETS.split()
+    targets = {name for name in before if name.split('.')[-2] in named}
     assert before.keys() == after.keys()
     assert changed(before, after) == targets
     assert len(targets) == 14
@@ -459,7 +501,8 @@ def test_lora_changes_the_projections_alone(start, adapted):
 def test_lora_changes_what_its_rank_allows(start, adapted):
     before, after = weights(start), weights(adapted/'model')
     for name in changed(before, after):
-        sizes = torch.linalg.svdvals((after[name] - before[name]).double())
+        change = after[name] - before[name]
+        sizes = torch.linalg.svdvals(change.double())
         assert sizes[2] > 1e-5, name
         assert sizes[3] < 1e-2*sizes[2], name
 
@@ -482,7 +525,8 @@ def test_lora_leaves_no_pickle(adapted):
 @pytest.fixture(scope='module')
 def paper():
     "The configurations of the paper's three stages."
-    return {stage: CONFIGS[stage](profile('paper'), Path('x'), 1_000) for stage in STAGE_EPOCHS}
+    p = profile('paper')
+    return {stage: CONFIGS[stage](p, Path('x'), 1_000) for stage in STAGE_EPOCHS}
 
 
 def test_paper_profile_has_the_papers_rates(paper):
@@ -492,7 +536,10 @@ def test_paper_profile_has_the_papers_rates(paper):
 
 def test_paper_profile_has_the_papers_sizes():
     p = profile('paper')
-    assert (p.batch, p.reason_batch, p.prompts, p.completions, p.lora) == (8, 64, 4, 16, 0)
+    assert p.batch == 8
+    assert p.reason_batch == 64
+    assert (p.prompts, p.completions) == (4, 16)
+    assert p.lora == 0
     assert p.context == 8_192
     assert p.context + p.answer_tokens == 12_288  # longest of stages 1 and 2
 
@@ -520,27 +567,32 @@ def test_supervised_stages_are_cut_before_and_bear_loss_on_answers(paper, stage)
 
 def test_paper_profile_has_the_papers_sampling(paper):
     config = paper['reinforce']
-    sampling = (config.num_generations, config.temperature, config.top_p, config.top_k, config.beta)
-    assert sampling == (16, .7, .95, 20, 0)
+    assert config.num_generations == 16
+    assert config.temperature == .7
+    assert (config.top_p, config.top_k) == (.95, 20)
+    assert config.beta == 0
     assert config.max_completion_length == 2_048
     assert config.reward_weights in (None, [1., 1.])
     assert config.num_iterations == 1
 
 
 def test_adapters_are_on_all_projections():
-    assert set(TARGETS.split()) == {f'{x}_proj' for x in ('q', 'k', 'v', 'o', 'up', 'gate', 'down')}
+    projections = [name.removesuffix('_proj') for name in TARGETS.split()]
+    assert sorted(projections) == ['down', 'gate', 'k', 'o', 'q', 'up', 'v']
 
 
 @pytest.mark.parametrize('name', PROFILES)
 @pytest.mark.parametrize('stage', CONFIGS)
 def test_a_configuration_reads_the_settings_of_its_stage_alone(stage, name):
     p = profile(name)
-    told = training_settings(p, stage)
-    assert CONFIGS[stage](told, Path('x'), 10).to_dict() == CONFIGS[stage](p, Path('x'), 10).to_dict()
+    from_settings = CONFIGS[stage](training_settings(p, stage), Path('x'), 10)
+    from_all = CONFIGS[stage](p, Path('x'), 10)
+    assert from_settings.to_dict() == from_all.to_dict()
 
 
 def test_a_job_holds_what_its_training_reads(start, tmp_path):
-    job = json.loads((prepare(tmp_path/'x', start, 'reason')/'job.json').read_text())
+    out = prepare(tmp_path/'x', start, 'reason')
+    job = json.loads((out/'job.json').read_text())
     assert set(job) == {'stage', 'start', 'steps', 'profile'}
     assert set(job['profile']) == {*FOR_TRAINING, *BY_STAGE['reason']}
 
@@ -549,8 +601,9 @@ def test_a_finished_training_leaves_its_model_and_no_job(start, tmp_path):
     out = prepare(tmp_path/'x', start)
     counts = run_training(out, profile('smoke', **USUAL), 'adapt', start, 2, 17)
     assert {file.name for file in out.iterdir()} == {'examples', 'model', 'metrics.jsonl'}
-    assert (counts['parameters'], counts['steps'], counts['compiled']) == (17, 2, False)
-    assert [counts['first'], counts['last']] == [line['loss'] for line in read_metrics(out)]
+    first, last = read_metrics(out)
+    expected = dict(parameters=17, steps=2, first=first['loss'], last=last['loss'])
+    assert counts == expected | dict(compiled=False)
 
 
 @pytest.mark.parametrize('changes, stage, said', [
@@ -586,8 +639,11 @@ def answers(tmp_path):
     "A run of 300 samples of one task in three files, a tenth of them for tuning; the answer of each."
     run, rng = Run('r', tmp_path), random.Random(2)
     (run.samples/'ehr_ins').mkdir(parents=True)
-    labels = [['x'*rng.randint(1, 30)]*rng.randint(1, 3) for _ in range(300)]
-    rows = pl.DataFrame(dict(sample_id=[str(i) for i in range(300)], label=labels, split=['tuning', *['train']*9]*30))
+    rows = pl.DataFrame(dict(
+        sample_id=[str(i) for i in range(300)],
+        label=[['x'*rng.randint(1, 30)]*rng.randint(1, 3) for _ in range(300)],
+        split=['tuning', *['train']*9]*30,
+    ))
     rows = rows.with_columns(task=pl.lit('t'), family=pl.lit('decision'))
     for k in range(3):
         rows[100*k:100*k + 100].write_parquet(run.samples/'ehr_ins'/f'{k}.parquet')
@@ -600,7 +656,8 @@ def chosen_ids(run, seed=7, curriculum=False):
 
 def test_the_curriculum_puts_short_answers_first(answers):
     run, labels = answers
-    sizes = [len('\n'.join(labels[i])) for i in chosen_ids(run, curriculum=True)]
+    chosen = chosen_ids(run, curriculum=True)
+    sizes = [len('\n'.join(labels[i])) for i in chosen]
     assert sizes == sorted(sizes)
 
 
@@ -634,8 +691,15 @@ def scarce(tmp_path):
     label = pl.lit(['yes'], pl.List(pl.String))
     rows = pl.DataFrame(rows).with_columns(split=pl.lit('train'), label=label)
     rows.write_parquet(run.samples/'ehr_ins'/'0.parquet')
-    chain = dict(sample_id='few-0', subject_id=1, task='few', split='train', teacher='t', variant='knowledge',
-                 attempt=0, chain='C', fault='', supported=1, lines=1, prompt_tokens=0, completion_tokens=0)
+    chain = dict.fromkeys(CHAINS) | dict(
+        sample_id='few-0',
+        task='few',
+        split='train',
+        variant='knowledge',
+        attempt=0,
+        chain='C',
+        fault='',
+    )
     pl.DataFrame([chain], CHAINS).write_parquet(run.chains/'shard-0.parquet')
     return run, rows
 
@@ -648,7 +712,8 @@ def thought_and_rest(scarce, variant):
     run, rows = scarce
     chosen = choose_examples(run, 'reason', 7, variant, bare=True).with_row_index('place')
     chosen = chosen.join(rows, on='sample_id', maintain_order='left')
-    return chosen.filter(pl.col('chain').is_not_null()), chosen.filter(pl.col('chain').is_null())
+    thinks = pl.col('chain').is_not_null()
+    return chosen.filter(thinks), chosen.filter(~thinks)
 
 
 @VARIANTS_OF_STAGE_2
@@ -677,7 +742,8 @@ def test_a_chain_of_the_teacher_is_read_each_time(scarce, variant):
 @VARIANTS_OF_STAGE_2
 def test_a_sample_that_is_read_again_stands_elsewhere(scarce, variant):
     thought, _ = thought_and_rest(scarce, variant)
-    places = thought.filter(task='few').group_by('sample_id').agg('place')['place'].to_list()
+    of_few = thought.filter(task='few')
+    places = of_few.group_by('sample_id').agg('place')['place'].to_list()
     assert all(len(some) >= 2 for some in places)
     apart = [some for some in places if some[1] - some[0] > 1]
     assert len(apart) > .8*len(places)
@@ -687,4 +753,5 @@ def test_a_sample_that_is_read_again_stands_elsewhere(scarce, variant):
 def test_a_checkpoint_thinks_about_the_teachers_chains_alone(scarce, variant):
     run, _ = scarce
     chosen = choose_examples(run, 'reason', 7, variant, bare=False)
-    assert chosen.filter(pl.col('chain').is_not_null())['sample_id'].to_list() == ['few-0']
+    thought = chosen.filter(pl.col('chain').is_not_null())
+    assert thought['sample_id'].to_list() == ['few-0']
