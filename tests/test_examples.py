@@ -1,190 +1,518 @@
-"Models from scratch, the chat format, and training examples: nothing lost that must stay, nothing kept that cannot fit."
+"Models from scratch, the chat format, training examples: nothing is lost that must stay or kept that cannot fit."
 from functools import cache
-import polars as pl, pytest
-from hypothesis import given, settings, strategies as st
-from ehr_r1.profiles import VARIANTS, profile
-from ehr_r1.config import Run
-from ehr_r1.data.tasks import TASKS
-from ehr_r1.scoring import parse_answer
-from ehr_r1.synthesis.support import read_record, supported
-from ehr_r1.training.examples import BLOCK, EXAMPLES, LISTED, Writer, encode, in_order, names_of, patient_texts, quotes, scan_examples, shorten, show_example
-from ehr_r1.training.rewards import accuracy_reward, fault_of_format
-from ehr_r1.inference.checkpoints import MODES, ModelError, answer_text, chat_text, check_chat, load_model
-from ehr_r1.training.models import new_model, train_tokenizer
+
+import polars as pl
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from records import at, row, store
 
-EVENTS = [f'## Labs [2150-01-{d:02} 08:00]\n- Sodium 14{d % 10} mEq/L\n- Potassium 4.{d % 10} mEq/L [3.3-5.1]' for d in range(1, 29)]
+from ehr_r1.config import Run
+from ehr_r1.data.tasks import TASKS
+from ehr_r1.inference.checkpoints import ModelError, answer_text, chat_text, check_chat, load_model
+from ehr_r1.profiles import VARIANTS, profile
+from ehr_r1.scoring import parse_answer
+from ehr_r1.synthesis.reasoning import read_record, supported
+from ehr_r1.training.examples import (
+    EXAMPLES,
+    SHUFFLE_BLOCK,
+    Writer,
+    encode,
+    in_order,
+    scan_examples,
+    shorten,
+    show_example,
+)
+from ehr_r1.training.models import new_model, train_tokenizer
+from ehr_r1.training.record_texts import LISTED, listed_names, patient_texts, quotes, write_texts
+from ehr_r1.training.rewards import accuracy_reward, fault_of_format
+
+
+def labs_of(day):
+    return (f'## Labs [2150-01-{day:02} 08:00]\n- Sodium 14{day % 10} mEq/L\n'
+            f'- Potassium 4.{day % 10} mEq/L [3.3-5.1]')
+
+
+EVENTS = [labs_of(day) for day in range(1, 29)]
+FIRST = '## Patient\n- anchor_age 50, gender F'
+ADMISSION = '## Admission [2150-01-01 00:00]\n- EW EMER.'
 QUESTION = TASKS['labevents'].instruction
-words = lambda text: len(text.split())
+SUMMARY_TEXT = '\n\nHistory:\n\n## not an event\nend'
+
+
+def words(text):
+    return len(text.split())
+
 
 def record(events, summary=0, admission=True):
-    head = ['## Patient\n- anchor_age 50, gender F']
-    if summary: head.append('## Discharge summary [2149-12-01 10:00]\n- ' + 'word '*summary + '\n\nHistory:\n\n## not an event\nend')
-    if admission: head.append('## Admission [2150-01-01 00:00]\n- EW EMER.')
-    return '\n\n'.join([*head, *events]) + '\n' + QUESTION
+    "A record and its question; the summary has so many words."
+    parts = [FIRST]
+    if summary:
+        parts.append('## Discharge summary [2149-12-01 10:00]\n- ' + 'word '*summary + SUMMARY_TEXT)
+    if admission:
+        parts.append(ADMISSION)
+    return '\n\n'.join([*parts, *events]) + '\n' + QUESTION
+
+
+def without_question(text):
+    return text.removesuffix('\n' + QUESTION)
+
+
+def sample_of(text, label=('Sodium', 'Potassium')):
+    about = dict(sample_id='s', task='labevents', family='decision')
+    return about | dict(label=list(label), text=text)
+
+
+SAMPLE = sample_of(record(EVENTS))
+SODIUM_ASKED = sample_of(record(EVENTS), ['Sodium'])
+
+
+def example(writer, sample, *how):
+    "An example by name of its columns."
+    made, why = writer.example(sample, *how)
+    return dict(zip(EXAMPLES, made)), why
+
+
+def loss_bearing(encoded):
+    return [token for token, bears in zip(encoded['input_ids'], encoded['completion_mask']) if bears]
+
 
 @pytest.fixture(scope='module')
-def tokenizer(): return train_tokenizer([record(EVENTS), 'yes', 'no', 'Sodium\nPotassium']*3, 700)
+def tokenizer():
+    return train_tokenizer([record(EVENTS), 'yes', 'no', 'Sodium\nPotassium']*3, 700)
 
-@given(st.lists(st.sampled_from(EVENTS), max_size=20), st.integers(0, 80), st.booleans(), st.integers(20, 400))
-def test_a_cut_record_keeps_head_question_and_the_latest_events(events, summary, admission, limit):
-    text = record(events, summary, admission)
-    short, tokens, gone = shorten(text, 'labevents', limit, words)
-    first, question = record([], 0, admission).rsplit('\n', 1)
-    assert short.startswith('## Patient\n- anchor_age 50, gender F') and short.endswith('\n' + QUESTION)
-    assert ('## Admission' in short) == admission
-    body = short.removesuffix('\n' + QUESTION)
-    kept = body.count('## Labs [')
-    assert body.endswith('\n\n'.join(events[len(events) - kept:])) # the newest stay, whole
-    assert gone == len(events) - kept + (bool(summary) and '## Discharge summary' not in short)
-    assert words(short) <= tokens and (tokens <= limit or not kept)
-    if tokens <= limit and gone == 0: assert short == text
-    assert shorten(short, 'labevents', limit, words)[0] == short
-
-def test_a_long_summary_goes_before_the_window_and_a_short_one_stays():
-    assert '## Discharge' not in shorten(record(EVENTS[:8], 300), 'labevents', 200, words)[0]
-    cut = shorten(record(EVENTS, 20), 'labevents', 120, words)[0]
-    assert '## Discharge summary' in cut and EVENTS[-1] in cut and EVENTS[0] not in cut
 
 @cache
-def SMALL(): return train_tokenizer(['- Sodium 140'], 300)
+def small_tokenizer():
+    return train_tokenizer(['- Sodium 140'], 300)
+
+
+# --- records that are too long
+
+CUT = dict(
+    events=st.lists(st.sampled_from(EVENTS), max_size=20),
+    summary=st.integers(0, 80),
+    admission=st.booleans(),
+    limit=st.integers(20, 400),
+)
+
+
+@given(**CUT)
+def test_a_cut_record_keeps_head_and_question(events, summary, admission, limit):
+    short, _, _ = shorten(record(events, summary, admission), 'labevents', limit, words)
+    assert short.startswith(FIRST)
+    assert short.endswith('\n' + QUESTION)
+    assert ('## Admission' in short) == admission
+
+
+@given(**CUT)
+def test_a_cut_record_keeps_the_latest_events_whole(events, summary, admission, limit):
+    short, _, dropped = shorten(record(events, summary, admission), 'labevents', limit, words)
+    body = without_question(short)
+    kept = body.count('## Labs [')
+    lost_summary = bool(summary) and '## Discharge summary' not in short
+    assert body.endswith('\n\n'.join(events[len(events) - kept:]))
+    assert dropped == len(events) - kept + lost_summary
+
+
+@given(**CUT)
+def test_a_cut_record_fits_and_is_not_cut_again(events, summary, admission, limit):
+    text = record(events, summary, admission)
+    short, tokens, dropped = shorten(text, 'labevents', limit, words)
+    assert words(short) <= tokens
+    assert tokens <= limit or '## Labs [' not in without_question(short)
+    if tokens <= limit and dropped == 0:
+        assert short == text
+    assert shorten(short, 'labevents', limit, words)[0] == short
+
+
+def test_a_long_summary_goes_before_the_window():
+    text = record(EVENTS[:8], summary=300)
+    short, _, _ = shorten(text, 'labevents', 200, words)
+    assert '## Discharge' not in short
+
+
+def test_a_short_summary_stays():
+    text = record(EVENTS, summary=20)
+    short, _, _ = shorten(text, 'labevents', 120, words)
+    assert '## Discharge summary' in short
+    assert EVENTS[-1] in short
+    assert EVENTS[0] not in short
+
+
+# --- tokenizer, chat format, model
 
 @settings(max_examples=50, deadline=None)
 @given(st.text(max_size=200))
 def test_any_text_survives_the_tokenizer(text):
-    t = SMALL()
+    tokenizer = small_tokenizer()
     clean = text.encode('utf-8', 'ignore').decode()
-    assert t.decode(t(clean, add_special_tokens=False).input_ids) == clean
+    ids = tokenizer(clean, add_special_tokens=False).input_ids
+    assert tokenizer.decode(ids) == clean
 
-def test_yes_and_no_are_one_token_each_even_if_never_seen():
-    t = train_tokenizer(['- Sodium 140'], 300)
-    assert [len(t(w).input_ids) for w in ('yes', 'no')] == [1, 1]
 
-def test_prompt_and_answer_are_the_conversation_of_the_template(tokenizer):
-    messages = [dict(role='system', content='S'), dict(role='user', content='U')]
-    for mode, chain in (('plain', None), ('no_think', None), ('think', 'a chain')):
-        user = 'U' if mode == 'plain' else f'U\n/{mode}'
-        said = [messages[0], dict(role='user', content=user), dict(role='assistant', content=answer_text(chain, ['A', 'B']))]
-        whole = tokenizer.apply_chat_template(said, tokenize=False)
-        prompt = chat_text(tokenizer, messages, mode)
-        assert whole == prompt + answer_text(chain, ['A', 'B']) + '<|im_end|>\n'
-        assert prompt.endswith('</think>\n\n') == (mode != 'think')
-    with pytest.raises(ValueError, match='mode'): chat_text(tokenizer, messages, 'loud')
+@pytest.mark.parametrize('word', ['yes', 'no'])
+def test_yes_and_no_are_one_token_each_even_if_never_seen(word):
+    assert len(small_tokenizer()(word).input_ids) == 1
+
+
+@pytest.mark.parametrize('mode, chain, user', [
+    ('plain', None, 'U'),
+    ('no_think', None, 'U\n/no_think'),
+    ('think', 'a chain', 'U\n/think'),
+])
+def test_prompt_and_answer_are_the_conversation_of_the_template(tokenizer, mode, chain, user):
+    system = dict(role='system', content='S')
+    answer = answer_text(chain, ['A', 'B'])
+    asked = [system, dict(role='user', content='U')]
+    said = [system, dict(role='user', content=user), dict(role='assistant', content=answer)]
+    prompt = chat_text(tokenizer, asked, mode)
+    whole = tokenizer.apply_chat_template(said, tokenize=False)
+    assert whole == prompt + answer + '<|im_end|>\n'
+    assert prompt.endswith('</think>\n\n') == (mode != 'think')
+
+
+def test_a_mode_that_does_not_exist_is_named(tokenizer):
+    messages = [dict(role=role, content='x') for role in ('system', 'user')]
+    with pytest.raises(ValueError, match='mode'):
+        chat_text(tokenizer, messages, 'loud')
+
+
+DROPS_THINKING = ("{% for m in messages %}{{ m.content.split('</think>')[-1] }}|{% endfor %}"
+                  "{% if add_generation_prompt and not enable_thinking %}</think>{% endif %}")
+
 
 @pytest.mark.parametrize('template, lacks', [
     (None, 'no chat template'),
     ("{% for m in messages %}{{ m.content }}{% endfor %}", 'does not close the think block'),
     ("{{ messages[0].content }}", 'drops the system or the user'),
     ("{{ raise_exception('no system role') }}", 'fails on a system'),
-    ("{% for m in messages %}{{ m.content.split('</think>')[-1] }}|{% endfor %}{% if add_generation_prompt and not enable_thinking %}"
-     "</think>{% endif %}", 'drops the think block')])
+    (DROPS_THINKING, 'drops the think block'),
+])
 def test_a_template_that_cannot_think_is_refused(template, lacks):
-    t = train_tokenizer(['- Sodium 140'], 300); t.chat_template = template
-    with pytest.raises(ModelError, match=lacks): check_chat(t)
+    tokenizer = train_tokenizer(['- Sodium 140'], 300)
+    tokenizer.chat_template = template
+    with pytest.raises(ModelError, match=lacks):
+        check_chat(tokenizer)
 
-def test_models_are_the_same_for_a_seed_and_only_safe_files_are_read(tokenizer, tmp_path):
-    import torch
-    a, b, c = (new_model('tiny', tokenizer, s, 64) for s in (1, 1, 2))
-    same = lambda x, y: all(torch.equal(p, q) for p, q in zip(x.parameters(), y.parameters()))
-    assert same(a, b) and not same(a, c)
-    a.save_pretrained(tmp_path); tokenizer.save_pretrained(tmp_path)
-    torch.save(a.state_dict(), tmp_path/'pytorch_model.bin'); (tmp_path/'model.safetensors').unlink()
-    with pytest.raises(ModelError, match='cannot be loaded'): load_model(tmp_path)
-    with pytest.raises(ModelError, match='no such folder'): load_model(tmp_path/'gone')
 
-def test_only_the_answer_bears_loss_and_what_does_not_fit_is_left_out(tokenizer):
-    writer = Writer(tokenizer, 150, 40)
-    sample = dict(sample_id='s', task='labevents', family='decision', label=['Sodium', 'Potassium'], text=record(EVENTS))
-    for mode, chain in (('plain', None), ('no_think', None)):
-        row = dict(zip(EXAMPLES, writer.example(sample, mode, chain)[0])); x = encode(row, tokenizer)
-        said = [i for i, loss in zip(x['input_ids'], x['completion_mask']) if loss]
-        assert tokenizer.decode(said) == 'Sodium\nPotassium<|im_end|>' and row['dropped'] > 0
-        assert len(x['input_ids']) - len(said) <= row['tokens'] <= 150
-        assert show_example(row, tokenizer).count('class="loss"') == len(said)
-    assert writer.example(sample | dict(label=['Sodium']*40), 'plain')[1] == 'answer is longer than a model may answer'
-    assert Writer(tokenizer, 20, 40).example(sample, 'plain')[1] == 'head and question are longer than the context'
+def same_weights(one, two):
+    pairs = zip(one.parameters(), two.parameters())
+    return all(torch.equal(a, b) for a, b in pairs)
 
-def test_only_the_answers_of_a_model_from_scratch_end_with_a_new_line(tokenizer):
-    sample = dict(sample_id='s', task='labevents', family='decision', label=['Sodium', 'Potassium'], text=record(EVENTS))
-    for scratch, end in ((False, ''), (True, '\n')):
-        writer = Writer(tokenizer, 150, 300, scratch=scratch)
-        for mode, chain in (('plain', None), ('no_think', None), ('think', '')):
-            row = dict(zip(EXAMPLES, writer.example(sample, mode, chain)[0])); x = encode(row, tokenizer)
-            assert row['answer'].endswith('Sodium\nPotassium' + end) and parse_answer(row['answer']).lines == sample['label']
-            assert row['answer_tokens'] == sum(x['completion_mask']) and x['input_ids'][-1] == tokenizer.eos_token_id
-            if chain == '': assert fault_of_format(row['answer']) == '' and accuracy_reward(row['answer'], sample['label'], 'decision') == 1
-        size = writer.example(sample, 'think', '')[0][8] # the new line counts
-        assert Writer(tokenizer, 150, size, scratch=scratch).example(sample, 'think', '')[0]
-        assert Writer(tokenizer, 150, size - 1, scratch=scratch).example(sample, 'think', '')[0] is None
+
+def test_models_are_the_same_for_a_seed(tokenizer):
+    one = new_model('tiny', tokenizer, seed=1, context=64)
+    again = new_model('tiny', tokenizer, seed=1, context=64)
+    other = new_model('tiny', tokenizer, seed=2, context=64)
+    assert same_weights(one, again)
+    assert not same_weights(one, other)
+
+
+def test_only_safe_files_are_read(tokenizer, tmp_path):
+    model = new_model('tiny', tokenizer, 1, 64)
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    torch.save(model.state_dict(), tmp_path/'pytorch_model.bin')
+    (tmp_path/'model.safetensors').unlink()
+    with pytest.raises(ModelError, match='cannot be loaded'):
+        load_model(tmp_path)
+
+
+def test_a_folder_that_is_not_there_is_named(tmp_path):
+    with pytest.raises(ModelError, match='no such folder'):
+        load_model(tmp_path/'gone')
+
+
+# --- one example
+
+@pytest.mark.parametrize('mode', ['plain', 'no_think'])
+def test_only_the_answer_bears_loss(tokenizer, mode):
+    made, _ = example(Writer(tokenizer, 150, 40), SAMPLE, mode)
+    encoded = encode(made, tokenizer)
+    said = loss_bearing(encoded)
+    assert tokenizer.decode(said) == 'Sodium\nPotassium<|im_end|>'
+    assert made['dropped'] > 0
+    assert len(encoded['input_ids']) - len(said) <= made['tokens'] <= 150
+    assert show_example(made, tokenizer).count('class="loss"') == len(said)
+
+
+@pytest.mark.parametrize('context, label, why', [
+    (150, ['Sodium']*40, 'answer is longer than a model may answer'),
+    (20, ['Sodium'], 'head and question are longer than the context'),
+])
+def test_what_does_not_fit_is_left_out(tokenizer, context, label, why):
+    writer = Writer(tokenizer, context, 40)
+    sample = sample_of(record(EVENTS), label)
+    assert writer.example(sample, 'plain') == (None, why)
+
+
+@pytest.mark.parametrize('scratch, end', [(False, ''), (True, '\n')])
+@pytest.mark.parametrize('mode, chain', [
+    ('plain', None),
+    ('no_think', None),
+    ('think', ''),
+])
+def test_only_the_answers_of_a_model_from_scratch_end_with_a_new_line(tokenizer, scratch, end, mode, chain):
+    writer = Writer(tokenizer, 150, 300, scratch=scratch)
+    made, _ = example(writer, SAMPLE, mode, chain)
+    encoded = encode(made, tokenizer)
+    assert made['answer'].endswith('Sodium\nPotassium' + end)
+    assert parse_answer(made['answer']).lines == SAMPLE['label']
+    assert made['answer_tokens'] == sum(encoded['completion_mask'])
+    assert encoded['input_ids'][-1] == tokenizer.eos_token_id
+    if chain == '':
+        assert fault_of_format(made['answer']) == ''
+        assert accuracy_reward(made['answer'], SAMPLE['label'], 'decision') == 1
+
+
+@pytest.mark.parametrize('scratch', [False, True])
+def test_the_new_line_counts(tokenizer, scratch):
+    def with_room_for(size):
+        writer = Writer(tokenizer, 150, size, scratch=scratch)
+        return writer.example(SAMPLE, 'think', '')[0]
+
+    size = dict(zip(EXAMPLES, with_room_for(300)))['answer_tokens']
+    assert with_room_for(size)
+    assert with_room_for(size - 1) is None
+
+
+# --- bare chains
 
 @pytest.mark.parametrize('variant', VARIANTS)
-def test_a_bare_chain_is_whole_and_quotes_what_the_model_sees(tokenizer, variant):
-    sample = dict(sample_id='s', task='labevents', family='decision', label=['Sodium', 'Potassium'], text=record(EVENTS))
-    row, why = Writer(tokenizer, 150, 300).example(sample, 'think', '', variant)
-    answer, prompt = row[5], row[4]
-    chain = answer.split('<think>\n')[1].split('\n</think>')[0]
-    assert why == 'bare' and not fault_of_format(answer, sections=variant != 'no_sections') and '01-28 08:00' in chain and row[9] > 0
-    quoted = [l for l in chain.splitlines() if l.startswith('**')]
-    events = read_record(prompt.split('<|im_start|>user\n')[1].split('\n' + QUESTION)[0], 'compact')
-    assert quoted and all(supported(l, events) for l in quoted) and 'follows' not in chain
-    empty = Writer(tokenizer, 150, 300).example(sample | dict(text=QUESTION), 'think', '', variant)
-    assert (empty[0] is None) == (variant != 'no_sections')
+def test_a_bare_chain_is_whole_and_of_the_last_event(tokenizer, variant):
+    writer = Writer(tokenizer, 150, 300)
+    made, why = example(writer, SAMPLE, 'think', '', variant)
+    assert why == 'bare'
+    assert not fault_of_format(made['answer'], sections=variant != 'no_sections')
+    assert '01-28 08:00' in made['answer']
+    assert made['dropped'] > 0
 
-def test_a_chain_without_its_evidence_gives_way_to_a_bare_one_only_where_that_is_asked_for(tokenizer):
-    sample = dict(sample_id='s', task='labevents', family='decision', label=['Sodium'], text=record(EVENTS))
-    chain = lambda line: f'## Extraction\n{line}\n\n## Reasoning\n1. It was measured before, so it is measured again now.\n\n## Final Results\nSodium'
-    seen, gone = (next(l for l in quotes(record([e]).removesuffix('\n' + QUESTION), 0) if 'Sodium' in l) for e in (EVENTS[-1], EVENTS[0]))
-    long = chain(seen).replace('now.', 'now, and again.'*200)
-    for bare in (False, True):
-        writer = Writer(tokenizer, 150, 300, scratch=bare)
-        row, why = writer.example(sample, 'think', chain(seen))
-        assert why == '' and seen in row[5]
-        for lost in (chain(gone), long):
-            row, why = writer.example(sample, 'think', lost)
-            assert (why == 'bare' and gone not in row[5] and 'again' not in row[5]) if bare else (row is None and why)
+
+@pytest.mark.parametrize('variant', VARIANTS)
+def test_a_bare_chain_quotes_what_the_model_sees_and_knows_nothing(tokenizer, variant):
+    writer = Writer(tokenizer, 150, 300)
+    made, _ = example(writer, SAMPLE, 'think', '', variant)
+    chain = made['answer'].split('<think>\n')[1].split('\n</think>')[0]
+    quoted = [line for line in chain.splitlines() if line.startswith('**')]
+    user = made['prompt'].split('<|im_start|>user\n')[1]
+    shown = user.split('\n' + QUESTION)[0]
+    events = read_record(shown, 'compact')
+    assert quoted
+    assert all(supported(line, events) for line in quoted)
+    assert 'follows' not in chain
+
+
+@pytest.mark.parametrize('variant', VARIANTS)
+def test_a_record_with_nothing_to_quote_gets_no_chain_with_sections(tokenizer, variant):
+    writer = Writer(tokenizer, 150, 300)
+    made, _ = writer.example(sample_of(QUESTION), 'think', '', variant)
+    assert (made is None) == (variant != 'no_sections')
+
+
+def sodium_line(event):
+    lines = quotes(without_question(record([event])), 0)
+    return next(line for line in lines if 'Sodium' in line)
+
+
+SEEN, GONE = sodium_line(EVENTS[-1]), sodium_line(EVENTS[0])
+
+
+def chain_on(line, more=''):
+    why = f'1. It was measured before, so it is measured again now.{more}'
+    return f'## Extraction\n{line}\n\n## Reasoning\n{why}\n\n## Final Results\nSodium'
+
+
+@pytest.mark.parametrize('scratch', [False, True])
+def test_a_chain_with_its_evidence_is_used(tokenizer, scratch):
+    writer = Writer(tokenizer, 150, 300, scratch=scratch)
+    made, why = example(writer, SODIUM_ASKED, 'think', chain_on(SEEN))
+    assert why == ''
+    assert SEEN in made['answer']
+
+
+LOST = [chain_on(GONE), chain_on(SEEN, ' And again.'*200)]
+
+
+@pytest.mark.parametrize('chain', LOST, ids=['evidence cut away', 'too long'])
+def test_a_lost_chain_leaves_a_checkpoints_sample_out(tokenizer, chain):
+    writer = Writer(tokenizer, 150, 300)
+    made, why = writer.example(SODIUM_ASKED, 'think', chain)
+    assert made is None
+    assert why
+
+
+@pytest.mark.parametrize('chain', LOST, ids=['evidence cut away', 'too long'])
+def test_a_lost_chain_gives_way_to_a_bare_one_from_scratch(tokenizer, chain):
+    writer = Writer(tokenizer, 150, 300, scratch=True)
+    made, why = example(writer, SODIUM_ASKED, 'think', chain)
+    assert why == 'bare'
+    assert GONE not in made['answer']
+    assert 'again' not in made['answer']
+
+
+# --- texts of stage 0
 
 @given(st.integers(0, 2**63))
 def test_quoted_lines_stand_in_the_record(seed):
-    text = record(EVENTS).removesuffix('\n' + QUESTION)
+    text = without_question(record(EVENTS))
     lines, events = quotes(text, seed), read_record(text, 'compact')
-    assert lines and len(set(lines)) == len(lines) and all(supported(l, events) for l in lines)
+    assert lines
+    assert len(set(lines)) == len(lines)
+    assert all(supported(line, events) for line in lines)
+
 
 @given(st.integers(0, 2**63))
-def test_listed_names_stand_in_the_record_and_their_number_varies(seed):
-    text = record(EVENTS).removesuffix('\n' + QUESTION)
-    names = names_of(text, seed)
-    assert 1 <= len(names) == len(set(names)) <= LISTED and all(f'\n- {n}' in text for n in names) and names == names_of(text, seed)
-    many = '\n'.join(f'- {"abcdefghijklmnopqrst"[k]*4} {k}' for k in range(20))
-    assert {len(names_of(many, s)) for s in range(200)} == set(range(1, LISTED + 1)) and names_of('## Labs\n- 12', seed) == []
-    assert names_of('- ' + 'long '*9 + '\n- short 1', seed) == ['short'] # no name is cut
+def test_listed_names_stand_in_the_record(seed):
+    text = without_question(record(EVENTS))
+    names = listed_names(text, seed)
+    assert 1 <= len(names) <= LISTED
+    assert len(names) == len(set(names))
+    assert all(f'\n- {name}' in text for name in names)
+    assert names == listed_names(text, seed)
 
-def test_texts_of_stage_0_quote_the_record_and_end_as_answers_do(tokenizer):
-    before = [row('labevents', at(1, h), 7, {'item_name': n, 'value': '4.1'}) for h, n in enumerate('Sodium Potassium Lactate Glucose'.split(), 1)]
-    rows = store([row('patients', cells=['60.0', 'F']), *before], 'strict')
-    made = [text for seed in range(40) for text in patient_texts(rows, Writer(tokenizer, 300, 300, scratch=True), seed)]
-    quoted = [answer for prompt, answer in made if prompt]
-    assert .5*len(made) < len(quoted) < len(made)
-    for answer in quoted:
+
+def test_the_number_of_listed_names_varies():
+    many = '\n'.join(f'- {letter*4} {i}' for i, letter in enumerate('abcdefghijklmnopqrst'))
+    numbers = {len(listed_names(many, seed)) for seed in range(200)}
+    assert numbers == set(range(1, LISTED + 1))
+
+
+@pytest.mark.parametrize('text, names', [
+    ('## Labs\n- 12', []),
+    ('- ' + 'long '*9 + '\n- short 1', ['short']),  # no name is cut
+])
+@pytest.mark.parametrize('seed', range(5))
+def test_what_is_no_name_is_not_listed(text, names, seed):
+    assert listed_names(text, seed) == names
+
+
+def patient(subject):
+    "A patient's rows of the store, with a laboratory value for each name."
+    rows = [row('patients', cells=['60.0', 'F'], subject=subject)]
+    for hour, name in enumerate(('Sodium', 'Potassium', 'Lactate', 'Glucose'), 1):
+        cells = dict(item_name=name, value='4.1')
+        rows.append(row('labevents', at(1, hour), 7, cells, subject=subject))
+    return store(rows, 'strict')
+
+
+@pytest.fixture(scope='module')
+def texts(tokenizer):
+    "A patient's texts with forty seeds: (prompt, answer)."
+    writer, rows = Writer(tokenizer, 300, 300, scratch=True), patient(1)
+    return [text for seed in range(40) for text in patient_texts(rows, writer, seed)]
+
+
+def test_most_texts_of_stage_0_quote(texts):
+    quoting = [prompt for prompt, _ in texts if prompt]
+    assert .5*len(texts) < len(quoting) < len(texts)
+
+
+def test_texts_of_stage_0_end_as_answers_do(texts):
+    known = {'anchor_age', 'Sodium', 'Potassium', 'Lactate', 'Glucose'}
+    for answer in (answer for prompt, answer in texts if prompt):
         results, again = answer.split('## Final Results\n')[1].split('</think>\n\n')
-        assert results == again and again.endswith('\n') and set(again.split()) <= {'anchor_age', 'Sodium', 'Potassium', 'Lactate', 'Glucose'}
-    assert all('think' not in answer for prompt, answer in made if not prompt)
+        assert results == again
+        assert again.endswith('\n')
+        assert set(again.split()) <= known
 
-def test_each_example_comes_once_an_epoch_in_the_same_order(tmp_path):
-    n = 2*BLOCK + 5
-    rows = [(f's{i}', 't', 'decision', 'plain', '', 'x', [], 1, 1, 0) for i in range(n)]
-    frame = pl.DataFrame(rows, schema=EXAMPLES, orient='row')
-    frame.head(1_500).write_parquet(tmp_path/'examples-00000.parquet'); frame.tail(n - 1_500).write_parquet(tmp_path/'examples-00001.parquet')
-    once, three = ([r['sample_id'] for r in in_order(tmp_path, 1, e)] for e in (1, 3))
-    assert once == frame['sample_id'].to_list() == scan_examples(tmp_path).collect()['sample_id'].to_list()
-    epochs = [three[k*n:(k+1)*n] for k in range(3)]
-    assert epochs[0] == once and all(sorted(e) == sorted(once) for e in epochs) and epochs[1] != once != epochs[2] != epochs[1]
-    assert three == [r['sample_id'] for r in in_order(tmp_path, 1, 3)]
 
-def test_no_examples_are_an_error_and_not_an_endless_wait(tmp_path):
-    for _ in range(2):
-        with pytest.raises(ValueError, match='no examples'): next(in_order(tmp_path, 1, 0))
-        pl.DataFrame(schema=EXAMPLES).write_parquet(tmp_path/'examples-00000.parquet')
+def test_texts_that_do_not_quote_are_records_alone(texts):
+    assert all('think' not in answer for prompt, answer in texts if not prompt)
 
-@pytest.mark.parametrize('bad', [dict(ablations='graph'), dict(scaling='2'), dict(scaling='x'), dict(curriculum='maybe'), dict(adapt_rate='-1')])
+
+@pytest.fixture(scope='module')
+def stored(tmp_path_factory):
+    "A run with a store of five shards, ten patients each."
+    run = Run('r', tmp_path_factory.mktemp('stored'))
+    run.trajectories.mkdir(parents=True)
+    (run.trajectories/'manifest.json').write_text('{"counts": {"integers": {}}}')
+    for shard in range(5):
+        subjects = range(100 + shard, 150 + shard, 5)
+        rows = pl.concat([patient(subject) for subject in subjects])
+        rows.write_parquet(run.trajectories/f'shard-{shard:05d}.parquet')
+    return run
+
+
+def bytes_of(folder):
+    return {file.name: file.read_bytes() for file in folder.iterdir()}
+
+
+@pytest.mark.parametrize('tokens, shards', [
+    (300, 2),
+    (3_500, 4),
+    (1_000_000, 5),
+])
+def test_workers_are_no_part_of_the_texts_of_stage_0(stored, tokenizer, tmp_path, tokens, shards):
+    writer = Writer(tokenizer, 300, 300, scratch=True)
+    folders = [tmp_path/workers for workers in '123']
+    counts = [write_texts(stored, tokens, writer, folder, 42, 'train', int(folder.name)) for folder in folders]
+    written = [bytes_of(folder) for folder in folders]
+    ids = scan_examples(folders[0]).collect()['sample_id']
+    read = {int(sample_id.split('-')[0]) % 5 for sample_id in ids}
+    assert len(read) == shards
+    assert written[0] == written[1] == written[2]
+    assert counts[0] == counts[1] == counts[2]
+
+
+def test_texts_of_stage_0_are_read_until_there_are_enough(stored, tokenizer, tmp_path):
+    writer = Writer(tokenizer, 300, 300, scratch=True)
+    few = write_texts(stored, 300, writer, tmp_path/'few', 42)
+    all_of_them = write_texts(stored, 1_000_000, writer, tmp_path/'all', 42)
+    assert 300 <= few['tokens'] < all_of_them['tokens']
+
+
+# --- order
+
+@pytest.fixture
+def two_files(tmp_path):
+    "Examples of more than two blocks in two files; their ids in order."
+    number = 2*SHUFFLE_BLOCK + 5
+    ids = [f's{i}' for i in range(number)]
+    frame = pl.DataFrame([dict(sample_id=name) for name in ids], EXAMPLES)
+    frame.head(1_500).write_parquet(tmp_path/'examples-00000.parquet')
+    frame.tail(number - 1_500).write_parquet(tmp_path/'examples-00001.parquet')
+    return ids
+
+
+def ids_in_order(folder, epochs):
+    return [example['sample_id'] for example in in_order(folder, 1, epochs)]
+
+
+def test_the_first_epoch_takes_examples_as_they_are_written(two_files, tmp_path):
+    assert ids_in_order(tmp_path, 1) == two_files
+    assert scan_examples(tmp_path).collect()['sample_id'].to_list() == two_files
+
+
+def test_each_example_comes_once_an_epoch_in_another_order(two_files, tmp_path):
+    number, three = len(two_files), ids_in_order(tmp_path, 3)
+    starts = range(0, 3*number, number)
+    first, second, third = (three[start:start + number] for start in starts)
+    assert first == two_files
+    assert sorted(second) == sorted(third) == sorted(two_files)
+    assert first != second != third != first
+    assert three == ids_in_order(tmp_path, 3)
+
+
+def test_a_folder_without_examples_is_an_error_and_not_an_endless_wait(tmp_path):
+    with pytest.raises(ValueError, match='no examples'):
+        next(in_order(tmp_path, 1, 0))
+
+
+def test_an_empty_file_is_an_error_and_not_an_endless_wait(tmp_path):
+    pl.DataFrame(schema=EXAMPLES).write_parquet(tmp_path/'examples-00000.parquet')
+    with pytest.raises(ValueError, match='no examples'):
+        next(in_order(tmp_path, 1, 0))
+
+
+@pytest.mark.parametrize('bad', [
+    dict(ablations='graph'),
+    dict(scaling='2'),
+    dict(scaling='x'),
+    dict(curriculum='maybe'),
+    dict(adapt_rate='-1'),
+])
 def test_bad_training_settings_are_refused(bad):
-    with pytest.raises(ValueError): profile('demo', **bad)
+    with pytest.raises(ValueError):
+        profile('demo', **bad)
