@@ -30,7 +30,7 @@ from .evaluation.predictions import build_predictions
 from .evaluation.benchmark import build_scores
 from .evaluation.reporting import run_reports
 from .hospital.hospital import build_hospital
-from .inference.teachers import TeacherError
+from .inference.endpoints import InferenceError
 from .profiles import PROFILES, listed, profile
 from .stages import build
 from .synthesis.open_knowledge import build_knowledge, find_knowledge
@@ -309,7 +309,7 @@ def main(
     try:
         about = {name: settings.pop(name, None) for name in FOLDERS_AND_NAMES}
         run_stages(Reproduction(settings.pop('profile', 'demo'), **about, **settings), stages)
-    except (TeacherError, ValueError, FileNotFoundError, ImportError) as e:  # TableError is a ValueError
+    except (InferenceError, ValueError, FileNotFoundError, ImportError) as e:  # TableError is a ValueError
         print(f'{type(e).__name__}: {e}', file=sys.stderr)
         return 1
     return 0

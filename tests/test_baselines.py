@@ -133,7 +133,7 @@ def test_latest_value_wins():
     assert x[:6, -1].tolist() == [5, 6, 7, 8, 9, 10] and np.isnan(x[6, -1])
 
 def test_every_counted_table_names_its_columns():
-    assert all(columns for columns in COUNTED.values()) and set(WORDS) <= set(MEASURED)
+    assert all(columns for columns in COUNTED.values()) and set(WORDS_COUNTED) <= set(MEASURED)
     for table in {*COUNTED, *MEASURED}:
         asked = {*COUNTED.get(table, []), *(c for pair in MEASURED.get(table, []) for c in pair if c)}
         assert asked <= set(DISPLAY[table].columns), table

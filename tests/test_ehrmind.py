@@ -11,11 +11,14 @@ from ehr_r1.config import Run
 from ehr_r1.stages import build, read_manifest, writing
 from ehr_r1.profiles import profile
 from ehr_r1.data.samples import SYSTEM
-from ehr_r1.inference.teachers import Answer, Teacher
+from ehr_r1.scoring import Answer
+from ehr_r1.inference.teachers import Teacher
 from ehr_r1.training.examples import EXAMPLES, Writer
 from ehr_r1.training.models import new_model, train_tokenizer
 from ehr_r1.training.rewards import ehrmind_answer
-from ehr_r1.training.stages import CONFIGS, read_metrics, train
+from ehr_r1.training.settings import CONFIGS
+from ehr_r1.training.metrics import read_metrics
+from ehr_r1.training.trainer import train
 from ehr_r1.ehrmind import recipe as courses
 from ehr_r1.transfer.question_sets import QUESTIONS, Benchmark
 from ehr_r1.ehrmind.calculators import CALCULATORS, draw_questions, right, spoken

@@ -13,7 +13,7 @@ from ehr_r1.data.tasks import TASKS
 from ehr_r1.inference.checkpoints import ModelError, answer_text, chat_text, check_chat, load_model
 from ehr_r1.profiles import VARIANTS, profile
 from ehr_r1.scoring import parse_answer
-from ehr_r1.synthesis.reasoning import read_record, supported
+from ehr_r1.synthesis.support import read_record, supported
 from ehr_r1.training.examples import (
     EXAMPLES,
     SHUFFLE_BLOCK,

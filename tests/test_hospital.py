@@ -5,7 +5,8 @@ from sklearn.metrics import roc_auc_score
 from ehr_r1.hospital import hospital
 from ehr_r1.hospital.conditions import matrix, read_library
 from ehr_r1.hospital.illness import courses, patients, true_risks
-from ehr_r1.hospital.hospital import BLOCK, FORMATS, block_tables, build_hospital
+from ehr_r1.hospital.visits import BLOCK
+from ehr_r1.hospital.hospital import FORMATS, block_tables, build_hospital
 from ehr_r1.data.schema import TABLES
 
 PATIENTS = BLOCK + 20          # two blocks, the second cut short

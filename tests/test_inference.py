@@ -27,7 +27,7 @@ from ehr_r1.inference.local import Transformers
 from ehr_r1.inference.prefixes import shared_prefixes
 from ehr_r1.inference.servers import ServerEngine
 from ehr_r1.inference.vllm import VllmEngine
-from ehr_r1.scoring import score_all
+from ehr_r1.intervals import score_all
 from ehr_r1.training.examples import Writer
 from ehr_r1.training.models import new_model
 

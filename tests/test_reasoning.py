@@ -22,7 +22,8 @@ from ehr_r1.data.tables import open_source
 from ehr_r1.data.tasks import build_index
 from ehr_r1.data.trajectories import build_trajectories
 from ehr_r1.hospital.hospital import build_hospital
-from ehr_r1.inference.teachers import Refused, TeacherError
+from ehr_r1.inference.endpoints import Refused
+from ehr_r1.inference.endpoints import InferenceError
 from ehr_r1.profiles import profile
 from ehr_r1.stages import read_manifest
 from ehr_r1.synthesis.chains import briefs_of, build_chains, kept_chains, scan_chains
@@ -428,5 +429,5 @@ def test_the_verbaliser_sends_nothing(hospital, credentialed):
 def test_a_teacher_needs_its_settings(hospital, monkeypatch):
     run, p = hospital
     monkeypatch.delenv('EHR_R1_TEACHER_MODEL', raising=False)
-    with pytest.raises(TeacherError, match='EHR_R1_TEACHER_MODEL'):
+    with pytest.raises(InferenceError, match='EHR_R1_TEACHER_MODEL'):
         build_chains(run, replace(p, teacher='server'), 'hospital')

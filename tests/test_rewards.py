@@ -183,7 +183,7 @@ class Graph:
 @pytest.fixture(scope='module')
 def case():
     record = '## Labs [2130-04-02 08:00]\n- Potassium 2.9 mmol/L\n- Sodium 138 mmol/L'
-    return reasoning.Case('a', 'labevents', record, ('Potassium', 'Magnesium'), Graph())
+    return reasoning.Brief('a', 'labevents', record, ('Potassium', 'Magnesium'), Graph())
 
 
 def test_a_chain_of_the_teacher_passes_the_filters(case):

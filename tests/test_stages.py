@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
 from ehr_r1.config import Run
 from ehr_r1.inference.checkpoints import ModelError, answer_text, chat_text, load_model
 from ehr_r1.profiles import PROFILES, profile
-from ehr_r1.synthesis.reasoning import CHAINS
+from ehr_r1.synthesis.chains import CHAINS
 from ehr_r1.training import settings, streaming, trainer
 from ehr_r1.training.choosing import REPEATS, choose_examples
 from ehr_r1.training.copying import copied_share

@@ -14,7 +14,8 @@ from ehr_r1.evaluation.results import Results, better, mean_over_patients, no_wo
 from ehr_r1.evaluation.judging import judge, judge_answers, asked_records
 from ehr_r1.pipeline import Reproduction
 from ehr_r1.synthesis.support import read_record
-from ehr_r1.training.examples import EXAMPLES, Writer, quotes
+from ehr_r1.training.examples import EXAMPLES, Writer
+from ehr_r1.training.record_texts import quotes
 from ehr_r1.training.models import train_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -22,7 +22,9 @@ from ..training.examples import Writer, count_examples
 from ..inference.checkpoints import load_model
 from ..training.models import new_model, train_tokenizer
 from ..training.rewards import ehrmind_answer
-from ..training.stages import once, run_training, side_by_side, train, tune_allocator
+from ..training.stages import once, side_by_side
+from ..training.trainer import run_training, train
+from ..training.on_cpu import tune_allocator
 from ..transfer.question_sets import Benchmark, mean_by_group
 from .calculators import CALCULATORS, draw_questions, right, spoken
 from .recipe import Course, answer_in_form, train_questions

@@ -21,7 +21,8 @@ from ..profiles import Profile
 from ..stages import build, read_manifest, writing
 from ..training.examples import Writer, count_examples
 from ..training.models import SIZES
-from ..training.stages import once, run_training, train
+from ..training.stages import once
+from ..training.trainer import run_training, train
 from ..transfer.question_sets import Benchmark
 
 # %% ../../nbs/09_ehrmind/04_stages.ipynb #bf83ecde

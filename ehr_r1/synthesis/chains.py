@@ -20,18 +20,13 @@ from tqdm import tqdm
 
 from ..config import Run, seed_of
 from ..data.tasks import TASKS
-from ehr_r1.inference.teachers import (
-    Answer,
-    Recorded,
-    Replay,
-    Request,
-    Server,
-    Teacher,
-    TeacherError,
-    Vllm,
-    allowed_endpoints,
-    guard,
-)
+from ..inference.teachers import Reply
+from ..inference.recorded import Recorded, Replay
+from ..inference.teachers import Request, Teacher
+from ..inference.endpoints import InferenceError
+from ..inference.servers import Server
+from ..inference.vllm import Vllm
+from ..inference.endpoints import allowed_endpoints, guard
 from ..profiles import Profile, listed
 from ..stages import build, read_manifest, writing
 from .graphs import read_graphs, scan_graphs
@@ -42,10 +37,10 @@ from .support import read_record, support
 def required_setting(
     name:str # of an environment variable
 )->str: # its value
-    "What the environment says; a TeacherError where it says nothing."
+    "What the environment says; a InferenceError where it says nothing."
     value = os.environ.get(name)
     if not value:
-        raise TeacherError(f'{name} is not set; this teacher needs it (see synthesis.chains)')
+        raise InferenceError(f'{name} is not set; this teacher needs it (see synthesis.chains)')
     return value
 
 # %% ../../nbs/05_synthesis/09_chains.ipynb #162c8347
@@ -124,7 +119,7 @@ class Judged:
     "A chain and what the filters say of it."
     brief: Brief
     attempt: int
-    answer: Answer
+    answer: Reply
     fault: str     # '' if it is kept
     supported: int # lines of evidence that the record shows
     lines: int     # of evidence

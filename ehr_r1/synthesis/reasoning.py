@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from ..data.serialize import TITLES
 from ..data.tasks import TASKS
 from ..data.trajectories import DISPLAY
-from ..inference.teachers import Answer, Teacher
+from ..inference.teachers import Reply
+from ..inference.teachers import Teacher
 from ehr_r1.synthesis.support import (
     NOTES,
     SECTIONS,
@@ -237,4 +238,4 @@ class Verbaliser(Teacher):
         "Put the graph of each request's brief into words; the request's key names the variant."
         for request in requests:
             variant = request.key.split('/')[1]
-            yield request, Answer(verbalise(request.case, variant), 0, 0, 'stop', self.name)
+            yield request, Reply(verbalise(request.case, variant), 0, 0, 'stop', self.name)

@@ -10,7 +10,7 @@ __all__ = ['PLAIN_SHARE', 'REPEATS', 'training_samples', 'drawn', 'with_chain', 
 import polars as pl
 
 from ..config import Run, seed_of
-from ..synthesis.reasoning import kept_chains
+from ..synthesis.chains import kept_chains
 
 PLAIN_SHARE = .2 # of the examples of stage 2 (EHR-R1: about one in five)
 REPEATS = 5      # times that stage 2 reads a sample of a scarce task at most while it reads others once; our choice
