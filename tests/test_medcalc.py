@@ -1,258 +1,597 @@
-"""MedCalc-Bench: every published answer is right and every spoilt one wrong, any text is read calmly, bad files are refused, scores as by hand."""
-import csv, datetime, gzip, json, time
-import polars as pl, pytest
-from hypothesis import given, strategies as st
-from ehr_r1.profiles import profile
-from ehr_r1.data.tables import TableError
-from ehr_r1.training.rewards import ehrmind_reward
-from ehr_r1.transfer.question_sets import ANSWERS, RESULTS
-from ehr_r1.transfer.medcalc import (BENCHMARK, CATEGORIES, COLUMNS, dates, judge, medcalc_baselines, medcalc_files, medcalc_questions,
-                                     medcalc_score, numbers, read_answer, read_medcalc, right, weeks)
+"""MedCalc-Bench: published answers are right and spoilt ones wrong, any text is read calmly, scores are as by hand."""
+import csv
+import datetime
+import gzip
+import json
+import time
 
-P = profile('smoke')
-DECIMAL, INTEGER = ['decimal', '2', '23.5', '22.325', '24.675'], ['integer', '4', '4', '4', '4']
-DATE, WEEKS = ['date', '13', '10/22/2021', '10/22/2021', '10/22/2021'], ['weeks', '69', *["('34 weeks', '2 days')"]*3]
+import polars as pl
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ehr_r1.data.tables import TableError
+from ehr_r1.profiles import profile
+from ehr_r1.training.rewards import ehrmind_reward
+from ehr_r1.transfer.medcalc.answers import judge_calculation, read_answer, right_calculation
+from ehr_r1.transfer.medcalc.benchmark import MEDCALC, medcalc_baselines, medcalc_questions, medcalc_score
+from ehr_r1.transfer.medcalc.files import MEDCALC_CATEGORIES, MEDCALC_COLUMNS, medcalc_files, read_medcalc
+from ehr_r1.transfer.medcalc.values import dates_in, numbers_in, weeks_in
+from ehr_r1.transfer.question_sets import ANSWERS, RESULTS
+
+SMOKE = profile('smoke')
+DECIMAL = ['decimal', '2', '23.5', '22.325', '24.675']
+INTEGER = ['integer', '4', '4', '4', '4']
+DATE = ['date', '13', '10/22/2021', '10/22/2021', '10/22/2021']
+WEEKS = ['weeks', '69', *["('34 weeks', '2 days')"]*3]
 GOLDS = [DECIMAL, INTEGER, DATE, WEEKS]
 
-def row(number, calculator='6', category='physical', kind='decimal', note=None, question='What is the BMI?', truth='22', low='21', high='23'):
-    return [str(number), calculator, category, kind, f'note {number}' if note is None else note, question, truth, low, high]
+
+def row(number, calculator='6', category='physical', kind='decimal', note=None, question='What is the BMI?',
+        truth='22', low='21', high='23'):
+    "A row of a file in the published layout."
+    note = f'note {number}' if note is None else note
+    return [str(number), calculator, category, kind, note, question, truth, low, high]
+
 
 def files(folder, **tables):
     "Files in the published layout."
     for name, rows in tables.items():
-        with open(folder/f'{name}.csv', 'w', newline='', encoding='utf-8') as f: csv.writer(f).writerows([COLUMNS, *rows])
+        with open(folder/f'{name}.csv', 'w', newline='', encoding='utf-8') as file:
+            csv.writer(file).writerows([MEDCALC_COLUMNS, *rows])
     return folder
 
-@pytest.fixture(autouse=True)
-def no_labels(monkeypatch): monkeypatch.delenv('EHR_R1_MEDCALC_LABELS', raising=False)
 
-# the published files
+def questions_of(folder, **tables):
+    "The questions of such files."
+    return medcalc_questions(files(folder, **tables), SMOKE)[0]
+
+
+def is_right(gold, value):
+    return right_calculation(gold, {'answer': value})
+
+
+@pytest.fixture(autouse=True)
+def no_labels(monkeypatch):
+    monkeypatch.delenv('EHR_R1_MEDCALC_LABELS', raising=False)
+
+
+# -- the published files
 
 @pytest.fixture(scope='module')
 def published(request):
+    "Both files as they were published, checked."
     folder = request.getfixturevalue('shared')/'data'/'medcalc-bench'
-    if not folder.is_dir(): pytest.skip('shared data missing: MedCalc-Bench')
+    if not folder.is_dir():
+        pytest.skip('shared data missing: MedCalc-Bench')
     return {name: read_medcalc(medcalc_files(folder)[name]) for name in ('test_data', 'one_shot_examples')}
 
-def test_the_files_hold_what_the_specification_says(published):
-    test = published['test_data']
-    assert (len(test), test['Calculator ID'].n_unique(), len(published['one_shot_examples'])) == (1047, 55, 55)
-    assert dict(test['category'].value_counts().rows()) == dict(lab=327, risk=240, physical=240, severity=80, diagnosis=60, date=60, dosage=40)
-    assert set(published['one_shot_examples']['category']) == set(CATEGORIES.values())
 
-WORDS = ['{}', ' {}\n', 'The answer is {}.', '**Final answer:** {} (rounded)', 'After 3 steps the result is {}', '<think>1 + 2 = 3</think>\n\n{}',
-         '<think>99, 12/31/1999, 9 weeks 9 days</think><answer>{{"answer": "{}"}}</answer>']
+@pytest.fixture(scope='module')
+def published_golds(published):
+    "What is right about each of their rows."
+    return [gold for rows in published.values() for gold in rows['gold'].to_list()]
 
-@pytest.mark.parametrize('words', WORDS)
-def test_every_truth_is_right_however_it_is_put(published, words):
-    for rows in published.values():
-        assert [g for g in rows['gold'].to_list() if not judge(g, words.format(g[2]))] == []
+
+def test_the_files_have_the_published_size(published):
+    test, examples = published['test_data'], published['one_shot_examples']
+    assert (len(test), test['Calculator ID'].n_unique(), len(examples)) == (1047, 55, 55)
+
+
+def test_the_files_have_the_published_categories(published):
+    assert dict(published['test_data']['category'].value_counts().rows()) == dict(
+        lab=327, risk=240, physical=240, severity=80, diagnosis=60, date=60, dosage=40)
+    assert set(published['one_shot_examples']['category']) == set(MEDCALC_CATEGORIES.values())
+
+
+WORDINGS = [
+    '{}',
+    ' {}\n',
+    'The answer is {}.',
+    '**Final answer:** {} (rounded)',
+    'After 3 steps the result is {}',
+    '<think>1 + 2 = 3</think>\n\n{}',
+    '<think>99, 12/31/1999, 9 weeks 9 days</think><answer>{{"answer": "{}"}}</answer>',
+]
+
+
+@pytest.mark.parametrize('wording', WORDINGS)
+def test_every_truth_is_right_however_it_is_put(published_golds, wording):
+    assert [gold for gold in published_golds if not judge_calculation(gold, wording.format(gold[2]))] == []
+
+
+def spoilt_dates(truth):
+    day = dates_in(truth)[0]
+    return [(day + datetime.timedelta(days)).strftime('%m/%d/%Y') for days in (-1, 1, 31, 365)]
+
+
+def spoilt_weeks(truth):
+    (weeks, days), = weeks_in(truth)
+    wrong = [f'({weeks} weeks, {days + 1} days)', f'({weeks + 1} weeks, {days} days)', f'{7*weeks + days} days']
+    if weeks != days:
+        wrong.append(f'({days} weeks, {weeks} days)')
+    if weeks > 0:
+        wrong.append(f'({weeks - 1} weeks, {days + 7} days)')
+    return wrong
+
+
+def spoilt_decimals(truth, low, high):
+    truth, low, high = float(truth), float(low), float(high)
+    step = max(1e-6, abs(high)*1e-6)
+    wrong = [high + step, low - step, truth + 1.1*(high - low + 1)]
+    if low*high > 0:
+        wrong.append(-truth)
+    return [repr(value) for value in wrong]
+
 
 def spoilt(gold):
     "Wrong answers close to the right one."
     kind, _, truth, low, high = gold
     if kind == 'date':
-        day = dates(truth)[0]
-        return [(day + datetime.timedelta(n)).strftime('%m/%d/%Y') for n in (-1, 1, 31, 365)]
+        return spoilt_dates(truth)
     if kind == 'weeks':
-        (w, d), = weeks(truth)
-        return [f'({w} weeks, {d + 1} days)', f'({w + 1} weeks, {d} days)', f'{7*w + d} days'] + [f'({d} weeks, {w} days)']*(w != d) + [f'({w - 1} weeks, {d + 7} days)']*(w > 0)
-    if kind == 'integer': return [str(int(float(truth)) + n) for n in (-1, 1, 10)]
-    step = max(1e-6, abs(float(high))*1e-6)
-    return [repr(float(high) + step), repr(float(low) - step), repr(float(truth) + 1.1*(float(high) - float(low) + 1))] + [repr(-float(truth))]*(float(low)*float(high) > 0)
+        return spoilt_weeks(truth)
+    if kind == 'integer':
+        return [str(int(float(truth)) + off) for off in (-1, 1, 10)]
+    return spoilt_decimals(truth, low, high)
 
-@pytest.mark.parametrize('words', WORDS)
-def test_no_spoilt_answer_is_right(published, words):
-    for rows in published.values():
-        assert [(g, x) for g in rows['gold'].to_list() for x in spoilt(g) if judge(g, words.format(x))] == []
+
+@pytest.mark.parametrize('wording', WORDINGS)
+def test_no_spoilt_answer_is_right(published_golds, wording):
+    pairs = [(gold, wrong) for gold in published_golds for wrong in spoilt(gold)]
+    assert [(gold, wrong) for gold, wrong in pairs if judge_calculation(gold, wording.format(wrong))] == []
+
 
 def test_the_answer_of_another_question_is_no_free_pass(published):
     golds = published['test_data'].filter(pl.col('gold').list.first() == 'decimal')['gold'].to_list()
-    assert sum(right(g, dict(answer=h[2])) for g, h in zip(golds, golds[100:] + golds[:100])) < .05*len(golds)
+    others = golds[100:] + golds[:100]
+    won = sum(is_right(gold, other[2]) for gold, other in zip(golds, others))
+    assert won < .05*len(golds)
 
-# reading answers
 
-@pytest.mark.parametrize('text', ['23.5', '23.5 mL/min', 'The answer is 23.5 mL/min/1.73 m²', 'approximately 23.5', '23,5'.replace(',', '.'), '2.35e1', '2.35 × 10¹', '2.35E+01',
-                                  '47/2', '23 1/2', '23½', '23.5%', '$23.5', '\\boxed{23.5}', '23.5\u00a0kg', '(23.5,)', '["23.5"]', 'BMI = 65/(1.7*1.63) = 23.5', '24.675', '22.325', '023.50'])
-def test_a_decimal_in_many_forms(text): assert right(DECIMAL, {'answer': text})
+# -- reading answers
 
-@pytest.mark.parametrize('text', ['', 'none', 'twenty-three', '24.676', '22.324', '-23.5', '−23.5', '235', '2.35', '23.5e2', '23500/0', 'nan', 'inf', '10^23', 'x23.5', 'The answer is 12, not 23.5', '23.5 or 99'])
-def test_what_is_not_that_decimal(text): assert not right(DECIMAL, {'answer': text})
+@pytest.mark.parametrize('text', [
+    '23.5', '23.5 mL/min', 'The answer is 23.5 mL/min/1.73 m²', 'approximately 23.5', '2.35e1', '2.35 × 10¹',
+    '2.35E+01', '47/2', '23 1/2', '23½', '23.5%', '$23.5', '\\boxed{23.5}', '23.5\u00a0kg', '(23.5,)', '["23.5"]',
+    'BMI = 65/(1.7*1.63) = 23.5', '24.675', '22.325', '023.50'])
+def test_a_decimal_in_many_forms(text):
+    assert is_right(DECIMAL, text)
 
-@pytest.mark.parametrize('value,ok', [(4, True), (4.0, True), ('4 points', True), ('4/9 of the scale is 4', True), ('4 out of 9', True), (4.5, True), (3.5, True), ('4.49', True), (3.49, False), (4.51, False), (-4, False),
-                                      ('CHA2DS2-VASc: 4', True), ('Answer: FIB-4 = 3', False), ('10-year risk class 4', True), ('1,004', False), (10**400, False), ('9'*5000, False), (True, False), (None, False), ([4], False),
-                                      (float('nan'), False), (float('inf'), False)])
-def test_integers_after_rounding(value, ok): assert right(INTEGER, {'answer': value}) is ok
 
-def test_thousands(): assert [numbers(t) for t in ('1,234.5', '12\u202f345', '1\u00a0234\u00a0567', '1,23', '12345')] == [[1234.5], [12345], [1234567], [1, 23], [12345]]
+@pytest.mark.parametrize('text', [
+    '', 'none', 'twenty-three', '24.676', '22.324', '-23.5', '−23.5', '235', '2.35', '23.5e2', '23500/0', 'nan', 'inf',
+    '10^23', 'x23.5', 'The answer is 12, not 23.5', '23.5 or 99'])
+def test_what_is_not_that_decimal(text):
+    assert not is_right(DECIMAL, text)
 
-@pytest.mark.parametrize('text', ['10/22/2021', '2021-10-22', 'October 22, 2021', '22 Oct 2021', 'Oct. 22nd, 2021', '10-22-2021', 'LMP 01/15/2021. The answer is 10/22/2021', 'From 01/15/2021: 10/22/2021'])
-def test_dates_in_many_forms(text): assert right(DATE, {'answer': text})
 
-@pytest.mark.parametrize('value', ['10/23/2021', '22/10/2021', '10/22/21', '10/22', '10/22/20211', '110/22/2021', 20211022, '02/30/2021', 'tomorrow', '10/22/2021 or 10/23/2021'])
-def test_what_is_not_that_date(value): assert not right(DATE, {'answer': value})
+@pytest.mark.parametrize('value', [
+    4, 4.0, '4 points', '4/9 of the scale is 4', '4 out of 9', 4.5, 3.5, '4.49', 'CHA2DS2-VASc: 4',
+    '10-year risk class 4'])
+def test_integers_after_rounding(value):
+    assert is_right(INTEGER, value) is True
 
-@pytest.mark.parametrize('text', ['(34 weeks, 2 days)', "('34 weeks', '2 days')", '["34 weeks", "2 days"]', '34 weeks and 2 days', '34w2d', '34+2', '(34, 2)', '34 2/7 weeks', '34 weeks, 2 days (240 days)', '34\u00a0weeks 2\u00a0days'])
-def test_weeks_and_days_in_many_forms(text): assert right(WEEKS, {'answer': text})
 
-@pytest.mark.parametrize('value', ['(2 weeks, 34 days)', '33 weeks 9 days', '34 weeks', '34.2 weeks', 34.2, '240 days', '134 weeks 2 days', '34 weeks 22 days', '34-2', '-34 weeks 2 days'])
-def test_what_are_not_those_weeks(value): assert not right(WEEKS, {'answer': value})
+@pytest.mark.parametrize('value', [
+    3.49, 4.51, -4, 'Answer: FIB-4 = 3', '1,004', 10**400, '9'*5000, True, False, None, [4], float('nan'),
+    float('inf')],
+    ids=lambda value: repr(value)[:20])
+def test_what_is_not_that_integer(value):
+    assert is_right(INTEGER, value) is False
 
-def test_a_completion_is_read_in_both_forms():
-    assert judge(DECIMAL, '<think>23.5</think><answer>{"answer": 99}</answer>') is False
-    assert judge(DECIMAL, '<think>99</think>\n23.5') and judge(DECIMAL, '<think>99</think><answer>23.5 kg</answer>')
-    assert judge(WEEKS, '<think>x</think><answer>{"answer": ["34 weeks", "2 days"]}</answer>')
-    assert [judge(DECIMAL, t) for t in (None, '', '<think>23.5', '<think>x</think> none')] == [None]*4
-    assert ehrmind_reward('<think>x</think><answer>{"answer": "23.5 kg"}</answer>', lambda a: right(DECIMAL, a), BENCHMARK.keys) == 1.1
 
-# any text
+@pytest.mark.parametrize('text, numbers', [
+    ('1,234.5', [1234.5]), ('12\u202f345', [12345]), ('1\u00a0234\u00a0567', [1234567]), ('1,23', [1, 23]),
+    ('12345', [12345])])
+def test_thousands(text, numbers):
+    assert numbers_in(text) == numbers
 
-PIECES = ['answer is', 'answer:', '<answer>', '</answer>', '{"answer": ', '}', '9'*400, '1/0', '1e999', '-', '−', ',', '.', '/', '^', '10^', ' x ', ' weeks', ' days', '12/31/9999', '00/00/0000', '99999', '½', '²', '\u00a0',
-          '٣', '１', '\ud800', '\x00', '<think>', '</think>', 'per ', 'out of ', 'Feb 30, 2020']
-TEXT = st.text(st.characters(codec=None), max_size=60) | st.lists(st.sampled_from(PIECES) | st.integers(0, 99).map(str), max_size=12).map(''.join)
-SCALAR = TEXT | st.none() | st.booleans() | st.integers() | st.floats() | st.lists(st.integers(), max_size=2)
 
-@given(SCALAR, st.sampled_from(GOLDS))
-def test_the_judge_is_total(value, gold):
-    assert right(gold, {'answer': value}) in (True, False) and right(gold, value) is False
-    if isinstance(value, str):
-        assert judge(gold, value) in (True, False, None)
-        if right(gold, {'answer': value}): assert len(read_answer(gold[0], value)) == 1
+@pytest.mark.parametrize('text', [
+    '10/22/2021', '2021-10-22', 'October 22, 2021', '22 Oct 2021', 'Oct. 22nd, 2021', '10-22-2021',
+    'LMP 01/15/2021. The answer is 10/22/2021', 'From 01/15/2021: 10/22/2021'])
+def test_dates_in_many_forms(text):
+    assert is_right(DATE, text)
 
-@given(st.floats(allow_nan=False, allow_infinity=False), st.sampled_from(['{!r}', 'it is {!r} mg', 'answer: {!r}, of 7', '{!r}\n']))
-def test_a_number_is_read_as_it_was_written(x, words): assert read_answer('decimal', words.format(x)) == (x,)
+
+@pytest.mark.parametrize('value', [
+    '10/23/2021', '22/10/2021', '10/22/21', '10/22', '10/22/20211', '110/22/2021', 20211022, '02/30/2021', 'tomorrow',
+    '10/22/2021 or 10/23/2021'])
+def test_what_is_not_that_date(value):
+    assert not is_right(DATE, value)
+
+
+def test_a_month_in_strange_letters_is_no_day():
+    assert dates_in('ſep 1, 2021') == [None]
+
+
+@pytest.mark.parametrize('text', [
+    '(34 weeks, 2 days)', "('34 weeks', '2 days')", '["34 weeks", "2 days"]', '34 weeks and 2 days', '34w2d', '34+2',
+    '(34, 2)', '34 2/7 weeks', '34 weeks, 2 days (240 days)', '34\u00a0weeks 2\u00a0days'])
+def test_weeks_and_days_in_many_forms(text):
+    assert is_right(WEEKS, text)
+
+
+@pytest.mark.parametrize('value', [
+    '(2 weeks, 34 days)', '33 weeks 9 days', '34 weeks', '34.2 weeks', 34.2, '240 days', '134 weeks 2 days',
+    '34 weeks 22 days', '34-2', '-34 weeks 2 days'])
+def test_what_are_not_those_weeks(value):
+    assert not is_right(WEEKS, value)
+
+
+@pytest.mark.parametrize('gold, text, verdict', [
+    (DECIMAL, '<think>23.5</think><answer>{"answer": 99}</answer>', False),
+    (DECIMAL, '<think>99</think>\n23.5', True),
+    (DECIMAL, '<think>99</think><answer>23.5 kg</answer>', True),
+    (WEEKS, '<think>x</think><answer>{"answer": ["34 weeks", "2 days"]}</answer>', True),
+    (DECIMAL, None, None),
+    (DECIMAL, '', None),
+    (DECIMAL, '<think>23.5', None),
+    (DECIMAL, '<think>x</think> none', None),
+])
+def test_a_completion_is_read_in_both_forms(gold, text, verdict):
+    assert judge_calculation(gold, text) is verdict
+
+
+def test_the_benchmark_pays_the_reward():
+    text = '<think>x</think><answer>{"answer": "23.5 kg"}</answer>'
+    assert ehrmind_reward(text, lambda answer: MEDCALC.right(DECIMAL, answer), MEDCALC.keys) == 1.1
+
+
+# -- any text
+
+PIECES = [
+    'answer is', 'answer:', '<answer>', '</answer>', '{"answer": ', '}', '9'*400, '1/0', '1e999', '-', '−', ',', '.',
+    '/', '^', '10^', ' x ', ' weeks', ' days', '12/31/9999', '00/00/0000', '99999', '½', '²', '\u00a0', '٣', '１', '\ud800',
+    '\x00', '<think>', '</think>', 'per ', 'out of ', 'Feb 30, 2020', 'ſep 1, 2020']
+pieces = st.lists(st.sampled_from(PIECES) | st.integers(0, 99).map(str), max_size=12).map(''.join)
+texts = st.text(st.characters(codec=None), max_size=60) | pieces
+values = texts | st.none() | st.booleans() | st.integers() | st.floats() | st.lists(st.integers(), max_size=2)
+
+
+@given(values, st.sampled_from(GOLDS))
+def test_right_is_total(value, gold):
+    assert is_right(gold, value) in (True, False)
+    assert right_calculation(gold, value) is False
+
+
+@given(texts, st.sampled_from(GOLDS))
+def test_the_judge_is_total(text, gold):
+    assert judge_calculation(gold, text) in (True, False, None)
+    if is_right(gold, text):
+        assert len(read_answer(gold[0], text)) == 1
+
+
+finite = st.floats(allow_nan=False, allow_infinity=False)
+
+
+@given(finite, st.sampled_from(['{!r}', 'it is {!r} mg', 'answer: {!r}, of 7', '{!r}\n']))
+def test_a_number_is_read_as_it_was_written(number, wording):
+    assert read_answer('decimal', wording.format(number)) == (number,)
+
 
 @given(st.integers(-10**12, 10**12), st.booleans())
-def test_thousands_marks_change_nothing(n, marked): assert numbers(f'{n:,}' if marked else str(n)) == [n]
+def test_thousands_marks_change_nothing(number, marked):
+    assert numbers_in(f'{number:,}' if marked else str(number)) == [number]
 
-@given(st.dates(datetime.date(1900, 1, 1)), st.sampled_from(['%m/%d/%Y', '%Y-%m-%d', '%B %d, %Y', '%d %b %Y']), st.integers(-1000, 1000))
-def test_only_the_same_day_is_right(day, form, off):
-    try: other = day + datetime.timedelta(off)
-    except OverflowError: return
+
+days = st.dates(datetime.date(1900, 1, 1), datetime.date(9990, 1, 1))
+spellings = st.sampled_from(['%m/%d/%Y', '%Y-%m-%d', '%B %d, %Y', '%d %b %Y'])
+
+
+@given(days, spellings, st.integers(-1000, 1000))
+def test_only_the_same_day_is_right(day, spelling, off):
+    other = day + datetime.timedelta(off)
     gold = ['date', '13', *[day.strftime('%m/%d/%Y')]*3]
-    assert right(gold, {'answer': other.strftime(form)}) is (off == 0)
+    assert is_right(gold, other.strftime(spelling)) is (off == 0)
 
-@given(st.tuples(st.integers(0, 60), st.integers(0, 6)), st.tuples(st.integers(0, 60), st.integers(0, 6)))
-def test_only_the_same_weeks_and_days_are_right(a, b):
-    gold = ['weeks', '69', *["('{} weeks', '{} days')".format(*a)]*3]
-    assert right(gold, {'answer': '({} weeks, {} days)'.format(*b)}) is (a == b)
 
-@given(st.text('0123456789.,/^eEx -+\u00a0', max_size=40), st.text('0123456789.,/^eEx -+\u00a0', max_size=40))
-def test_digits_and_signs_in_any_order(a, b):
-    assert all(isinstance(x, float) for x in numbers(a + b)) and isinstance(dates(a + b) + weeks(b + a), list)
+ages = st.tuples(st.integers(0, 60), st.integers(0, 6))
 
-HOSTILE = ['9', '1,234', '1,234,', '1 ', '1/', '1 1/', '1 x ', '10^', '1.', '1e', '-', '+1', '12/', '12/31/', '1 week ', '1w', '1 week,  ', "'", 'answer: ', 'answer', '<answer>', 'Jan 1 ', '\u00a0', '²', '½', '\n', 'a', '<think>', '{', '\\"']
+
+@given(ages, ages)
+def test_only_the_same_weeks_and_days_are_right(truth, said):
+    gold = ['weeks', '69', *["('{} weeks', '{} days')".format(*truth)]*3]
+    assert is_right(gold, '({} weeks, {} days)'.format(*said)) is (truth == said)
+
+
+@given(st.text('0123456789.,/^eEx -+\u00a0', max_size=80))
+def test_digits_and_signs_in_any_order(text):
+    assert all(isinstance(number, float) for number in numbers_in(text))
+    assert all(isinstance(day, (datetime.date, type(None))) for day in dates_in(text))
+    assert all(len(age) == 2 for age in weeks_in(text))
+
+
+HOSTILE = [
+    '9', '1,234', '1,234,', '1 ', '1/', '1 1/', '1 x ', '10^', '1.', '1e', '-', '+1', '12/', '12/31/', '1 week ', '1w',
+    '1 week,  ', "'", 'answer: ', 'answer', '<answer>', 'Jan 1 ', '\u00a0', '²', '½', '\n', 'a', '<think>', '{', '\\"']
+
+
+def seconds(function, *arguments):
+    start = time.process_time()
+    function(*arguments)
+    return time.process_time() - start
+
 
 @pytest.mark.parametrize('piece', HOSTILE)
 def test_ten_million_hostile_characters_take_a_moment(piece):
-    text = (piece*(10**7//len(piece)))[:10**7]
-    for gold in GOLDS:
-        start = time.process_time()
-        right(gold, {'answer': text})
-        assert time.process_time() - start < 1
+    text = (piece*10**7)[:10**7]
+    assert max(seconds(is_right, gold, text) for gold in GOLDS) < 1
 
-@pytest.mark.parametrize('read', [numbers, dates, weeks])
-def test_the_readers_themselves_take_time_in_proportion(read):
+
+@pytest.mark.parametrize('read', [numbers_in, dates_in, weeks_in])
+@pytest.mark.parametrize('piece', HOSTILE)
+def test_the_readers_themselves_take_time_in_proportion(read, piece):
     "They also read notes, which are not cut. A quadratic one would take minutes."
-    for piece in HOSTILE:
-        text = (piece*(40_000//len(piece) + 1))[:40_000] + '^x'
-        start = time.process_time()
-        read(text)
-        assert time.process_time() - start < 1, piece
+    assert seconds(read, (piece*40_000)[:40_000] + '^x') < 1
 
-def test_nothing_is_executed(tmp_path):
-    for code in (f"__import__('pathlib').Path({str(tmp_path/'x')!r}).touch()", "23.5 if open('/etc/passwd') else 0", '10**10**10', '9**9**9', '(lambda: 23.5)() - 0*99'):
-        for gold in GOLDS: right(gold, {'answer': code}); judge(gold, f'<think>x</think><answer>{json.dumps(dict(answer=code))}</answer>')
-    assert not list(tmp_path.iterdir()) and not right(DECIMAL, {'answer': '20 + 3.5'})
 
-# files
+@pytest.mark.parametrize('code', [
+    "__import__('pathlib').Path(PATH).touch()", "23.5 if open('/etc/passwd') else 0", '10**10**10', '9**9**9',
+    '(lambda: 23.5)() - 0*99'])
+def test_nothing_is_executed(tmp_path, code):
+    code = code.replace('PATH', repr(str(tmp_path/'x')))
+    for gold in GOLDS:
+        is_right(gold, code)
+        judge_calculation(gold, f'<think>x</think><answer>{json.dumps(dict(answer=code))}</answer>')
+    assert not list(tmp_path.iterdir())
 
-def test_files_that_cannot_be_believed(tmp_path):
-    def refused(words, **tables):
-        with pytest.raises(TableError) as e: medcalc_questions(files(tmp_path, **tables), P)
-        assert all(w in str(e.value) for w in words), e.value
-    with pytest.raises(TableError, match='test_data.csv'): medcalc_files(tmp_path)
-    refused(['test_data.csv', 'Row Number, row 3', 'number 7 stands twice'], test_data=[row(7), row(8), row(7)])
-    refused(['Category, row 2', 'heart'], test_data=[row(1), row(2, category='heart')])
-    refused(['Output Type, row 1'], test_data=[row(1, kind='text')])
-    for bad in (dict(truth=''), dict(low='x'), dict(high='nan'), dict(truth='1e999'), dict(kind='integer', truth='inf'), dict(kind='date', truth='02/30/2021'), dict(kind='date', truth='22'),
-                dict(calculator='69', kind='integer', truth='34'), dict(truth='__import__("os")')):
-        refused(['Ground Truth Answer, row 2'], test_data=[row(1), row(2, **bad)])
+
+def test_nothing_is_calculated():
+    assert not is_right(DECIMAL, '20 + 3.5')
+
+
+# -- files
+
+def test_a_missing_test_file_is_named(tmp_path):
+    with pytest.raises(TableError, match='test_data.csv'):
+        medcalc_files(tmp_path)
+
+
+@pytest.mark.parametrize('rows, words', [
+    ([row(7), row(8), row(7)], ['test_data.csv', 'Row Number, row 3', 'number 7 stands twice']),
+    ([row(1), row(2, category='heart')], ['Category, row 2', 'heart']),
+    ([row(1, kind='text')], ['Output Type, row 1']),
+], ids=['twice', 'category', 'type'])
+def test_rows_that_cannot_be_believed(tmp_path, rows, words):
+    with pytest.raises(TableError) as error:
+        questions_of(tmp_path, test_data=rows)
+    assert [word for word in words if word not in str(error.value)] == []
+
+
+@pytest.mark.parametrize('bad', [
+    dict(truth=''), dict(low='x'), dict(high='nan'), dict(truth='1e999'), dict(kind='integer', truth='inf'),
+    dict(kind='date', truth='02/30/2021'), dict(kind='date', truth='22'),
+    dict(calculator='69', kind='integer', truth='34'), dict(truth='__import__("os")')], ids=str)
+def test_answers_that_cannot_be_read_are_named(tmp_path, bad):
+    with pytest.raises(TableError, match='Ground Truth Answer, row 2'):
+        questions_of(tmp_path, test_data=[row(1), row(2, **bad)])
+
+
+def test_a_missing_column_is_named(tmp_path):
     (tmp_path/'test_data.csv').write_text('Row Number,Question\n1,x\n')
-    with pytest.raises(TableError, match='test_data.csv, column Calculator ID'): medcalc_questions(tmp_path, P)
-    (tmp_path/'test_data.csv').write_bytes((','.join(COLUMNS) + '\n' + ','.join(row(1, note='caf\u00e9'))).encode('latin-1'))
-    with pytest.raises(TableError, match='line 2 is not UTF-8'): medcalc_questions(tmp_path, P)
-    (tmp_path/'test_data.csv').unlink()
-    whole = gzip.compress('\n'.join(','.join(r) for r in [COLUMNS, *(row(n) for n in range(500))]).encode())
-    (tmp_path/'test_data.csv.gz').write_bytes(whole)
-    assert len(medcalc_questions(tmp_path, P)[0]) == 500
-    (tmp_path/'test_data.csv.gz').write_bytes(whole[:len(whole)//2])
-    with pytest.raises(TableError, match='fetch it again'): medcalc_questions(tmp_path, P)
+    with pytest.raises(TableError, match='test_data.csv, column Calculator ID'):
+        medcalc_questions(tmp_path, SMOKE)
+
+
+def test_another_encoding_is_refused(tmp_path):
+    text = ','.join(MEDCALC_COLUMNS) + '\n' + ','.join(row(1, note='caf\u00e9'))
+    (tmp_path/'test_data.csv').write_bytes(text.encode('latin-1'))
+    with pytest.raises(TableError, match='line 2 is not UTF-8'):
+        medcalc_questions(tmp_path, SMOKE)
+
+
+@pytest.fixture
+def compressed():
+    "Five hundred rows in a gzip file."
+    lines = [MEDCALC_COLUMNS, *(row(number) for number in range(500))]
+    return gzip.compress('\n'.join(','.join(line) for line in lines).encode())
+
+
+def test_compressed_files_are_read(tmp_path, compressed):
+    (tmp_path/'test_data.csv.gz').write_bytes(compressed)
+    assert len(medcalc_questions(tmp_path, SMOKE)[0]) == 500
+
+
+def test_half_a_compressed_file_is_refused(tmp_path, compressed):
+    (tmp_path/'test_data.csv.gz').write_bytes(compressed[:len(compressed)//2])
+    with pytest.raises(TableError, match='fetch it again'):
+        medcalc_questions(tmp_path, SMOKE)
+
 
 def test_rows_that_cannot_be_asked_are_counted(tmp_path):
-    asked, counts = medcalc_questions(files(tmp_path, test_data=[row(1), row(2, note=' \n'), row(3, question=''), row(4, truth='24')]), P)
+    rows = [row(1), row(2, note=' \n'), row(3, question=''), row(4, truth='24')]
+    asked, counts = medcalc_questions(files(tmp_path, test_data=rows), SMOKE)
     assert asked['sample_id'].to_list() == ['held_out-1', 'held_out-4']
-    assert (counts['held_out left out, empty note or question'], counts['held_out outside their own limits'], counts['held_out rows']) == (2, 1, 4)
+    assert counts['held_out left out, empty note or question'] == 2
+    assert counts['held_out outside their own limits'] == 1
+    assert counts['held_out rows'] == 4
 
-def test_the_splits_are_levelled(tmp_path):
-    kinds = [row(1, '49', 'dosage conversion', note='n'), row(2, '69', 'date', 'date', truth="('1 week', '5 days')"), row(3, '8', 'risk', 'integer', truth='1.5', low='1.5', high='1.5'), row(4, '5', 'lab test', note='n')]
-    asked, _ = medcalc_questions(files(tmp_path, train_data=kinds, test_data=[row(1)]), P)
-    train = asked.filter(pl.col('split') == 'train')
-    assert train['task'].to_list() == ['dosage', 'date', 'risk', 'lab'] and train['gold'].list.first().to_list() == ['decimal', 'weeks', 'decimal', 'decimal']
-    assert not right(train['gold'][2].to_list(), {'answer': 2}) and right(train['gold'][2].to_list(), {'answer': 1.5})
-    assert train['group'][0] == train['group'][3] != train['group'][1] and asked['sample_id'].is_unique().all()
-    assert all('<answer>{"answer": ' in q for q in asked['question'])
 
-# scores
+@pytest.fixture
+def levelled(tmp_path):
+    "Training rows as the training file calls them, and one test row."
+    train = [
+        row(1, '49', 'dosage conversion', note='n'),
+        row(2, '69', 'date', 'date', truth="('1 week', '5 days')"),
+        row(3, '8', 'risk', 'integer', truth='1.5', low='1.5', high='1.5'),
+        row(4, '5', 'lab test', note='n'),
+    ]
+    return questions_of(tmp_path, train_data=train, test_data=[row(1)])
 
-def answers(**texts): return pl.DataFrame([dict(sample_id=f"held_out-{k.removeprefix('n')}", text=t, risk=None, status='answered') for k, t in texts.items()], schema=ANSWERS)
 
-def table(results, metric='accuracy'): return {(r['system'], r['task']): (r['value'], r['samples'], r['missing']) for r in results.filter(pl.col('metric') == metric).iter_rows(named=True)}
+def test_categories_and_kinds_are_levelled(levelled):
+    train = levelled.filter(pl.col('split') == 'train')
+    assert train['task'].to_list() == ['dosage', 'date', 'risk', 'lab']
+    assert train['gold'].list.first().to_list() == ['decimal', 'weeks', 'decimal', 'decimal']
 
-SIX = [row(1, question='A'), row(2, question='B'), row(3, category='lab', question='A'), row(4, category='lab', note='note 1', question='C '), row(5, '4', 'risk', 'integer', truth='3', low='3', high='3', question='D'),
-       row(6, '13', 'date', 'date', truth='10/22/2021', question='E')]
 
-def test_scores_as_by_hand(tmp_path):
-    asked, _ = medcalc_questions(files(tmp_path, test_data=SIX), P)
-    results = medcalc_score(asked, dict(a=answers(n1='22', n2='24', n3='21.5', n4=None, n5='<think>x</think> 3 points', n6='none'), b=answers(n5='4', n6='2021-10-22')), P)
-    assert results.schema == RESULTS and set(results['metric']) == {'accuracy'}
-    assert table(results) == {('a', 'overall'): (.5, 6, 2), ('a', 'physical'): (.5, 2, 0), ('a', 'lab'): (.5, 2, 1), ('a', 'risk'): (1, 1, 0), ('a', 'date'): (0, 1, 1),
-                              ('b', 'overall'): (.5, 2, 0), ('b', 'risk'): (0, 1, 0), ('b', 'date'): (1, 1, 0)}
-    overall = results.filter(pl.col('system') == 'a', pl.col('task') == 'overall').row(0, named=True)
-    assert overall['groups'] == 5 and 0 <= overall['low'] < .5 < overall['high'] <= 1 # rows 1 and 4 share a note
+def test_a_score_that_is_not_whole_is_not_rounded(levelled):
+    gold = levelled.filter(pl.col('split') == 'train')['gold'][2].to_list()
+    assert not is_right(gold, 2)
+    assert is_right(gold, 1.5)
 
-def test_seen_and_unseen_are_told_apart_only_with_a_training_file(tmp_path):
-    files(tmp_path, test_data=SIX, one_shot_examples=[row(1, question='A')])
-    given = dict(a=answers(n1='22', n2='22', n3='0', n4='0', n5='3', n6='none'))
-    assert set(medcalc_score(medcalc_questions(tmp_path, P)[0], given, P)['metric']) == {'accuracy'}
-    results = medcalc_score(medcalc_questions(files(tmp_path, train_data=[row(1, question='A'), row(2, question='C'), row(3, question='D')]), P)[0], given, P)
-    assert table(results, 'accuracy_seen')['a', 'overall'] == (2/3, 3, 0) and table(results, 'accuracy_unseen')['a', 'overall'] == (1/3, 3, 1) # 'C' is not 'C '
 
-def test_second_labels(tmp_path, monkeypatch):
+def test_questions_about_one_note_are_one_group(levelled):
+    groups = levelled.filter(pl.col('split') == 'train')['group']
+    assert groups[0] == groups[3] != groups[1]
+
+
+def test_questions_have_ids_and_a_form(levelled):
+    assert levelled['sample_id'].is_unique().all()
+    assert all('<answer>{"answer": ' in question for question in levelled['question'])
+
+
+# -- scores
+
+def answers(**said):
+    "Answers by row number: n1='22'."
+    rows = [dict(sample_id=f'held_out-{name[1:]}', text=text, risk=None, status='answered')
+            for name, text in said.items()]
+    return pl.DataFrame(rows, schema=ANSWERS)
+
+
+def table(results, metric='accuracy'):
+    "(system, task) -> (value, questions, missing answers)."
+    rows = results.filter(pl.col('metric') == metric).iter_rows(named=True)
+    return {(found['system'], found['task']): (found['value'], found['samples'], found['missing']) for found in rows}
+
+
+SIX = [
+    row(1, question='A'),
+    row(2, question='B'),
+    row(3, category='lab', question='A'),
+    row(4, category='lab', note='note 1', question='C '),
+    row(5, '4', 'risk', 'integer', truth='3', low='3', high='3', question='D'),
+    row(6, '13', 'date', 'date', truth='10/22/2021', question='E'),
+]
+
+
+@pytest.fixture
+def by_hand(tmp_path):
+    said = dict(
+        a=answers(n1='22', n2='24', n3='21.5', n4=None, n5='<think>x</think> 3 points', n6='none'),
+        b=answers(n5='4', n6='2021-10-22'))
+    return medcalc_score(questions_of(tmp_path, test_data=SIX), said, SMOKE)
+
+
+def test_scores_as_by_hand(by_hand):
+    assert by_hand.schema == RESULTS
+    assert set(by_hand['metric']) == {'accuracy'}
+    assert table(by_hand) == {
+        ('a', 'overall'): (.5, 6, 2), ('a', 'physical'): (.5, 2, 0), ('a', 'lab'): (.5, 2, 1), ('a', 'risk'): (1, 1, 0),
+        ('a', 'date'): (0, 1, 1), ('b', 'overall'): (.5, 2, 0), ('b', 'risk'): (0, 1, 0), ('b', 'date'): (1, 1, 0)}
+
+
+def test_intervals_are_over_notes(by_hand):
+    overall = by_hand.filter(pl.col('system') == 'a', pl.col('task') == 'overall').row(0, named=True)
+    assert overall['groups'] == 5  # rows 1 and 4 share a note
+    assert 0 <= overall['low'] < .5 < overall['high'] <= 1
+
+
+SEEN = dict(a=answers(n1='22', n2='22', n3='0', n4='0', n5='3', n6='none'))
+
+
+def test_worked_examples_do_not_tell_seen_from_unseen(tmp_path):
+    asked = questions_of(tmp_path, test_data=SIX, one_shot_examples=[row(1, question='A')])
+    assert set(medcalc_score(asked, SEEN, SMOKE)['metric']) == {'accuracy'}
+
+
+def test_a_training_file_tells_seen_from_unseen(tmp_path):
+    train = [row(number, question=question) for number, question in enumerate('ACD', 1)]
+    results = medcalc_score(questions_of(tmp_path, test_data=SIX, train_data=train), SEEN, SMOKE)
+    assert table(results, 'accuracy_seen')['a', 'overall'] == (2/3, 3, 0)
+    assert table(results, 'accuracy_unseen')['a', 'overall'] == (1/3, 3, 1)  # 'C' is not 'C '
+
+
+@pytest.fixture
+def audit(tmp_path, monkeypatch):
+    "The path of a second set of labels for six questions; the file is not there yet."
     files(tmp_path, test_data=SIX)
-    labels = tmp_path/'audit.csv'; monkeypatch.setenv('EHR_R1_MEDCALC_LABELS', str(labels))
-    with pytest.raises(TableError, match='audit.csv'): medcalc_questions(tmp_path, P)
-    labels.write_text('Row Number,Ground Truth Answer,Lower Limit,Upper Limit\n1,40,,\n2,40,30,50\n4,,,\n5,4,,\n6,10/23/2021,,\n')
-    asked, counts = medcalc_questions(tmp_path, P)
-    assert (counts['second labels'], counts['second labels without an answer']) == (5, 1) and medcalc_files(tmp_path)['labels'] == labels
-    results = medcalc_score(asked, dict(a=answers(n1='38.1', n2='31', n3='22', n4='22', n5='3', n6='10/23/2021'), b=answers(n1='37.9', n2='29', n3='0', n4='0', n5='4', n6='10/22/2021')), P)
-    assert table(results)['a', 'overall'] == (.5, 6, 0) and table(results, 'accuracy_second')['a', 'overall'] == (4/5, 5, 0)
+    labels = tmp_path/'audit.csv'
+    monkeypatch.setenv('EHR_R1_MEDCALC_LABELS', str(labels))
+    return labels
+
+
+def test_missing_second_labels_are_named(audit):
+    with pytest.raises(TableError, match='audit.csv'):
+        medcalc_questions(audit.parent, SMOKE)
+
+
+@pytest.mark.parametrize('text, words', [
+    ('Row Number,Ground Truth Answer\n9,1\n', 'no row'),
+    ('Row Number,Ground Truth Answer\n1,1\n1,2\n', 'twice'),
+    ('Row Number,Ground Truth Answer\n1,x\n', 'cannot be read'),
+    ('Row Number\n1\n', 'Ground Truth'),
+], ids=['row', 'twice', 'value', 'column'])
+def test_bad_second_labels_are_refused(audit, text, words):
+    audit.write_text(text)
+    with pytest.raises(TableError, match=words):
+        medcalc_questions(audit.parent, SMOKE)
+
+
+SECOND = '''Row Number,Ground Truth Answer,Lower Limit,Upper Limit
+1,40,,
+2,40,30,50
+4,,,
+5,4,,
+6,10/23/2021,,
+'''
+
+
+def test_second_labels_are_counted(audit):
+    audit.write_text(SECOND)
+    _, counts = medcalc_questions(audit.parent, SMOKE)
+    assert (counts['second labels'], counts['second labels without an answer']) == (5, 1)
+    assert medcalc_files(audit.parent)['labels'] == audit
+
+
+def test_second_labels_are_a_second_score(audit):
+    audit.write_text(SECOND)
+    asked, _ = medcalc_questions(audit.parent, SMOKE)
+    said = dict(
+        a=answers(n1='38.1', n2='31', n3='22', n4='22', n5='3', n6='10/23/2021'),
+        b=answers(n1='37.9', n2='29', n3='0', n4='0', n5='4', n6='10/22/2021'))
+    results = medcalc_score(asked, said, SMOKE)
+    assert table(results)['a', 'overall'] == (.5, 6, 0)
+    assert table(results, 'accuracy_second')['a', 'overall'] == (4/5, 5, 0)
     assert table(results, 'accuracy_second')['b', 'overall'] == (1/5, 5, 0)
-    for text, words in (('Row Number,Ground Truth Answer\n9,1\n', 'no row'), ('Row Number,Ground Truth Answer\n1,1\n1,2\n', 'twice'), ('Row Number,Ground Truth Answer\n1,x\n', 'cannot be read'), ('Row Number\n1\n', 'Ground Truth')):
-        labels.write_text(text)
-        with pytest.raises(TableError, match=words): medcalc_questions(tmp_path, P)
+
+
+# -- baselines
+
+TEST = [
+    row(1, note='aged 40, 22 kg/m2'),
+    row(2, '4', 'risk', 'integer', note='no digits', truth='2'),
+    row(3, '13', 'date', 'date', note='LMP 02/30/2021, then 01/02/2021', truth='10/22/2021'),
+    row(4, '69', 'date', 'integer', note='at 3 weeks', truth="('1 week', '5 days')"),
+    row(5, '99'),
+]
+EXAMPLES = [row(1, truth='30'), row(2, '4', 'risk', 'integer', truth='5')]
+TRAIN = [
+    *(row(number, truth=truth) for number, truth in enumerate(('20', '23', '90'))),
+    *(row(10 + number, '4', 'risk', 'integer', truth=truth) for number, truth in enumerate('3324')),
+    row(20, '13', 'date', 'date', truth='01/01/2020'),
+]
+
+
+def baseline_texts(folder, **tables):
+    asked = questions_of(folder, **tables)
+    return {system: said['text'].to_list() for system, said in medcalc_baselines(folder, SMOKE, asked).items()}
+
+
+def test_baselines_of_worked_examples(tmp_path):
+    assert baseline_texts(tmp_path, test_data=TEST, one_shot_examples=EXAMPLES) == dict(
+        typical=['30.0', '5', None, None, None], first_value=['40.0', None, '01/02/2021', '(3 weeks, 0 days)', '5.0'])
+
 
 def test_baselines_know_training_answers_and_nothing_else(tmp_path):
-    test = [row(1, note='aged 40, 22 kg/m2'), row(2, '4', 'risk', 'integer', note='no digits', truth='2'), row(3, '13', 'date', 'date', note='LMP 02/30/2021, then 01/02/2021', truth='10/22/2021'), row(4, '69', 'date', 'integer', note='at 3 weeks', truth="('1 week', '5 days')"), row(5, '99')]
-    one = [row(1, truth='30'), row(2, '4', 'risk', 'integer', truth='5')]
-    train = [row(n, truth=t) for n, t in enumerate(('20', '23', '90'))] + [row(10 + n, '4', 'risk', 'integer', truth=t) for n, t in enumerate('3324')] + [row(20, '13', 'date', 'date', truth='01/01/2020')]
-    files(tmp_path, test_data=test, one_shot_examples=one)
-    said = lambda: {n: f['text'].to_list() for n, f in medcalc_baselines(tmp_path, P, medcalc_questions(tmp_path, P)[0]).items()}
-    assert said() == dict(typical=['30.0', '5', None, None, None], first_value=['40.0', None, '01/02/2021', '(3 weeks, 0 days)', '5.0'])
-    files(tmp_path, train_data=train)
-    assert said()['typical'] == ['23.0', '3', '01/01/2020', None, None]
+    said = baseline_texts(tmp_path, test_data=TEST, one_shot_examples=EXAMPLES, train_data=TRAIN)
+    assert said['typical'] == ['23.0', '3', '01/01/2020', None, None]
+
 
 def test_scores_do_not_depend_on_the_order_of_rows(tmp_path):
-    asked, _ = medcalc_questions(files(tmp_path, test_data=SIX), P)
-    said = medcalc_baselines(tmp_path, P, asked)
-    assert medcalc_score(asked, said, P).equals(medcalc_score(asked.reverse(), said, P))
+    asked = questions_of(tmp_path, test_data=SIX)
+    said = medcalc_baselines(tmp_path, SMOKE, asked)
+    assert medcalc_score(asked, said, SMOKE).equals(medcalc_score(asked.reverse(), said, SMOKE))
