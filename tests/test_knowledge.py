@@ -4,9 +4,12 @@ import networkx as nx, numpy as np, polars as pl, pytest
 from hypothesis import HealthCheck, given, settings, strategies as st
 from ehr_r1.data.rrf import CUI, RRF, write_rrf
 from ehr_r1.hospital.terms import hospital_terms, write_terms
-from ehr_r1.synthesis import knowledge as K
+from ehr_r1.synthesis import compiling as K
 from ehr_r1.synthesis.open_knowledge import LETTERS, open_knowledge
-from ehr_r1.synthesis.knowledge import Knowledge, KnowledgeError, compile_knowledge, normal_form
+from ehr_r1.synthesis.knowledge import Knowledge
+from ehr_r1.synthesis.compiling import compile_knowledge
+from ehr_r1.synthesis.names import normal_form
+from ehr_r1.synthesis.release_files import KnowledgeError, rrf_parts
 
 def cui(i): return f'C{i:07d}'
 
@@ -74,14 +77,14 @@ def test_a_broken_line_is_named(tmp_path, name, text, says):
 
 def test_the_line_is_right_in_later_parts_of_a_file(tmp_path):
     path = tmp_path/'MRREL.RRF'; path.write_text(relation()*500 + relation(a='X') + relation())
-    with pytest.raises(KnowledgeError, match='line 501'): list(K.rrf_parts(path, ('CUI1',), size=1000))
+    with pytest.raises(KnowledgeError, match='line 501'): list(rrf_parts(path, ('CUI1',), size=1000))
     path.write_bytes(relation().encode()*500 + relation(rela='caf\xe9').encode('latin-1'))
-    with pytest.raises(KnowledgeError, match='line 501: not UTF-8'): list(K.rrf_parts(path, ('CUI1',), size=1000))
+    with pytest.raises(KnowledgeError, match='line 501: not UTF-8'): list(rrf_parts(path, ('CUI1',), size=1000))
 
 def test_parts_do_not_matter(tmp_path):
     path = tmp_path/'MRREL.RRF'; path.write_text(''.join(relation(a=cui(i), rela=f'r{"é"*(i % 7)}') for i in range(300)))
-    whole, = K.rrf_parts(path, ('CUI1', 'RELA'))
-    assert pl.concat(K.rrf_parts(path, ('CUI1', 'RELA'), size=123)).equals(whole) and whole['CUI1'].to_list() == [2*10**7 + i for i in range(300)]
+    whole, = rrf_parts(path, ('CUI1', 'RELA'))
+    assert pl.concat(rrf_parts(path, ('CUI1', 'RELA'), size=123)).equals(whole) and whole['CUI1'].to_list() == [2*10**7 + i for i in range(300)]
 
 def test_quotes_windows_line_ends_and_a_missing_last_line_end(tmp_path):
     text = conso(text='6" wound') + conso(cui='C0000002', text='"quoted')

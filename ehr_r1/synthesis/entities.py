@@ -19,7 +19,7 @@ from tqdm import tqdm
 from ..data.tables import Source
 from ..data.tasks import TASKS
 from ..data.trajectories import DISPLAY, FIELD, ITEM
-from .knowledge import normal_form
+from .names import normal_form
 
 # %% ../../nbs/05_synthesis/03_entities.ipynb #0598c498
 ENTITY = pl.Schema(dict(row=pl.UInt32, column=pl.String, term=pl.String, cui=pl.String, start=pl.Int32, end=pl.Int32))

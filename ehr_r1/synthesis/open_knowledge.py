@@ -14,7 +14,9 @@ import polars as pl
 from ..config import Run
 from ..stages import build
 from ..data.rrf import CUI, RRF, write_rrf
-from .knowledge import KnowledgeError, compile_knowledge, normal_form
+from .compiling import compile_knowledge
+from .names import normal_form
+from .release_files import KnowledgeError
 
 # %% ../../nbs/05_synthesis/02_open_knowledge.ipynb #cd1d9fea
 def find_source(folder:Path, # holds the sources
