@@ -12,7 +12,8 @@ from ehr_r1.data.rrf import write_rrf
 from ehr_r1.data.trajectories import ITEM, build_trajectories, scan_store
 from ehr_r1.synthesis.entities import (ENTITY, FOUND, LINK, Matcher, QuickUmls, core_form, entities, held_names, icd_codes,
     link_report, link_terms, lower, terms_in_use, text_terms, value_terms)
-from ehr_r1.synthesis.knowledge import Knowledge, compile_knowledge
+from ehr_r1.synthesis.compiling import compile_knowledge
+from ehr_r1.synthesis.knowledge import Knowledge
 from ehr_r1.synthesis.open_knowledge import open_knowledge
 from records import at, row, store
 

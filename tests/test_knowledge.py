@@ -5,7 +5,7 @@ from hypothesis import HealthCheck, given, settings, strategies as st
 from ehr_r1.data.rrf import CUI, RRF, write_rrf
 from ehr_r1.hospital.terms import hospital_terms, write_terms
 from ehr_r1.synthesis import compiling as K
-from ehr_r1.synthesis.open_knowledge import LETTERS, open_knowledge
+from ehr_r1.synthesis.open_knowledge import ID_LETTERS, open_knowledge
 from ehr_r1.synthesis.knowledge import Knowledge
 from ehr_r1.synthesis.compiling import compile_knowledge
 from ehr_r1.synthesis.names import normal_form
@@ -379,6 +379,6 @@ def test_the_real_open_sources(shared, tmp_path):
     counts = open_knowledge(data, tmp_path/'rrf'); compile_knowledge(tmp_path/'rrf', tmp_path/'k'); k = Knowledge(tmp_path/'k')
     names = k.names.collect(); cui = {n.lower(): c for n, c in names.sort('preferred').select('name', 'cui').iter_rows()}
     assert counts['concepts'] > 8_000 and counts['relations'] > 20_000 and len(k) == counts['concepts']
-    assert names.filter(~pl.col('cui').str.starts_with('C'))['cui'].str.head(1).is_in(list(LETTERS.values())).all()
+    assert names.filter(~pl.col('cui').str.starts_with('C'))['cui'].str.head(1).is_in(list(ID_LETTERS.values())).all()
     assert k.paths(cui['warfarin'], cui['atrial fibrillation'])[0].describe(k) == 'Warfarin —may treat→ atrial fibrillation'
     assert names.filter(source='ICD10CM', code='I50.9')['cui'].unique().to_list() == [cui['congestive heart failure']]
