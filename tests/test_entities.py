@@ -10,8 +10,9 @@ from ehr_r1.data.tables import open_source
 from ehr_r1.data.tasks import GROUPS, TASKS, Events, decision_labels
 from ehr_r1.data.rrf import write_rrf
 from ehr_r1.data.trajectories import ITEM, build_trajectories, scan_store
-from ehr_r1.synthesis.entities import (ENTITY, FOUND, LINK, Matcher, QuickUmls, core_form, entities, held_names, icd_codes,
-    link_report, link_terms, lower, terms_in_use, text_terms, value_terms)
+from ehr_r1.synthesis.entities import ENTITY, entities, link_report, terms_in_use, text_terms, value_terms
+from ehr_r1.synthesis.linking import TERM_LINK, core_form, icd_codes, link_terms, names_within
+from ehr_r1.synthesis.matching import FOUND, Matcher, QuickUmls, lower_case
 from ehr_r1.synthesis.compiling import compile_knowledge
 from ehr_r1.synthesis.knowledge import Knowledge
 from ehr_r1.synthesis.open_knowledge import open_knowledge
@@ -82,7 +83,7 @@ NAMES = dictionary(*((f'C{i:07d}', name, True) for i, name in enumerate([
     'Heart failure', 'Congestive heart failure', 'Heart', 'Failure to thrive', 'Na+', 'his', 'T4', '12345', 'Ménière disease',
     'İleus', 'β-blocker', 'NaCl (0.9%)'])))
 MATCHER = Matcher(NAMES)
-KNOWN = {lower(n): c for c, n in NAMES.select('cui', 'name').rows()}
+KNOWN = {lower_case(n): c for c, n in NAMES.select('cui', 'name').rows()}
 
 pieces = st.sampled_from(['heart', 'Heart', 'HEART FAILURE', 'congestive', 'failure to thrive', 'failure', 'his', 'T4', '12345',
                           'ménière', 'disease', 'İLEUS', 'İ', 'ẞ', 'ﬁ', 'Σ', 'β-Blocker', 'NaCl (0.9%)', 'é', 'e\u0301', '\u0301',
@@ -98,13 +99,13 @@ def test_spans_point_at_the_names_they_claim(text):
         assert last <= start < end <= len(text) # in order, none overlaps
         last = end
         said = text[start:end]
-        assert ' '.join(said.split()) == term and KNOWN[lower(term)] == cui
+        assert ' '.join(said.split()) == term and KNOWN[lower_case(term)] == cui
         assert not (said[0].isalnum() and text[start - 1:start].isalnum()) # whole words
         assert not (said[-1].isalnum() and text[end:end + 1].isalnum())
 
 @settings(max_examples=300, deadline=None)
 @given(st.text())
-def test_lower_case_moves_nothing(text): assert len(lower(text)) == len(text)
+def test_lower_case_moves_nothing(text): assert len(lower_case(text)) == len(text)
 
 @settings(max_examples=200, deadline=None)
 @given(st.lists(st.tuples(
@@ -248,17 +249,17 @@ def test_approximate_is_careful(knowledge):
 def test_one_row_a_term_in_their_order(knowledge):
     terms = ['Bag', 'Chronic heart failure', 'Cardiac failure', None, 'Bag', 'Failure, cardiac']
     found = link_terms(pl.Series(terms), knowledge)
-    assert found.schema == LINK
+    assert found.schema == TERM_LINK
     assert found['term'].to_list() == ['Bag', 'Chronic heart failure', 'Cardiac failure', 'Failure, cardiac']
     assert found['name'].to_list() == [None, 'Heart failure', 'Cardiac failure', 'Cardiac failure']
-    assert link_terms([], knowledge).schema == LINK and link_terms(['Bag'], knowledge)['score'].to_list() == [None]
+    assert link_terms([], knowledge).schema == TERM_LINK and link_terms(['Bag'], knowledge)['score'].to_list() == [None]
     assert link_terms(terms[::-1], knowledge).sort('term').equals(found.sort('term'))
 
 word = st.sampled_from('aa bb cc dd ee ff'.split())
 @settings(max_examples=100, deadline=None)
 @given(*(st.lists(st.lists(word, min_size=1, max_size=n).map(' '.join), unique=True, max_size=12) for n in (5, 4)))
 def test_held_names_are_those_a_plain_loop_finds(cores, names):
-    c, m = held_names(pl.Series(cores, dtype=pl.String), pl.Series(names, dtype=pl.String))
+    c, m = names_within(pl.Series(cores, dtype=pl.String), pl.Series(names, dtype=pl.String))
     want = [(i, j) for i, x in enumerate(cores) for j, y in enumerate(names) if set(y.split()) <= set(x.split())]
     assert sorted(zip(c.tolist(), m.tolist())) == want
 

@@ -6,7 +6,7 @@
 __all__ = ['Rows', 'mapped_array', 'Layer', 'RelationGraph', 'SearchSide', 'Meeting', 'search_both_ends', 'connected_edges',
            'shortest_layers', 'specific_first', 'walks', 'KnowledgePath', 'ConceptBook', 'Knowledge']
 
-# %% ../../nbs/05_synthesis/01d_knowledge.ipynb #659c8399
+# %% ../../nbs/05_synthesis/01d_knowledge.ipynb #4482a0ec
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -21,7 +21,7 @@ from ..data.rrf import CUI
 from .compiling import unpack_relation
 from .release_files import concept_id, concept_number, knowledge_fault
 
-# %% ../../nbs/05_synthesis/01d_knowledge.ipynb #4de2bfff
+# %% ../../nbs/05_synthesis/01d_knowledge.ipynb #bb8643aa
 @dataclass(frozen=True)
 class Rows:
     "Rows of different lengths in one array."
@@ -31,7 +31,7 @@ class Rows:
     def __getitem__(self, i:int)->np.ndarray:
         return self.values[self.start[i]:self.start[i + 1]]
 
-# %% ../../nbs/05_synthesis/01d_knowledge.ipynb #ff16c9a9
+# %% ../../nbs/05_synthesis/01d_knowledge.ipynb #9310d9e9
 def mapped_array(
     folder:Path, # compiled knowledge
     name:str     # of the array
@@ -39,7 +39,7 @@ def mapped_array(
     "An array of compiled knowledge."
     return np.asarray(np.load(folder/f'{name}.npy', mmap_mode='r'))
 
-# %% ../../nbs/05_synthesis/01d_knowledge.ipynb #95e352ae
+# %% ../../nbs/05_synthesis/01d_knowledge.ipynb #aad0a4c5
 class Layer(NamedTuple):
     "Edges that stand at the same place of some paths."
     source: np.ndarray # places of the concepts they start from
@@ -55,7 +55,7 @@ class Layer(NamedTuple):
         "Some of the edges."
         return Layer(self.source[keep], self.target[keep])
 
-# %% ../../nbs/05_synthesis/01d_knowledge.ipynb #b4c14a0d
+# %% ../../nbs/05_synthesis/01d_knowledge.ipynb #10c7c0d3
 class RelationGraph:
     "For every concept, by its place, the neighbours and how they are related to it."
     def __init__(self,
@@ -86,7 +86,7 @@ class RelationGraph:
         at = np.searchsorted(self.neighbours[i], np.int32(j))
         return unpack_relation(self.relations[i][at])
 
-# %% ../../nbs/05_synthesis/01d_knowledge.ipynb #6c5ca1ef
+# %% ../../nbs/05_synthesis/01d_knowledge.ipynb #a4e81531
 @dataclass
 class SearchSide:
     "What was reached from one end."
@@ -104,14 +104,14 @@ class SearchSide:
         self.front = np.unique(new.target)
         seen[self.front] = self.mark
 
-# %% ../../nbs/05_synthesis/01d_knowledge.ipynb #f452a517
+# %% ../../nbs/05_synthesis/01d_knowledge.ipynb #600f81a9
 class Meeting(NamedTuple):
     "Where the two sides of a search met, as layers of edges from the first concept to the last."
     before: list  # layers from the first concept; some of their edges lead elsewhere
     middle: Layer # edges that touch, each a part of a shortest path
     after: list   # layers to the last concept; some of their edges come from elsewhere
 
-# %% ../../nbs/05_synthesis/01d_knowledge.ipynb #1b843333
+# %% ../../nbs/05_synthesis/01d_knowledge.ipynb #ff7e31f0
 def search_both_ends(
     graph:RelationGraph,
     first:int,    # place of a concept
@@ -135,15 +135,16 @@ def search_both_ends(
         if not len(places):
             return None
         edges = graph.edges_from(places)
-        touching = edges.where(seen[edges.target] == -side.mark)
-        if len(touching.source):
+        touches = seen[edges.target] == -side.mark
+        if touches.any():
+            touching = edges.where(touches)
             middle = touching if side is ahead else touching.reverse()
             after = [layer.reverse() for layer in reversed(back.layers)]
             return Meeting(ahead.layers, middle, after)
         side.go_on(edges, seen)
     return None
 
-# %% ../../nbs/05_synthesis/01d_knowledge.ipynb #18513f44
+# %% ../../nbs/05_synthesis/01d_knowledge.ipynb #4d12b0c2
 def connected_edges(
     layer:Layer,
     end:str,          # source or target
@@ -156,7 +157,7 @@ def connected_edges(
     marks[known] = False
     return kept
 
-# %% ../../nbs/05_synthesis/01d_knowledge.ipynb #3a02ee4e
+# %% ../../nbs/05_synthesis/01d_knowledge.ipynb #c25eada6
 def shortest_layers(
     meeting:Meeting,
     concepts:int # in all
@@ -170,7 +171,7 @@ def shortest_layers(
         layers.append(connected_edges(layer, 'source', layers[-1].target, marks))
     return layers
 
-# %% ../../nbs/05_synthesis/01d_knowledge.ipynb #f0f656f7
+# %% ../../nbs/05_synthesis/01d_knowledge.ipynb #3807441b
 def specific_first(
     layer:Layer,
     graph:RelationGraph
@@ -180,7 +181,7 @@ def specific_first(
     order = np.lexsort((layer.target, degree, layer.source))
     return layer.where(order)
 
-# %% ../../nbs/05_synthesis/01d_knowledge.ipynb #12d0c781
+# %% ../../nbs/05_synthesis/01d_knowledge.ipynb #9adc12b8
 def walks(
     layers:list, # from `specific_first`
     walk:list    # places of the concepts walked so far
@@ -195,7 +196,7 @@ def walks(
     for step in layer.target[begin:end].tolist():
         yield from walks(layers, [*walk, step])
 
-# %% ../../nbs/05_synthesis/01d_knowledge.ipynb #3ea37cfd
+# %% ../../nbs/05_synthesis/01d_knowledge.ipynb #619ad267
 class KnowledgePath(NamedTuple):
     "A way from one concept to another."
     nodes: tuple     # concept ids
@@ -213,7 +214,7 @@ class KnowledgePath(NamedTuple):
             text += f' {arrow} {knowledge.name(node)}'
         return text
 
-# %% ../../nbs/05_synthesis/01d_knowledge.ipynb #e786e756
+# %% ../../nbs/05_synthesis/01d_knowledge.ipynb #2d5f06b5
 class ConceptBook:
     "Names and semantic types of compiled concepts."
     def __init__(self,
@@ -259,7 +260,7 @@ class ConceptBook:
         "What sort of thing a concept is: names of semantic types, sorted."
         return [self.kind_names[kind] for kind in self._kind[self.known_place(cui)]]
 
-# %% ../../nbs/05_synthesis/01d_knowledge.ipynb #d5cc36f6
+# %% ../../nbs/05_synthesis/01d_knowledge.ipynb #ae2e3d73
 class Knowledge(ConceptBook):
     "Compiled knowledge: names, semantic types and the relation graph."
     def __init__(self,
