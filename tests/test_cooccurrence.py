@@ -3,7 +3,7 @@ from collections import defaultdict
 from fractions import Fraction
 import numpy as np, polars as pl, pytest
 from hypothesis import given, settings, strategies as st
-from ehr_r1.synthesis.cooccurrence import LIFT, PAIR, Counts, blocks, lift, lift_pairs, read_pairs
+from ehr_r1.synthesis.cooccurrence import LIFT, PAIR, TermCounts, lift, lift_pairs, read_term_pairs, target_runs
 
 def frame(pairs): return pl.DataFrame(list(pairs), schema=PAIR, orient='row')
 
@@ -96,10 +96,10 @@ def test_bad_input_is_named(tmp_path):
 def test_blocks_cover_all_targets_and_hold_no_more_than_they_may():
     rng = np.random.default_rng(2)
     t, h = ([(int(s), int(c)) for s, c in zip(rng.integers(0, 400, n), rng.geometric(.02, n))] for n in (2_000, 12_000))
-    counts = Counts(frame(t), frame(h), 400, 1, 0.)
+    counts = TermCounts(frame(t), frame(h), 400, 1, 0.)
     most = np.minimum(counts.by_target@np.diff(counts.history.indptr), len(counts.terms))
     for block in (1, 300, 5_000, 10**9):
-        runs = blocks(counts, block)
+        runs = target_runs(counts, block)
         assert [a for a, _ in runs] == [0, *(b for _, b in runs[:-1])] and runs[-1][1] == len(counts.targets)
         pairs = [(counts.by_target[a:b]@counts.history).nnz for a, b in runs]
         assert all(p <= block or b - a == 1 for p, (a, b) in zip(pairs, runs))
@@ -110,11 +110,11 @@ def test_blocks_cover_all_targets_and_hold_no_more_than_they_may():
 def test_common_terms_are_left_out_before_pairs_are_counted():
     target = [(s, 1) for s in range(4)] + [(s, 2) for s in range(4, 40)]
     history = [(s, 3) for s in range(40)] + [(s, 4) for s in range(5)]
-    counts = Counts(frame(target), frame(history), 40)
+    counts = TermCounts(frame(target), frame(history), 40)
     assert counts.terms[counts.targets].tolist() == [1] and counts.terms[np.unique(counts.history.indices)].tolist() == [4]
     together = [(s, 1) for s in range(20)], [(s, 2) for s in range(20)]     # as common as a term can be and still pass
     assert lift_pairs(*map(frame, together), 101)['lift'].to_list() == [5.05] and lift_pairs(*map(frame, together), 100).is_empty()
 
 def test_pairs_are_read_once_each_in_order():
-    keys = read_pairs([frame([(2**32 - 1, 0), (1, 5)]), frame([(1, 5), (1, 2**32 - 1)])])
+    keys = read_term_pairs([frame([(2**32 - 1, 0), (1, 5)]), frame([(1, 5), (1, 2**32 - 1)])])
     assert [divmod(k, 2**32) for k in keys.tolist()] == [(1, 5), (1, 2**32 - 1), (2**32 - 1, 0)]
