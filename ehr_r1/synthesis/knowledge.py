@@ -6,7 +6,7 @@
 __all__ = ['Rows', 'mapped_array', 'Layer', 'RelationGraph', 'SearchSide', 'Meeting', 'search_both_ends', 'connected_edges',
            'shortest_layers', 'specific_first', 'walks', 'KnowledgePath', 'ConceptBook', 'Knowledge']
 
-# %% ../../nbs/05_synthesis/01d_knowledge.ipynb #4482a0ec
+# %% ../../nbs/05_synthesis/01d_knowledge.ipynb #d0304c1a
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -21,7 +21,7 @@ from ..data.rrf import CUI
 from .compiling import unpack_relation
 from .release_files import concept_id, concept_number, knowledge_fault
 
-# %% ../../nbs/05_synthesis/01d_knowledge.ipynb #bb8643aa
+# %% ../../nbs/05_synthesis/01d_knowledge.ipynb #140131ce
 @dataclass(frozen=True)
 class Rows:
     "Rows of different lengths in one array."
@@ -31,7 +31,7 @@ class Rows:
     def __getitem__(self, i:int)->np.ndarray:
         return self.values[self.start[i]:self.start[i + 1]]
 
-# %% ../../nbs/05_synthesis/01d_knowledge.ipynb #9310d9e9
+# %% ../../nbs/05_synthesis/01d_knowledge.ipynb #3d7f9b5e
 def mapped_array(
     folder:Path, # compiled knowledge
     name:str     # of the array
@@ -39,7 +39,7 @@ def mapped_array(
     "An array of compiled knowledge."
     return np.asarray(np.load(folder/f'{name}.npy', mmap_mode='r'))
 
-# %% ../../nbs/05_synthesis/01d_knowledge.ipynb #aad0a4c5
+# %% ../../nbs/05_synthesis/01d_knowledge.ipynb #b37f30cf
 class Layer(NamedTuple):
     "Edges that stand at the same place of some paths."
     source: np.ndarray # places of the concepts they start from
@@ -55,7 +55,7 @@ class Layer(NamedTuple):
         "Some of the edges."
         return Layer(self.source[keep], self.target[keep])
 
-# %% ../../nbs/05_synthesis/01d_knowledge.ipynb #10c7c0d3
+# %% ../../nbs/05_synthesis/01d_knowledge.ipynb #35c20761
 class RelationGraph:
     "For every concept, by its place, the neighbours and how they are related to it."
     def __init__(self,
@@ -63,8 +63,7 @@ class RelationGraph:
                  to:np.ndarray,      # places of neighbours, of each concept ascending
                  relation:np.ndarray # from `pack_relation`, one a neighbour
                 ):
-        self.start = start
-        self.neighbours, self.relations = Rows(start, to), Rows(start, relation)
+        self.start, self.to, self.packed = start, to, relation
 
     def __len__(self):
         return len(self.start) - 1
@@ -78,15 +77,16 @@ class RelationGraph:
         begin, count = self.start[places], self.degree(places)
         first = np.cumsum(count) - count # of each concept, its place in the result
         at = np.arange(count.sum()) + np.repeat(begin - first, count)
-        target = self.neighbours.values[at].astype(np.int64)
+        target = self.to[at].astype(np.int64)
         return Layer(np.repeat(places, count), target)
 
     def relation(self, i:int, j:int)->tuple[int, bool]:
         "Label and direction of the edge between two neighbours."
-        at = np.searchsorted(self.neighbours[i], np.int32(j))
-        return unpack_relation(self.relations[i][at])
+        begin, end = self.start[i], self.start[i + 1]
+        at = begin + self.to[begin:end].searchsorted(np.int32(j))
+        return unpack_relation(self.packed[at])
 
-# %% ../../nbs/05_synthesis/01d_knowledge.ipynb #a4e81531
+# %% ../../nbs/05_synthesis/01d_knowledge.ipynb #ebf8f77e
 @dataclass
 class SearchSide:
     "What was reached from one end."
@@ -104,14 +104,14 @@ class SearchSide:
         self.front = np.unique(new.target)
         seen[self.front] = self.mark
 
-# %% ../../nbs/05_synthesis/01d_knowledge.ipynb #600f81a9
+# %% ../../nbs/05_synthesis/01d_knowledge.ipynb #4c67538b
 class Meeting(NamedTuple):
     "Where the two sides of a search met, as layers of edges from the first concept to the last."
     before: list  # layers from the first concept; some of their edges lead elsewhere
     middle: Layer # edges that touch, each a part of a shortest path
     after: list   # layers to the last concept; some of their edges come from elsewhere
 
-# %% ../../nbs/05_synthesis/01d_knowledge.ipynb #ff7e31f0
+# %% ../../nbs/05_synthesis/01d_knowledge.ipynb #dc4f485c
 def search_both_ends(
     graph:RelationGraph,
     first:int,    # place of a concept
@@ -144,7 +144,7 @@ def search_both_ends(
         side.go_on(edges, seen)
     return None
 
-# %% ../../nbs/05_synthesis/01d_knowledge.ipynb #4d12b0c2
+# %% ../../nbs/05_synthesis/01d_knowledge.ipynb #23a4b0f4
 def connected_edges(
     layer:Layer,
     end:str,          # source or target
@@ -157,7 +157,7 @@ def connected_edges(
     marks[known] = False
     return kept
 
-# %% ../../nbs/05_synthesis/01d_knowledge.ipynb #c25eada6
+# %% ../../nbs/05_synthesis/01d_knowledge.ipynb #7d1ed8a6
 def shortest_layers(
     meeting:Meeting,
     concepts:int # in all
@@ -171,7 +171,7 @@ def shortest_layers(
         layers.append(connected_edges(layer, 'source', layers[-1].target, marks))
     return layers
 
-# %% ../../nbs/05_synthesis/01d_knowledge.ipynb #3807441b
+# %% ../../nbs/05_synthesis/01d_knowledge.ipynb #5831b74e
 def specific_first(
     layer:Layer,
     graph:RelationGraph
@@ -181,7 +181,7 @@ def specific_first(
     order = np.lexsort((layer.target, degree, layer.source))
     return layer.where(order)
 
-# %% ../../nbs/05_synthesis/01d_knowledge.ipynb #9adc12b8
+# %% ../../nbs/05_synthesis/01d_knowledge.ipynb #8fd1c294
 def walks(
     layers:list, # from `specific_first`
     walk:list    # places of the concepts walked so far
@@ -191,12 +191,12 @@ def walks(
         yield walk
         return
     layer = layers[len(walk) - 1]
-    begin = np.searchsorted(layer.source, walk[-1])
-    end = np.searchsorted(layer.source, walk[-1], 'right')
+    begin = layer.source.searchsorted(walk[-1])
+    end = layer.source.searchsorted(walk[-1], 'right')
     for step in layer.target[begin:end].tolist():
         yield from walks(layers, [*walk, step])
 
-# %% ../../nbs/05_synthesis/01d_knowledge.ipynb #619ad267
+# %% ../../nbs/05_synthesis/01d_knowledge.ipynb #94fcce4d
 class KnowledgePath(NamedTuple):
     "A way from one concept to another."
     nodes: tuple     # concept ids
@@ -214,7 +214,7 @@ class KnowledgePath(NamedTuple):
             text += f' {arrow} {knowledge.name(node)}'
         return text
 
-# %% ../../nbs/05_synthesis/01d_knowledge.ipynb #2d5f06b5
+# %% ../../nbs/05_synthesis/01d_knowledge.ipynb #1390cc61
 class ConceptBook:
     "Names and semantic types of compiled concepts."
     def __init__(self,
@@ -242,7 +242,7 @@ class ConceptBook:
         if not isinstance(cui, str) or not CUI.fullmatch(cui):
             return -1
         number = concept_number(cui)
-        i = int(np.searchsorted(self.numbers, np.int32(number)))
+        i = int(self.numbers.searchsorted(np.int32(number)))
         return i if i < len(self) and self.numbers[i] == number else -1
 
     def known_place(self, cui)->int:
@@ -260,7 +260,7 @@ class ConceptBook:
         "What sort of thing a concept is: names of semantic types, sorted."
         return [self.kind_names[kind] for kind in self._kind[self.known_place(cui)]]
 
-# %% ../../nbs/05_synthesis/01d_knowledge.ipynb #ae2e3d73
+# %% ../../nbs/05_synthesis/01d_knowledge.ipynb #41dc7e4f
 class Knowledge(ConceptBook):
     "Compiled knowledge: names, semantic types and the relation graph."
     def __init__(self,
