@@ -1,26 +1,31 @@
-"Terms of a record: spans point at what they claim, values are the labels, and links are decided the same way every time."
-import sys, types
+"Terms of a record: spans point at what they claim, values are the labels, links are decided the same way every time."
+import sys
 from pathlib import Path
-import polars as pl, pytest
-from hypothesis import given, settings, strategies as st
-from ehr_r1.config import Run
-from ehr_r1.profiles import profile
-from ehr_r1.hospital.hospital import build_hospital
-from ehr_r1.data.tables import open_source
-from ehr_r1.data.tasks import GROUPS, TASKS, Events, decision_labels
-from ehr_r1.data.rrf import write_rrf
-from ehr_r1.data.trajectories import ITEM, build_trajectories, scan_store
-from ehr_r1.synthesis.entities import (ENTITY, FOUND, LINK, Matcher, QuickUmls, core_form, entities, held_names, icd_codes,
-    link_report, link_terms, lower, terms_in_use, text_terms, value_terms)
-from ehr_r1.synthesis.knowledge import Knowledge, compile_knowledge
-from ehr_r1.synthesis.open_knowledge import open_knowledge
+from types import SimpleNamespace
+
+import polars as pl
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from records import at, row, store
 
-PATIENT = row('patients', cells=['60.0', 'F'])
-DECISIONS = [t for t in TASKS.values() if t.family == 'decision' and t.trigger != 'any']
+from ehr_r1.config import Run
+from ehr_r1.data.rrf import write_rrf
+from ehr_r1.data.tables import open_source
+from ehr_r1.data.tasks import GROUPS, TASKS, Events, decision_labels
+from ehr_r1.data.trajectories import ITEM, build_trajectories, scan_store
+from ehr_r1.hospital.hospital import build_hospital
+from ehr_r1.profiles import profile
+from ehr_r1.synthesis.compiling import compile_knowledge
+from ehr_r1.synthesis.entities import ENTITY, entities, link_report, terms_in_use, text_terms, value_terms
+from ehr_r1.synthesis.knowledge import Knowledge
+from ehr_r1.synthesis.linking import TERM_LINK, core_form, icd_codes, link_terms, names_within
+from ehr_r1.synthesis.matching import FOUND, Matcher, QuickUmls, lower_case
+from ehr_r1.synthesis.open_knowledge import open_knowledge
 
-def dictionary(*names): return pl.DataFrame(names, orient='row', schema=dict(cui=pl.String, name=pl.String, preferred=pl.Boolean))
-def terms_of(matcher, text): return matcher.find([text])['term'].to_list()
+PATIENT = row('patients', cells=['60.0', 'F'])
+DECISIONS = [task for task in TASKS.values() if task.family == 'decision' and task.trigger != 'any']
+
 
 @pytest.fixture(scope='module')
 def hospital(tmp_path_factory):
@@ -29,269 +34,512 @@ def hospital(tmp_path_factory):
     build_hospital(folder/'tables', 40, 7, fmt='csv', workers=1, progress=False)
     source, run = open_source(folder/'tables'), Run('entities', folder)
     build_trajectories(source, run, profile('smoke', protocol='official', workers=1))
-    return source, scan_store(run.trajectories).collect()
+    return SimpleNamespace(source=source, rows=scan_store(run.trajectories).collect())
+
 
 # values
 
-@pytest.mark.parametrize('task', DECISIONS, ids=lambda t: t.name)
+@pytest.mark.parametrize('task', DECISIONS, ids=lambda task: task.name)
 def test_values_are_the_labels(task, hospital):
-    rows = hospital[1]
-    e, found = Events(rows), value_terms(rows)
-    found = found.with_columns(j=e.rows['j'].gather(found['row']), table=rows['table'].cast(pl.String).gather(found['row']))
-    mine = found.filter(pl.col('table') == task.trigger, pl.col('column') == task.target)
+    events, found = Events(hospital.rows), value_terms(hospital.rows)
+    tables = hospital.rows['table'].cast(pl.String)
+    at_row = found['row']
+    found = found.with_columns(j=events.rows['j'].gather(at_row), table=tables.gather(at_row))
+    mine = found.filter(table=task.trigger, column=task.target)
     mine = mine.unique(['j', 'term'], keep='first', maintain_order=True)
-    labels = decision_labels(e, task)
+    label = pl.col('term').sort() if task.target in GROUPS else pl.col('term')
+    labels = decision_labels(events, task)
     assert len(labels)
-    term = pl.col('term').sort() if task.target in GROUPS else pl.col('term')
-    assert mine.group_by('j', maintain_order=True).agg(label=term).equals(labels)
+    assert mine.group_by('j', maintain_order=True).agg(label=label).equals(labels)
 
-def test_cleaning_lists_and_fallbacks():
-    rows = store([PATIENT, row('prescriptions', at(1, 1), 7, {'drug': '  Aspirin ', 'ATC Type': 'nan'}),
-                  row('prescriptions', at(1, 2), 7, {'drug': 'None', 'ATC Type': ''}),
-                  row('hcpcsevents', at(1, 6), 7), row('drgcodes', None, 7), # never shown
-                  row('radiology', at(1, 3), 7, {'exam_name': f'CHEST{ITEM} {ITEM}CT HEAD'}),
-                  row('transfers', at(1, 4), 7, {'eventtype': 'discharge', 'careunit': ''}),
-                  row('transfers', at(1, 5), 7, {'eventtype': 'admit', 'careunit': 'Medicine'})], 'official')
+
+def values_of(table, *times_and_cells):
+    "The values of one patient's rows in a table."
+    rows = [row(table, time, 7, cells) for time, cells in times_and_cells]
+    rows = store([PATIENT, *rows], 'official')
     found = value_terms(rows)
-    assert found.schema == ENTITY and found['cui'].null_count() == found['start'].null_count() == len(found)
-    assert [(rows['table'][r], c, t) for r, c, t in found.select('row', 'column', 'term').rows()] == [
-        ('prescriptions', 'drug', 'Aspirin'), ('radiology', 'exam_name', 'CHEST'), ('radiology', 'exam_name', 'CT HEAD'),
-        ('transfers', 'careunit', 'discharge'), ('transfers', 'careunit', 'Medicine')]
+    assert found.schema == ENTITY
+    for column in ('cui', 'start', 'end'):
+        assert found[column].null_count() == len(found)
+    return found.select('column', 'term').rows()
 
-def test_values_with_long_letters():
-    "Cells are cut where the separator stands, however many bytes a letter has."
-    name = "Friedländer's bacillus \U0001f600 infection"
-    rows = store([PATIENT, row('diagnoses_icd', None, 7, {'diagnoses': name, 'CCS Type': 'Pneumonie é'}),
-                  row('labevents', at(1, 1), 7, {'item_name': 'ß-HCG'}), row('services', at(1, 2), 7, ['MÉD'])], 'official')
-    assert sorted(value_terms(rows)['term']) == sorted([name, 'Pneumonie é', 'ß-HCG', 'MÉD'])
+
+def test_values_are_stripped_and_missing_ones_left_out():
+    found = values_of('prescriptions',
+                      (at(1, 1), {'drug': '  Aspirin ', 'ATC Type': 'nan'}),
+                      (at(1, 2), {'drug': 'None', 'ATC Type': ''}))
+    assert found == [('drug', 'Aspirin')]
+
+
+def test_each_examination_is_a_value():
+    found = values_of('radiology', (at(1, 3), {'exam_name': f'CHEST{ITEM} {ITEM}CT HEAD'}))
+    assert found == [('exam_name', 'CHEST'), ('exam_name', 'CT HEAD')]
+
+
+def test_a_transfer_without_unit_is_known_by_its_type():
+    found = values_of('transfers',
+                      (at(1, 4), {'eventtype': 'discharge', 'careunit': ''}),
+                      (at(1, 5), {'eventtype': 'admit', 'careunit': 'Medicine'}))
+    assert found == [('careunit', 'discharge'), ('careunit', 'Medicine')]
+
+
+@pytest.mark.parametrize('table, time', [('hcpcsevents', at(1, 6)), ('drgcodes', None)])
+def test_tables_that_are_never_shown_have_no_values(table, time):
+    assert values_of(table, (time, ())) == []
+
+
+def test_values_stand_in_the_order_of_the_rows():
+    rows = store([PATIENT,
+                  row('prescriptions', at(1, 1), 7, {'drug': 'Aspirin'}),
+                  row('radiology', at(1, 3), 7, {'exam_name': 'CHEST'}),
+                  row('transfers', at(1, 5), 7, {'careunit': 'Medicine'})], 'official')
+    found = value_terms(rows)
+    tables = [rows['table'][i] for i in found['row']]
+    assert tables == ['prescriptions', 'radiology', 'transfers']
+
+
+LONG_LETTERS = "Friedländer's bacillus \U0001f600 infection"
+
+
+@pytest.mark.parametrize('table, time, cells, values', [
+    ('diagnoses_icd', None, {'diagnoses': LONG_LETTERS, 'CCS Type': 'Pneumonie é'}, {LONG_LETTERS, 'Pneumonie é'}),
+    ('labevents', at(1, 1), {'item_name': 'ß-HCG'}, {'ß-HCG'}),
+    ('services', at(1, 2), ['MÉD'], {'MÉD'}),
+])
+def test_cells_are_cut_at_the_separator_however_many_bytes_a_letter_has(table, time, cells, values):
+    found = values_of(table, (time, cells))
+    assert {term for _, term in found} == values
+
 
 def test_rows_count_from_the_first_row_that_is_given(hospital):
-    rows = hospital[1]
-    whole, part = value_terms(rows), value_terms(rows[1000:])
-    assert part.equals(whole.filter(pl.col('row') >= 1000).with_columns(pl.col('row') - 1000))
+    whole, part = value_terms(hospital.rows), value_terms(hospital.rows[1000:])
+    expected = whole.filter(pl.col('row') >= 1000).with_columns(pl.col('row') - 1000)
+    assert part.equals(expected)
 
-def test_no_rows():
+
+def dictionary(*names):
+    schema = dict(cui=pl.String, name=pl.String, preferred=pl.Boolean)
+    return pl.DataFrame(names, orient='row', schema=schema)
+
+
+def test_no_rows_have_no_terms():
     rows = store([PATIENT], 'strict')
+    fever = Matcher(dictionary(('C0000001', 'Fever', True)))
     assert value_terms(rows.head(0)).schema == ENTITY
-    assert entities(rows, Matcher(dictionary(('C0000001', 'Fever', True)))).equals(pl.DataFrame(schema=ENTITY))
+    assert entities(rows, fever).equals(pl.DataFrame(schema=ENTITY))
+
 
 # names in text
 
-NAMES = dictionary(*((f'C{i:07d}', name, True) for i, name in enumerate([
-    'Heart failure', 'Congestive heart failure', 'Heart', 'Failure to thrive', 'Na+', 'his', 'T4', '12345', 'Ménière disease',
-    'İleus', 'β-blocker', 'NaCl (0.9%)'])))
-MATCHER = Matcher(NAMES)
-KNOWN = {lower(n): c for c, n in NAMES.select('cui', 'name').rows()}
+NAMES = ['Heart failure', 'Congestive heart failure', 'Heart', 'Failure to thrive', 'Na+', 'his', 'T4', '12345',
+         'Ménière disease', 'İleus', 'β-blocker', 'NaCl (0.9%)']
+CUIS = {name: f'C{i:07d}' for i, name in enumerate(NAMES)}
+KNOWN = {lower_case(name): cui for name, cui in CUIS.items()}
+MATCHER = Matcher(dictionary(*((cui, name, True) for name, cui in CUIS.items())))
 
-pieces = st.sampled_from(['heart', 'Heart', 'HEART FAILURE', 'congestive', 'failure to thrive', 'failure', 'his', 'T4', '12345',
-                          'ménière', 'disease', 'İLEUS', 'İ', 'ẞ', 'ﬁ', 'Σ', 'β-Blocker', 'NaCl (0.9%)', 'é', 'e\u0301', '\u0301',
-                          'hearty', 'x', '_', '-', '.', ',', ' ', '  ', '\n', '\n\n', '\t', '\u00a0', '\U0001f600', '\x1c'])
-texts = st.one_of(st.lists(pieces, max_size=25).map(''.join), st.text(max_size=60))
+
+def terms_of(matcher, text):
+    return matcher.find([text])['term'].to_list()
+
+
+PIECES = st.sampled_from([
+    'heart', 'Heart', 'HEART FAILURE', 'congestive', 'failure to thrive', 'failure', 'hearty', 'his', 'T4', '12345',
+    'ménière', 'disease', 'İLEUS', 'İ', 'ẞ', 'ﬁ', 'Σ', 'β-Blocker', 'NaCl (0.9%)', 'é', 'e\u0301', '\u0301', 'x',
+    '_', '-', '.', ',', ' ', '  ', '\n', '\n\n', '\t', '\u00a0', '\U0001f600', '\x1c'])
+JOINED = st.lists(PIECES, max_size=25).map(''.join)
+TEXTS = st.one_of(JOINED, st.text(max_size=60))
+
 
 @settings(max_examples=400, deadline=None)
-@given(texts)
+@given(TEXTS)
 def test_spans_point_at_the_names_they_claim(text):
-    found = MATCHER.find([text])
     last = 0
-    for _, start, end, term, cui in found.rows():
-        assert last <= start < end <= len(text) # in order, none overlaps
+    for _, start, end, term, cui in MATCHER.find([text]).rows():
+        assert last <= start < end <= len(text)  # in order, none overlaps
         last = end
-        said = text[start:end]
-        assert ' '.join(said.split()) == term and KNOWN[lower(term)] == cui
-        assert not (said[0].isalnum() and text[start - 1:start].isalnum()) # whole words
-        assert not (said[-1].isalnum() and text[end:end + 1].isalnum())
+        assert ' '.join(text[start:end].split()) == term
+        assert KNOWN[lower_case(term)] == cui
+
+
+@settings(max_examples=400, deadline=None)
+@given(TEXTS)
+def test_only_whole_words_are_found(text):
+    for start, end in MATCHER.find([text]).select('start', 'end').rows():
+        begins_inside = text[start].isalnum() and text[start - 1:start].isalnum()
+        ends_inside = text[end - 1].isalnum() and text[end:end + 1].isalnum()
+        assert not begins_inside
+        assert not ends_inside
+
 
 @settings(max_examples=300, deadline=None)
 @given(st.text())
-def test_lower_case_moves_nothing(text): assert len(lower(text)) == len(text)
+def test_lower_case_moves_nothing(text):
+    assert len(lower_case(text)) == len(text)
+
+
+WRITTEN = st.sampled_from([
+    'Heart failure', 'congestive HEART failure', 'heart', 'Ménière disease', 'İleus', 'İLEUS', 'β-BLOCKER'])
+GAPS = st.sampled_from([', ', '. ', ' İ ', '\n\n', ' and ', ' \U0001f600 '])
+
 
 @settings(max_examples=200, deadline=None)
-@given(st.lists(st.tuples(
-    st.sampled_from(['Heart failure', 'congestive HEART failure', 'heart', 'Ménière disease', 'İleus', 'İLEUS', 'β-BLOCKER']),
-    st.sampled_from([', ', '. ', ' İ ', '\n\n', ' and ', ' \U0001f600 '])), max_size=12))
+@given(st.lists(st.tuples(WRITTEN, GAPS), max_size=12))
 def test_every_place_is_found(parts):
-    text, want = '', []
+    text, expected = '', []
     for name, gap in parts:
-        want.append((len(text), len(text) + len(name))); text += name + gap
-    assert MATCHER.find([text]).select('start', 'end').rows() == want
+        expected.append((len(text), len(text) + len(name)))
+        text += name + gap
+    assert MATCHER.find([text]).select('start', 'end').rows() == expected
+
 
 def test_the_longest_name_wins_and_others_nearby_stay():
     text = 'Congestive heart failure; heart failure; heart'
     assert terms_of(MATCHER, text) == text.split('; ')
-    assert terms_of(MATCHER, 'heart failure to thrive') == ['heart', 'failure to thrive'] # the longer of two that overlap
+
+
+def test_of_two_names_that_overlap_the_longer_is_found():
+    assert terms_of(MATCHER, 'heart failure to thrive') == ['heart', 'failure to thrive']
+
+
+def test_of_two_names_as_long_the_first_is_found():
     crossing = Matcher(dictionary(('C0000001', 'aaa bbb', True), ('C0000002', 'bbb ccc', True)))
-    assert terms_of(crossing, 'aaa bbb ccc') == ['aaa bbb'] # as long: the first
+    assert terms_of(crossing, 'aaa bbb ccc') == ['aaa bbb']
 
-def test_word_boundaries():
-    assert terms_of(MATCHER, 'hearts heartfailure xheart heart2 2heart heart_ heart-failure') == ['heart', 'heart']
-    assert terms_of(MATCHER, 'Na+, Na, Na+K') == [] # two letters
-    assert terms_of(MATCHER, 'nacl (0.9%)IV NaCl (0.9 %)') == ['nacl (0.9%)', 'NaCl (0.9 %)']
-    assert terms_of(MATCHER, 'me\u0301nie\u0300re disease') == [] # other characters, though they look the same
 
-def test_lines_may_break_inside_a_name_but_paragraphs_part():
-    assert terms_of(MATCHER, 'heart\n  failure. Heart\n\nfailure') == ['heart failure', 'Heart']
+@pytest.mark.parametrize('text, terms', [
+    ('hearts heartfailure xheart heart2 2heart', []),
+    ('heart_ heart-failure', ['heart', 'heart']),  # marks are words
+    ('Na+, Na, Na+K', []),  # two letters
+    ('nacl (0.9%)IV', ['nacl (0.9%)']),
+    ('NaCl (0.9 %)', ['NaCl (0.9 %)']),
+    ('me\u0301nie\u0300re disease', []),  # other characters, though they look the same
+    ('heart\n  failure. Heart\n\nfailure', ['heart failure', 'Heart']),  # an empty line parts
+    ('his T4 is 12345', []),
+])
+def test_what_is_a_name_in_text(text, terms):
+    assert terms_of(MATCHER, text) == terms
+
 
 def test_names_that_mean_nothing_are_left_out():
-    assert terms_of(MATCHER, 'his T4 is 12345') == [] and len(MATCHER) == len(NAMES) - 4
+    meaningless = ['Na+', 'his', 'T4', '12345']
+    assert len(MATCHER) == len(NAMES) - len(meaningless)
 
-def test_one_name_of_several_concepts():
-    names = [('C0000009', 'Cold', False), ('C0000008', 'Cold', True), ('C0000007', 'cold', True), ('C0000001', 'cold', False),
-             ('C0000001', 'COLD', False)]
-    for order in (names, names[::-1]):
-        m = Matcher(dictionary(*order).lazy())
-        assert m.find(['a cold'])['cui'].to_list() == ['C0000007'] and m.ambiguous == 1
-    none_preferred = Matcher(dictionary(*names[:1], *names[3:]))
-    assert none_preferred.find(['a cold'])['cui'].to_list() == ['C0000001'] # two uses before one
 
-def test_empty_texts_and_dictionaries():
-    assert MATCHER.find(['', None, ' \n\n ']).equals(pl.DataFrame(schema=FOUND)) and MATCHER.find([]).schema == FOUND
-    assert Matcher(dictionary()).find(['heart']).equals(pl.DataFrame(schema=FOUND))
+COLDS = [
+    ('C0000009', 'Cold', False),
+    ('C0000001', 'cold', False),
+    ('C0000001', 'COLD', False),
+    ('C0000008', 'Cold', True),
+    ('C0000007', 'cold', True)]
 
-def test_many_names_and_words():
-    "More words than two bytes can number, so that three are really told apart."
+
+@pytest.mark.parametrize('names', [COLDS, COLDS[::-1]])
+def test_a_name_of_several_concepts_is_where_it_is_preferred_then_the_smallest_id(names):
+    matcher = Matcher(dictionary(*names).lazy())
+    assert matcher.find(['a cold'])['cui'].to_list() == ['C0000007']
+    assert matcher.ambiguous == 1
+
+
+def test_a_name_preferred_nowhere_is_where_more_sources_use_it():
+    matcher = Matcher(dictionary(*COLDS[:3]))
+    assert matcher.find(['a cold'])['cui'].to_list() == ['C0000001']
+
+
+@pytest.mark.parametrize('matcher, texts', [
+    (MATCHER, ['', None, ' \n\n ']),
+    (MATCHER, []),
+    (Matcher(dictionary()), ['heart']),
+])
+def test_nothing_is_found_in_empty_texts_or_with_an_empty_dictionary(matcher, texts):
+    assert matcher.find(texts).equals(pl.DataFrame(schema=FOUND))
+
+
+def test_more_words_than_two_bytes_can_number_are_told_apart():
     names = [f'name{i:x} of{i % 977}' for i in range(70_000)]
-    m = Matcher(pl.DataFrame(dict(cui=[f'C{i:07d}' for i in range(len(names))], name=names, preferred=True)))
-    assert m.find(['; '.join(names[::1009])])['cui'].to_list() == [f'C{i:07d}' for i in range(0, len(names), 1009)]
-    assert m.find([' '.join(f'name{i:x} of{(i + 1) % 977}' for i in range(0, 70_000, 7))]).is_empty()
+    cuis = [f'C{i:07d}' for i in range(len(names))]
+    matcher = Matcher(pl.DataFrame(dict(cui=cuis, name=names, preferred=True)))
+    some = '; '.join(names[::1009])
+    mixed = ' '.join(f'name{i:x} of{(i + 1) % 977}' for i in range(0, 70_000, 7))
+    assert matcher.find([some])['cui'].to_list() == cuis[::1009]
+    assert matcher.find([mixed]).is_empty()
 
-def test_free_text_of_all_tables(hospital):
-    rows = hospital[1]
-    m = Matcher(dictionary(('C0000001', 'discharge', True), ('C0000002', 'allergies', True), ('C0000003', 'findings', True)))
-    found = text_terms(rows, m)
-    tables = rows['table'].cast(pl.String).gather(found['row'])
-    assert set(zip(tables, found['column'])) == {('discharge', 'text'), ('admissions', 'admission_info'), ('radiology', 'text')}
-    texts = rows['cells'].gather(found['row']).str.split('\x1f').list.get(-1)
-    assert all(t[s:e] == term for t, s, e, term in zip(texts, found['start'], found['end'], found['term']))
-    both = entities(rows, m)
-    assert both.schema == ENTITY and both['row'].is_sorted() and len(both) == len(found) + len(value_terms(rows))
-    assert found.filter(tables == 'radiology')['cui'].unique().to_list() == ['C0000003']
 
-def test_quickumls_adapter(monkeypatch):
-    "Against a stand-in of the documented interface."
+@pytest.fixture(scope='module')
+def texts(hospital):
+    "Names found in the hospital's free text, with the text and the table of each."
+    matcher = Matcher(dictionary(('C0000001', 'discharge', True), ('C0000002', 'allergies', True),
+                                 ('C0000003', 'findings', True)))
+    found = text_terms(hospital.rows, matcher)
+    at_row = hospital.rows[found['row']]
+    text = at_row['cells'].str.split('\x1f').list.get(-1)
+    found = found.with_columns(at_row['table'].cast(pl.String), text=text)
+    return SimpleNamespace(matcher=matcher, found=found)
+
+
+def test_free_text_stands_in_three_tables(texts):
+    columns = texts.found.select('table', 'column').unique().rows()
+    assert set(columns) == {('discharge', 'text'), ('admissions', 'admission_info'), ('radiology', 'text')}
+
+
+def test_spans_count_characters_of_the_cell(texts):
+    for found in texts.found.iter_rows(named=True):
+        assert found['text'][found['start']:found['end']] == found['term']
+
+
+def test_names_of_a_table_are_those_its_notes_have(texts):
+    assert texts.found.filter(table='radiology')['cui'].unique().to_list() == ['C0000003']
+
+
+def test_entities_are_values_and_names_by_row(hospital, texts):
+    both = entities(hospital.rows, texts.matcher)
+    assert both.schema == ENTITY
+    assert both['row'].is_sorted()
+    assert len(both) == len(texts.found) + len(value_terms(hospital.rows))
+
+
+class StandIn:
+    "The documented interface of QuickUMLS."
     asked = []
-    class QuickUMLS:
-        def __init__(self, quickumls_fp, overlapping_criteria='score', threshold=.7, window=5, similarity_name='jaccard',
-                     min_match_length=3, accepted_semtypes=None, verbose=False, keep_uppercase=False):
-            asked.append((quickumls_fp, threshold))
-        def match(self, text, best_match=True, ignore_syntax=False):
-            assert best_match and not ignore_syntax
-            def hit(start, end, cui, similarity, preferred):
-                return dict(start=start, end=end, ngram=text[start:end], term='x', cui=cui, similarity=similarity, 
-                            semtypes={'T047'}, preferred=preferred)
-            same_place = [hit(8, 21, 'C0000003', .9, 1), hit(8, 21, 'C0000002', 1., 0), hit(8, 21, 'C0000001', 1., 0)]
-            return [same_place, [hit(0, 7, 'C0000009', .8, 1)]]
-    monkeypatch.setitem(sys.modules, 'quickumls', types.SimpleNamespace(QuickUMLS=QuickUMLS))
-    found = QuickUmls(Path('made')).find(['Dyspnea heart\nfailure', ''])
-    assert asked == [('made', .7)] and found.schema == FOUND
-    assert found.rows() == [(0, 0, 7, 'Dyspnea', 'C0000009'), (0, 8, 21, 'heart failure', 'C0000001')]
 
-def test_quickumls_missing(monkeypatch):
+    def __init__(self, quickumls_fp, overlapping_criteria='score', threshold=.7, window=5, similarity_name='jaccard',
+                 min_match_length=3, accepted_semtypes=None, verbose=False, keep_uppercase=False):
+        self.asked.append((quickumls_fp, threshold))
+
+    def match(self, text, best_match=True, ignore_syntax=False):
+        assert best_match and not ignore_syntax
+
+        def hit(start, end, cui, similarity, preferred):
+            return dict(start=start, end=end, ngram=text[start:end], term='x', cui=cui, similarity=similarity,
+                        semtypes={'T047'}, preferred=preferred)
+
+        first_place = [hit(0, 7, 'C0000009', .8, 1)]
+        second_place = [
+            hit(8, 21, 'C0000003', .9, 1),
+            hit(8, 21, 'C0000002', 1., 0),
+            hit(8, 21, 'C0000001', 1., 0)]
+        return [second_place, first_place]
+
+
+def test_quickumls_is_asked_as_documented_and_its_best_candidates_taken(monkeypatch):
+    monkeypatch.setitem(sys.modules, 'quickumls', SimpleNamespace(QuickUMLS=StandIn))
+    found = QuickUmls(Path('made')).find(['Dyspnea heart\nfailure', ''])
+    assert StandIn.asked == [('made', .7)]
+    assert found.schema == FOUND
+    assert found['text'].to_list() == [0, 0]
+    assert found.rows()[0][1:] == (0, 7, 'Dyspnea', 'C0000009')
+    assert found.rows()[1][1:] == (8, 21, 'heart failure', 'C0000001')
+
+
+def test_quickumls_that_is_missing_is_an_error_with_a_remedy(monkeypatch):
     monkeypatch.setitem(sys.modules, 'quickumls', None)
-    with pytest.raises(ImportError, match='pip install quickumls.*Matcher'): QuickUmls('made')
+    with pytest.raises(ImportError, match='pip install quickumls.*Matcher'):
+        QuickUmls('made')
+
 
 # links
 
+HEART_FAILURE, LIDOCAINE = 'C0018801', 'C0023660'
+COLD, COPD, COMMON_COLD = 'C0009264', 'C0024117', 'C0009443'
 CONCEPTS = [
-    ('C0018801', 'Heart failure', True, 'ICD10CM', 'I50'), ('C0018801', 'Cardiac failure', False, 'SNOMEDCT_US', '84114007'),
+    (HEART_FAILURE, 'Heart failure', True, 'ICD10CM', 'I50'),
+    (HEART_FAILURE, 'Cardiac failure', False, 'SNOMEDCT_US', '84114007'),
     ('C0155626', 'Acute myocardial infarction', True, 'ICD9CM', '410'),
     ('C0340293', 'Anterolateral infarction', True, 'ICD9CM', '410.0'),
-    ('C0018213', 'Hearing loss', True, 'ICD9CM', '389.3'), ('C0398398', 'Venous catheterization', True, 'ICD9CM', '38.93'),
-    ('C0023660', 'Lidocaine', True, 'RXNORM', '6387'), ('C0009443', 'Cold', False, 'X', '1'),
-    ('C0009443', 'Common cold', True, 'X', '1'),
-    ('C0024117', 'COLD', False, 'X', '2'), ('C0024117', 'COPD', True, 'X', '2'), ('C0009264', 'cold', True, 'X', '3'),
-    ('C0011860', 'Type 2 diabetes', True, 'X', '4'), ('C0011847', 'Diabetes', True, 'X', '5'),
+    ('C0018213', 'Hearing loss', True, 'ICD9CM', '389.3'),
+    ('C0398398', 'Venous catheterization', True, 'ICD9CM', '38.93'),
+    (LIDOCAINE, 'Lidocaine', True, 'RXNORM', '6387'),
+    (COMMON_COLD, 'Cold', False, 'X', '1'),
+    (COMMON_COLD, 'Common cold', True, 'X', '1'),
+    (COPD, 'COLD', False, 'X', '2'),
+    (COPD, 'COPD', True, 'X', '2'),
+    (COLD, 'cold', True, 'X', '3'),
+    ('C0011860', 'Type 2 diabetes', True, 'X', '4'),
+    ('C0011847', 'Diabetes', True, 'X', '5'),
     ('C0019159', 'Hepatitis A', True, 'X', '6')]
+
 
 @pytest.fixture(scope='module')
 def knowledge(tmp_path_factory):
+    def frame(rows, columns):
+        return pl.DataFrame(rows, orient='row', schema=columns.split())
+
     folder = tmp_path_factory.mktemp('knowledge')
-    frame = lambda rows, columns: pl.DataFrame(rows, orient='row', schema=columns.split())
     write_rrf(folder/'rrf', frame(CONCEPTS, 'cui name preferred source code'),
-              frame([('C0023660', 'may_treat', 'C0018801', 'X')], 'cui1 relation cui2 source'),
-              frame([('C0018801', 'T047', 'Disease or Syndrome')], 'cui tui kind'))
+              frame([(LIDOCAINE, 'may_treat', HEART_FAILURE, 'X')], 'cui1 relation cui2 source'),
+              frame([(HEART_FAILURE, 'T047', 'Disease or Syndrome')], 'cui tui kind'))
     compile_knowledge(folder/'rrf', folder/'knowledge')
     return Knowledge(folder/'knowledge')
 
-def how(knowledge, term, *codes):
-    frame = pl.DataFrame([(term, *c) for c in codes], orient='row', schema=dict(term=pl.String, source=pl.String, code=pl.String))
-    return link_terms([term], knowledge, frame).select('cui', 'how').row(0)
 
-def test_ways_and_their_order(knowledge):
-    assert how(knowledge, 'HEART FAILURE') == ('C0018801', 'exact')
-    assert how(knowledge, 'Failure of the heart, unspecified') == ('C0018801', 'normalised')
-    assert how(knowledge, 'Pump trouble', ('ICD10CM', 'I50')) == ('C0018801', 'code')
-    assert how(knowledge, 'Pump trouble, left', ('ICD10CM', 'I50.22')) == ('C0018801', 'broader code')
-    assert how(knowledge, 'Chronic heart failure') == ('C0018801', 'approximate')
-    assert how(knowledge, 'Chronic heart failure', ('ICD9CM', '41001')) == ('C0340293', 'broader code') # code before likeness
-    assert how(knowledge, 'Heart failure', ('ICD9CM', '41001')) == ('C0018801', 'exact')
-    assert how(knowledge, 'Bag') == how(knowledge, '?') == how(knowledge, '') == (None, None)
-    assert how(knowledge, 'unspecified', ('ICD10CM', 'I5')) == (None, None)
+NOT_LINKED = (None, None)
 
-def test_procedures_are_not_diagnoses_with_the_same_digits(knowledge):
-    assert how(knowledge, 'Loss', ('ICD9CM', '3893')) == ('C0018213', 'code')
-    assert how(knowledge, 'Line', ('ICD9PCS', '3893')) == ('C0398398', 'code')
-    assert how(knowledge, 'Line', ('ICD10PCS', '3893')) == (None, None)
 
-def test_ambiguous_names(knowledge):
-    assert how(knowledge, 'COLD') == ('C0024117', 'exact') # the same letters first
-    assert how(knowledge, 'cold') == how(knowledge, 'cOLD') == ('C0009264', 'exact') # then the preferred name
-    assert how(knowledge, 'the cold') == ('C0009264', 'normalised')
+def how_linked(knowledge, term, source=None, code=None):
+    "The concept of a term that is perhaps the title of a code, and how it was found."
+    codes = pl.DataFrame(dict(term=term, source=source, code=code)) if source else None
+    return link_terms([term], knowledge, codes).select('cui', 'how').row(0)
 
-def test_approximate_is_careful(knowledge):
-    assert how(knowledge, 'Lidocaine 5% Ointment (Glydo)') == ('C0023660', 'approximate')
-    assert how(knowledge, 'Type 2 diabetes without complications') == ('C0011860', 'approximate') # not diabetes
-    assert how(knowledge, 'Family history of diabetes') == how(knowledge, 'Allergy to lidocaine') == (None, None)
-    assert how(knowledge, 'Hepatitis B') == how(knowledge, 'Hepatitis') == (None, None) # one word apart; a name that says more
-    assert how(knowledge, 'Edema without heart failure') == (None, None)
 
-def test_one_row_a_term_in_their_order(knowledge):
-    terms = ['Bag', 'Chronic heart failure', 'Cardiac failure', None, 'Bag', 'Failure, cardiac']
-    found = link_terms(pl.Series(terms), knowledge)
-    assert found.schema == LINK
+@pytest.mark.parametrize('term, cui, how', [
+    ('HEART FAILURE', HEART_FAILURE, 'exact'),
+    ('Failure of the heart, unspecified', HEART_FAILURE, 'normalised'),
+    ('Chronic heart failure', HEART_FAILURE, 'approximate'),
+    ('COLD', COPD, 'exact'),  # the same letters first
+    ('cold', COLD, 'exact'),  # then the preferred name
+    ('cOLD', COLD, 'exact'),
+    ('the cold', COLD, 'normalised'),
+    ('Lidocaine 5% Ointment (Glydo)', LIDOCAINE, 'approximate'),
+    ('Type 2 diabetes without complications', 'C0011860', 'approximate'),  # not diabetes
+])
+def test_ways_to_link_a_name(knowledge, term, cui, how):
+    assert how_linked(knowledge, term) == (cui, how)
+
+
+@pytest.mark.parametrize('term', [
+    'Bag', '?', '',
+    'Family history of diabetes',
+    'Allergy to lidocaine',
+    'Hepatitis B',  # one word apart
+    'Hepatitis',    # the name says more
+    'Edema without heart failure',
+])
+def test_terms_that_no_name_stands_for(knowledge, term):
+    assert how_linked(knowledge, term) == NOT_LINKED
+
+
+@pytest.mark.parametrize('term, source, code, linked', [
+    ('Pump trouble', 'ICD10CM', 'I50', (HEART_FAILURE, 'code')),
+    ('Pump trouble, left', 'ICD10CM', 'I50.22', (HEART_FAILURE, 'broader code')),
+    ('Chronic heart failure', 'ICD9CM', '41001', ('C0340293', 'broader code')),  # code before likeness
+    ('Heart failure', 'ICD9CM', '41001', (HEART_FAILURE, 'exact')),  # name before code
+    ('unspecified', 'ICD10CM', 'I5', NOT_LINKED),
+    ('Loss', 'ICD9CM', '3893', ('C0018213', 'code')),
+    ('Line', 'ICD9PCS', '3893', ('C0398398', 'code')),  # a procedure with the same digits
+    ('Line', 'ICD10PCS', '3893', NOT_LINKED),
+])
+def test_ways_to_link_a_code(knowledge, term, source, code, linked):
+    assert how_linked(knowledge, term, source, code) == linked
+
+
+TERMS = ['Bag', 'Chronic heart failure', 'Cardiac failure', None, 'Bag', 'Failure, cardiac']
+
+
+def test_each_term_has_one_row_in_their_order(knowledge):
+    found = link_terms(pl.Series(TERMS), knowledge)
+    assert found.schema == TERM_LINK
     assert found['term'].to_list() == ['Bag', 'Chronic heart failure', 'Cardiac failure', 'Failure, cardiac']
     assert found['name'].to_list() == [None, 'Heart failure', 'Cardiac failure', 'Cardiac failure']
-    assert link_terms([], knowledge).schema == LINK and link_terms(['Bag'], knowledge)['score'].to_list() == [None]
-    assert link_terms(terms[::-1], knowledge).sort('term').equals(found.sort('term'))
 
-word = st.sampled_from('aa bb cc dd ee ff'.split())
+
+def test_the_order_of_terms_changes_no_link(knowledge):
+    found, turned = link_terms(TERMS, knowledge), link_terms(TERMS[::-1], knowledge)
+    assert turned.sort('term').equals(found.sort('term'))
+
+
+def test_no_terms_and_no_links(knowledge):
+    assert link_terms([], knowledge).schema == TERM_LINK
+    no_codes = pl.DataFrame(schema=dict(term=pl.String, source=pl.String, code=pl.String))
+    assert link_terms(['Bag'], knowledge, no_codes)['score'].to_list() == [None]
+
+
+WORDS = st.sampled_from('aa bb cc dd ee ff'.split())
+
+
+def word_sets(most):
+    "Different normal forms of up to so many words."
+    form = st.lists(WORDS, min_size=1, max_size=most).map(' '.join)
+    return st.lists(form, unique=True, max_size=12)
+
+
 @settings(max_examples=100, deadline=None)
-@given(*(st.lists(st.lists(word, min_size=1, max_size=n).map(' '.join), unique=True, max_size=12) for n in (5, 4)))
-def test_held_names_are_those_a_plain_loop_finds(cores, names):
-    c, m = held_names(pl.Series(cores, dtype=pl.String), pl.Series(names, dtype=pl.String))
-    want = [(i, j) for i, x in enumerate(cores) for j, y in enumerate(names) if set(y.split()) <= set(x.split())]
-    assert sorted(zip(c.tolist(), m.tolist())) == want
+@given(word_sets(5), word_sets(4))
+def test_names_within_cores_are_those_a_plain_loop_finds(cores, names):
+    of_cores, of_names = (pl.Series(forms, dtype=pl.String) for forms in (cores, names))
+    in_cores, in_names = names_within(of_cores, of_names)
+    expected = [(i, j) for i, core in enumerate(cores) for j, name in enumerate(names)
+                if set(name.split()) <= set(core.split())]
+    assert sorted(zip(in_cores.tolist(), in_names.tolist())) == expected
 
-def test_cores():
-    said = {'Pain, not elsewhere classified': 'pain', 'Clonidine 0.1 mg/24 hr (Catapres)': 'clonidine',
-            'Vitamin B12': 'b12 vitamin', 'Exposure to asbestos': None, '(see comment)': None}
-    assert dict(core_form(pl.DataFrame(dict(term=list(said)))).rows()) == said
 
-def test_report_counts_every_term_once(hospital, knowledge):
-    source = hospital[0]
-    report = link_report(source, knowledge)
-    kinds = report.group_by('kind').agg(pl.col('terms', 'occurrences', 'share_of_terms', 'share_of_occurrences').sum())
-    drugs = source.scan('prescriptions', ['drug']).filter(pl.col('drug').is_not_null()).collect()['drug'].str.strip_chars()
-    row = kinds.filter(pl.col('kind') == 'drugs').row(0, named=True)
-    assert (row['terms'], row['occurrences']) == (drugs.n_unique(), len(drugs))
-    for column in ('share_of_terms', 'share_of_occurrences'): assert kinds[column].to_list() == pytest.approx([1]*4)
-    named = drugs.filter(drugs.str.to_lowercase().is_in([name.lower() for _, name, *_ in CONCEPTS]))
-    exact = report.filter(pl.col('kind') == 'drugs', pl.col('how') == 'exact')
-    assert exact.select('terms', 'occurrences').row(0) == (named.n_unique(), len(named))
+@pytest.mark.parametrize('term, core', [
+    ('Pain, not elsewhere classified', 'pain'),
+    ('Clonidine 0.1 mg/24 hr (Catapres)', 'clonidine'),
+    ('Vitamin B12', 'b12 vitamin'),
+    ('Exposure to asbestos', None),
+    ('(see comment)', None),
+])
+def test_the_core_of_a_term(term, core):
+    assert core_form(pl.DataFrame(dict(term=[term]))).row(0) == (term, core)
 
-def test_the_demo_and_the_open_graph(demo, shared, tmp_path):
-    open_knowledge(shared/'data'/'knowledge', tmp_path/'rrf'); compile_knowledge(tmp_path/'rrf', tmp_path/'knowledge')
-    source, knowledge = open_source(demo), Knowledge(tmp_path/'knowledge')
+
+# a whole data set
+
+@pytest.fixture(scope='module')
+def report(hospital, knowledge):
+    return link_report(hospital.source, knowledge)
+
+
+@pytest.fixture(scope='module')
+def drugs(hospital):
+    "Every prescribed drug, as often as it is."
+    drug = pl.col('drug')
+    rows = hospital.source.scan('prescriptions', ['drug']).filter(drug.is_not_null())
+    return rows.select(drug.str.strip_chars()).collect()['drug']
+
+
+def test_the_report_counts_every_term_once(report, drugs):
+    of_drugs = report.filter(kind='drugs').select(pl.col('terms', 'occurrences').sum())
+    assert of_drugs.row(0) == (drugs.n_unique(), len(drugs))
+
+
+@pytest.mark.parametrize('column', ['share_of_terms', 'share_of_occurrences'])
+def test_shares_of_a_kind_are_one_together(report, column):
+    sums = report.group_by('kind').agg(pl.col(column).sum())[column]
+    assert sums.to_list() == pytest.approx([1]*4)
+
+
+def test_the_report_says_how(report, drugs):
+    names = [name.lower() for _, name, *_ in CONCEPTS]
+    named = drugs.filter(drugs.str.to_lowercase().is_in(names))
+    exact = report.filter(kind='drugs', how='exact').select('terms', 'occurrences')
+    assert exact.row(0) == (named.n_unique(), len(named))
+
+
+def test_codes_of_titles_have_no_dot_and_four_systems(hospital):
+    codes = icd_codes(hospital.source)
+    assert codes.columns == ['term', 'source', 'code']
+    assert not codes['code'].str.contains('.', literal=True).any()
+    assert set(codes['source']) == {'ICD9CM', 'ICD10CM', 'ICD9PCS', 'ICD10PCS'}
+
+
+@pytest.fixture(scope='module')
+def demo_links(demo, shared, tmp_path_factory):
+    "Terms of the MIMIC-IV demo, linked to the open graph."
+    folder = tmp_path_factory.mktemp('open')
+    open_knowledge(shared/'data'/'knowledge', folder/'rrf')
+    compile_knowledge(folder/'rrf', folder/'knowledge')
+    source, knowledge = open_source(demo), Knowledge(folder/'knowledge')
     used = terms_in_use(source)
     links = link_terms(used['term'], knowledge, icd_codes(source))
-    assert set(links['how'].drop_nulls()) == {'exact', 'normalised', 'code', 'broader code', 'approximate'}
-    assert all(c in knowledge for c in links['cui'].drop_nulls().unique())
-    linked = dict(links.select('term', 'name').rows())
-    assert linked['Furosemide'] == 'Furosemide' and linked['Acetaminophen IV'] == 'Acetaminophen' and linked['Bag'] is None
-    share = used.join(links, on='term').group_by('kind').agg(pl.col('cui').is_not_null().mean())
-    share = dict(share.rows())
-    assert share['diagnoses'] > .4 and share['drugs'] > .5 # less if a way were lost
+    return SimpleNamespace(knowledge=knowledge, used=used, links=links)
 
-def test_codes_of_titles(hospital):
-    codes = icd_codes(hospital[0])
-    assert codes.columns == ['term', 'source', 'code'] and not codes['code'].str.contains('.', literal=True).any()
-    assert set(codes['source']) == {'ICD9CM', 'ICD10CM', 'ICD9PCS', 'ICD10PCS'}
+
+def test_every_way_links_terms_of_the_demo(demo_links):
+    ways = set(demo_links.links['how'].drop_nulls())
+    assert ways == {'exact', 'normalised', 'code', 'broader code', 'approximate'}
+
+
+def test_links_of_the_demo_lead_to_concepts_that_are_there(demo_links):
+    assert all(cui in demo_links.knowledge for cui in demo_links.links['cui'].drop_nulls().unique())
+
+
+@pytest.mark.parametrize('term, name', [
+    ('Furosemide', 'Furosemide'), ('Acetaminophen IV', 'Acetaminophen'), ('Bag', None)])
+def test_drugs_of_the_demo_are_linked_to(demo_links, term, name):
+    assert dict(demo_links.links.select('term', 'name').rows())[term] == name
+
+
+@pytest.mark.parametrize('kind, least', [('diagnoses', .4), ('drugs', .5)])  # less if a way were lost
+def test_share_of_the_demo_that_is_linked(demo_links, kind, least):
+    of_kind = demo_links.used.filter(kind=kind).join(demo_links.links, on='term')
+    assert of_kind['cui'].is_not_null().mean() > least
