@@ -21,29 +21,30 @@ from .data.samples import build_samples
 from .data.tables import open_source
 from .data.tasks import build_index
 from .data.trajectories import build_trajectories
-from .ehrmind.pilot import build_pilot, build_pilot_base
 from .ehrmind.courses import course_of
-from .ehrmind.stages import build_course
 from .ehrmind.cross import build_cross
+from .ehrmind.pilot import build_pilot, build_pilot_base
+from .ehrmind.stages import build_course
 from .evaluation.answers import build_answers, systems
-from .evaluation.predictions import build_predictions
 from .evaluation.benchmark import build_scores
+from .evaluation.predictions import build_predictions
 from .evaluation.reporting import run_reports
 from .hospital.hospital import build_hospital
 from .inference.endpoints import InferenceError
 from .profiles import PROFILES, listed, profile
 from .stages import build
-from .synthesis.open_knowledge import build_knowledge, find_knowledge
 from .synthesis.chains import build_chains
 from .synthesis.graphs import build_graphs
+from .synthesis.open_knowledge import build_knowledge, find_knowledge
 from .training.stages import build_adapted, build_base, build_reasoned, build_reinforced, side_by_side
-from .transfer import medcalc, trials
+from .transfer.benchmark_files import find_benchmark
+from .transfer.benchmark_stage import build_benchmark
 from .transfer.ehrshot import tasks as ehrshot
 from .transfer.ehrshot.synthetic import write_synthetic
-from .transfer.mimic_cdm import cases as mimic_cdm
-from .transfer.mimic_cdm.files import build_cases
-from .transfer.benchmark_stage import build_benchmark
-from .transfer.benchmark_files import find_benchmark
+from .transfer.medcalc.benchmark import MEDCALC
+from .transfer.mimic_cdm.benchmark import for_run
+from .transfer.mimic_cdm.synthetic import build_cdm_files
+from .transfer.trials.benchmark import TRIALS
 
 # %% ../nbs/10_pipeline/01_pipeline.ipynb #9ae8d3d7
 def run_name(
@@ -202,12 +203,12 @@ def other_benchmarks(
         shots = r.run.folder/'ehrshot'
         write_synthetic(r.run, r.profile, shots)
     if not r.data and cases is None:
-        cases = build_cases(r.run)
+        cases = build_cdm_files(r.run)
     found = [
         (ehrshot.BENCHMARK, shots),
-        (mimic_cdm.for_run(r.run, cases) if cases else None, cases),
-        (medcalc.BENCHMARK, find_benchmark('medcalc', 'medcalc-bench')),
-        (trials.BENCHMARK, find_benchmark('trials', 'clinical-trials')),
+        (for_run(r.run, cases) if cases else None, cases),
+        (MEDCALC, find_benchmark('medcalc', 'medcalc-bench')),
+        (TRIALS, find_benchmark('trials', 'clinical-trials')),
     ]
     return [(benchmark, folder) for benchmark, folder in found if folder]
 

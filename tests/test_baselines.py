@@ -1,16 +1,27 @@
 """Baselines: what they may look at, what they fall back to, and that they find a signal that is there."""
-import numpy as np, polars as pl, pytest
+import numpy as np
+import polars as pl
+import pytest
+
 from ehr_r1.config import Run
-from ehr_r1.profiles import profile
-from ehr_r1.data.samples import SAMPLES
+from ehr_r1.data.samples import SAMPLES, read_samples
 from ehr_r1.data.trajectories import DISPLAY
-from ehr_r1.evaluation.features import (
-    COUNTED, MEASURED, WORDS_COUNTED, count_matrix, dense_features, learn_vocabulary, observations, unit_rows)
 from ehr_r1.evaluation.baselines import SYSTEMS, best_cut, f1_at_k, fit_task, run_baselines
-from ehr_r1.evaluation.predictions import predict_baselines, predict_ceiling, read_predictions
 from ehr_r1.evaluation.benchmark import published, score_run
-from ehr_r1.data.samples import read_samples
+from ehr_r1.evaluation.features import (
+    COUNTED,
+    MEASURED,
+    WORDS_COUNTED,
+    count_matrix,
+    dense_features,
+    learn_vocabulary,
+    observations,
+    unit_rows,
+)
+from ehr_r1.evaluation.predictions import predict_baselines, predict_ceiling, read_predictions
 from ehr_r1.intervals import score_all
+from ehr_r1.profiles import profile
+
 
 def planted(patients=400, seed=0):
     "One risk and one decision task; lactate tells the risk, the complaint the drugs."

@@ -1,6 +1,12 @@
 """The checks that guard a commit: no data, nothing big, nothing of credentialed data; notebooks and library in step."""
-import json, os, shutil, subprocess, sys
+import json
+import os
+import shutil
+import subprocess
+import sys
+
 import pytest
+
 
 def notebook(path, text=None):
     "A notebook with one cell whose output is the text."

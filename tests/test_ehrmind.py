@@ -1,33 +1,40 @@
 """EHRMind's recipe: pass@k by hand, rewards that no text can cheat, trainings that go on after a stop, scales that cannot be swapped."""
-import json, math, random, subprocess, sys
+import json
+import math
+import random
+import subprocess
+import sys
 from dataclasses import asdict, replace
-from functools import partial
 from importlib.util import find_spec
 from itertools import combinations
 from pathlib import Path
-import polars as pl, pytest
-from hypothesis import given, strategies as st
+
+import polars as pl
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
 from ehr_r1.config import Run
-from ehr_r1.stages import build, read_manifest, writing
-from ehr_r1.profiles import profile
 from ehr_r1.data.samples import SYSTEM
-from ehr_r1.scoring import Answer
-from ehr_r1.inference.teachers import Teacher
-from ehr_r1.training.examples import EXAMPLES, Writer
-from ehr_r1.training.models import new_model, train_tokenizer
-from ehr_r1.training.rewards import ehrmind_answer
-from ehr_r1.training.settings import CONFIGS
-from ehr_r1.training.metrics import read_metrics
-from ehr_r1.training.trainer import train
 from ehr_r1.ehrmind import recipe as courses
-from ehr_r1.transfer.question_sets import QUESTIONS, Benchmark
 from ehr_r1.ehrmind.calculators import CALCULATORS, draw_questions, right, spoken
-from ehr_r1.ehrmind.recipe import Course, answer_in_form, in_form, train_questions, warmup_questions
 from ehr_r1.ehrmind.course_examples import course_examples, course_rewards, read_rationale, teacher_rationales
 from ehr_r1.ehrmind.courses import course_of
 from ehr_r1.ehrmind.cross import build_cross
+from ehr_r1.ehrmind.pilot import ATTEMPTS, entropy, pass_at, pass_table, r_squared, reliable, verdict
+from ehr_r1.ehrmind.recipe import Course, answer_in_form, in_form, train_questions, warmup_questions
 from ehr_r1.ehrmind.stages import build_rewarded, build_warmed, recipe_of, trained
-from ehr_r1.ehrmind.pilot import ATTEMPTS, entropy, pass_at, pass_table, pilot_course, r_squared, reliable, verdict
+from ehr_r1.inference.teachers import Teacher
+from ehr_r1.profiles import profile
+from ehr_r1.scoring import Answer
+from ehr_r1.stages import build, read_manifest
+from ehr_r1.training.examples import Writer
+from ehr_r1.training.metrics import read_metrics
+from ehr_r1.training.models import new_model, train_tokenizer
+from ehr_r1.training.rewards import ehrmind_answer
+from ehr_r1.training.settings import CONFIGS
+from ehr_r1.training.trainer import train
+from ehr_r1.transfer.question_sets import QUESTIONS, Benchmark
 
 # a benchmark of our own: which of four colours stands in a note
 

@@ -1,25 +1,38 @@
 """EHRSHOT: files that are believed only when they are right, nothing of the future in a record, scores as scikit-learn has them."""
 import json
 from datetime import datetime, timedelta
-import numpy as np, polars as pl, pytest
-from hypothesis import given, settings, strategies as st
+
+import numpy as np
+import polars as pl
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from sklearn.metrics import average_precision_score, roc_auc_score
+
 from ehr_r1.config import Run
-from ehr_r1.profiles import profile
-from ehr_r1.stages import read_manifest
-from ehr_r1.hospital.hospital import build_hospital
 from ehr_r1.data.samples import split_of
 from ehr_r1.data.tables import TableError, open_source
 from ehr_r1.data.trajectories import build_trajectories, scan_store
-from ehr_r1.transfer.ehrshot import synthetic as ehrshot_synthetic
-from ehr_r1.transfer.question_sets import ANSWERS, QUESTIONS, RESULTS, asked_questions
+from ehr_r1.hospital.hospital import build_hospital
+from ehr_r1.profiles import profile
+from ehr_r1.stages import read_manifest
 from ehr_r1.transfer.benchmark_stage import build_benchmark
-from ehr_r1.transfer.ehrshot.tasks import BENCHMARK, ehrshot_right, ehrshot_score
+from ehr_r1.transfer.ehrshot import synthetic as ehrshot_synthetic
 from ehr_r1.transfer.ehrshot.files import (
-    EVENTS, SHOT_TASKS, all_labels, read_events, read_labels, read_shots, read_splits, read_words, release_files,
-    standing)
+    EVENTS,
+    SHOT_TASKS,
+    all_labels,
+    read_events,
+    read_labels,
+    read_shots,
+    read_splits,
+    release_files,
+    standing,
+)
 from ehr_r1.transfer.ehrshot.records import MEASURES, Records, count_before, record_pieces
 from ehr_r1.transfer.ehrshot.synthetic import DISEASES, as_meds, write_synthetic
+from ehr_r1.transfer.ehrshot.tasks import BENCHMARK, ehrshot_right, ehrshot_score
+from ehr_r1.transfer.question_sets import ANSWERS, QUESTIONS, RESULTS, asked_questions
 
 P = profile('smoke', lm_per_task=0, replicates=10, workers=1)
 

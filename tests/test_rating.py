@@ -1,10 +1,21 @@
 """Rating sheets: blinded, safe to open with any text, read back whole or not at all; agreement by hand."""
-import base64, csv, hashlib, html.parser, json, re, shutil, subprocess
+import base64
+import csv
+import hashlib
+import html.parser
+import json
+import re
+import shutil
+import subprocess
 from statistics import mean
-import polars as pl, pytest
-from hypothesis import given, settings, strategies as st
-from ehr_r1.synthesis.rating import RATED, RATING_QUESTIONS, blinded, rating_page, rating_sheet
+
+import polars as pl
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
 from ehr_r1.synthesis.agreement import RATING, agreement, read_ratings
+from ehr_r1.synthesis.rating import blinded, rating_page, rating_sheet
 
 HOSTILE = ('</script><script>alert(1)</script><img src=x onerror="alert(1)"> \'q\' &amp; <!-- ]]> '
            '\x00\x1b\u202e {digest} ${x}\r\nnext "line"\n')
@@ -74,7 +85,7 @@ def test_any_text_stays_text():
     tree = Page(page)
     assert len(tree.all('script')) == 1 and not tree.all('img') and not tree.all('link') and not tree.all('a')
     assert len(texts(tree)) == 2*(2 + 3) and set(texts(tree)) == {SEEN}
-    assert len(tree.all('input')) == 1 + 2*3*len(QUESTIONS)*5
+    assert len(tree.all('input')) == 1 + 2*3*len(RATING_QUESTIONS)*5
     for tag, attributes, _ in tree.elements:
         assert not [a for a in attributes if a.startswith('on') or a in ('src', 'href', 'style', 'action')], tag
 
@@ -132,7 +143,7 @@ def test_ratings_are_unblinded(sheet):
     assert found.schema == RATING and len(found) == 2*9*5 and set(found['rater']) == {'Eve', 'b'}
     for i, (_, case, chain, sample, system) in enumerate(pl.read_csv(key).iter_rows()):
         mine = found.filter(rater='Eve', sample_id=sample, system=system)
-        assert dict(mine.select('question', 'rating').rows()) == {q: 1 + (i + k) % 5 for k, q in enumerate(QUESTIONS)}
+        assert dict(mine.select('question', 'rating').rows()) == {q: 1 + (i + k) % 5 for k, q in enumerate(RATING_QUESTIONS)}
 
 @settings(max_examples=60, deadline=None)
 @given(rater=st.text(st.characters(exclude_categories=['Cs', 'Cc', 'Zl', 'Zp']), max_size=20).map(str.strip).filter(bool),
@@ -142,7 +153,7 @@ def test_any_name_and_any_spreadsheet(tmp_path_factory, rater, delimiter):
     key = rating_sheet(make(1), folder, 1)
     with open(folder/'x.csv', 'w', newline='', encoding='utf-8-sig') as f:
         out = csv.writer(f, delimiter=delimiter)
-        out.writerow(['sheet', 'rater', 'case', 'chain', *QUESTIONS])
+        out.writerow(['sheet', 'rater', 'case', 'chain', *RATING_QUESTIONS])
         for s, case, chain, *_ in key.rows(): out.writerows([[s, rater, case, chain, 5, 4, 3, 2, 1], ['']*9])
     assert read_ratings(folder/'x.csv', folder/'key.csv')['rater'].unique().to_list() == [rater]
 
@@ -285,4 +296,4 @@ def test_each_pair_uses_the_chains_both_have_rated():
 
 def test_one_rater_cannot_agree():
     with pytest.raises(ValueError, match="two raters or more; there is 'a'"): agreement(ratings(a=[1, 2]))
-    assert set(CASE) == set(make().columns)
+    assert set(RATED) == set(make().columns)

@@ -22,8 +22,7 @@ from ehr_r1.data.tables import open_source
 from ehr_r1.data.tasks import build_index
 from ehr_r1.data.trajectories import build_trajectories
 from ehr_r1.hospital.hospital import build_hospital
-from ehr_r1.inference.endpoints import Refused
-from ehr_r1.inference.endpoints import InferenceError
+from ehr_r1.inference.endpoints import InferenceError, Refused
 from ehr_r1.profiles import profile
 from ehr_r1.stages import read_manifest
 from ehr_r1.synthesis.chains import briefs_of, build_chains, kept_chains, scan_chains

@@ -1,12 +1,20 @@
 "The report notebooks: what a template must be, what papermill leaves behind, and what credentialed data must not show."
-import json, re, shutil, sys
+import json
+import re
+import shutil
+import sys
 from pathlib import Path
-import nbformat, pandas as pd, polars as pl, pytest
+
+import nbformat
+import pandas as pd
+import polars as pl
+import pytest
 from papermill.exceptions import PapermillExecutionError
+
 from ehr_r1.config import Run
-from ehr_r1.stages import read_manifest
-from ehr_r1.evaluation.reporting import SMALLEST, Report, run_report, run_reports, readable, suppress
+from ehr_r1.evaluation.reporting import SMALLEST, Report, readable, run_report, run_reports, suppress
 from ehr_r1.pipeline import Reproduction
+from ehr_r1.stages import read_manifest
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT/'nbs'/'reports'

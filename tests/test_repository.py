@@ -1,7 +1,12 @@
 """What holds for the whole repository: import order, module length, what code may not do, and files made from one another."""
-import ast, os, re, socket, subprocess
+import ast
+import os
+import re
+import socket
+import subprocess
 from importlib.metadata import distribution
 from pathlib import Path
+
 import pytest
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet

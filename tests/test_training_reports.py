@@ -1,22 +1,32 @@
 "The reports on training: what they say of a run with models, of one without, and what credentialed data must not show."
-import json, math, random, re, shutil, sys
+import json
+import math
+import random
+import re
+import shutil
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-import nbformat, pandas as pd, polars as pl, pytest
+
+import nbformat
+import pandas as pd
+import polars as pl
+import pytest
+
 from ehr_r1.config import Run
 from ehr_r1.data.samples import read_samples
 from ehr_r1.data.tasks import TASKS
-from ehr_r1.evaluation.benchmark import read_answers, score_run
 from ehr_r1.evaluation.answers import predictions_of
+from ehr_r1.evaluation.benchmark import read_answers, score_run
+from ehr_r1.evaluation.judging import asked_records, judge, judge_answers
 from ehr_r1.evaluation.reporting import SMALLEST, run_report
-from ehr_r1.scoring import set_f1
 from ehr_r1.evaluation.results import Results, better, mean_over_patients, no_worse, reaches, training_order
-from ehr_r1.evaluation.judging import judge, judge_answers, asked_records
 from ehr_r1.pipeline import Reproduction
+from ehr_r1.scoring import set_f1
 from ehr_r1.synthesis.support import read_record
 from ehr_r1.training.examples import EXAMPLES, Writer
-from ehr_r1.training.record_texts import quotes
 from ehr_r1.training.models import train_tokenizer
+from ehr_r1.training.record_texts import quotes
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT/'nbs'/'reports'

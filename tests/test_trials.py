@@ -1,21 +1,38 @@
 """Trial matching: files that lie are refused, no test pair is trained on, and scores agree with scikit-learn and with the hand."""
-import gzip, json, math, re, shutil, warnings
+import gzip
+import json
+import math
+import shutil
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-import matplotlib, nbformat, numpy as np, polars as pl, pytest
-from hypothesis import given, settings, strategies as st
+
+import matplotlib
+import nbformat
+import numpy as np
+import polars as pl
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from sklearn import metrics as sk
+
 from ehr_r1.config import Run
+from ehr_r1.data.tables import TableError
+from ehr_r1.ehrmind.calculators import right
+from ehr_r1.evaluation.reporting import run_report
+from ehr_r1.hospital.orders import KEYS
 from ehr_r1.profiles import profile
 from ehr_r1.stages import read_manifest
-from ehr_r1.data.tables import TableError
-from ehr_r1.evaluation.reporting import run_report
 from ehr_r1.training.rewards import ehrmind_answer, ehrmind_reward
-from ehr_r1.transfer.question_sets import ANSWERS, QUESTIONS, RESULTS
 from ehr_r1.transfer.benchmark_stage import build_benchmark
-from ehr_r1.transfer.trials import (BENCHMARK, FIELDS, KEYS, METRICS, NONE, TESTS, WORDS, admitted, as_answer, balanced, confusion, metrics_of, pair_features, patient_of, read_class,
-                                    read_pairs, read_topics, read_trials, right, score_trials, split_pairs, trial_baselines, trial_files, trial_questions)
+from ehr_r1.transfer.ehrshot.tasks import BENCHMARK, as_answer
+from ehr_r1.transfer.question_sets import ANSWERS, QUESTIONS, RESULTS
+from ehr_r1.transfer.trials.answers import NO_CLASS, TRIAL_CLASSES, read_class
+from ehr_r1.transfer.trials.baselines import admitted, pair_features, patient_of, trial_baselines
+from ehr_r1.transfer.trials.benchmark import METRICS, confusion, metrics_of, score_trials
+from ehr_r1.transfer.trials.files import FIELDS, read_topics, read_trial_pairs, trial_files
+from ehr_r1.transfer.trials.questions import TESTS, balanced, split_pairs, trial_questions
 
 P = profile('smoke', replicates=100)
 
@@ -38,7 +55,7 @@ def folder(tmp_path):
 def real(shared):
     "The open files, read once."
     where = shared/'data'/'clinical-trials'
-    return SimpleNamespace(folder=where, pairs=read_pairs(where), questions=trial_questions(where, P))
+    return SimpleNamespace(folder=where, pairs=read_trial_pairs(where), questions=trial_questions(where, P))
 
 # -- the real files
 
@@ -74,7 +91,7 @@ def test_nist_layout_reads_the_same(real, tmp_path):
     (tmp_path/'qrels2021.txt').write_text(''.join(f'{t[9:]} 0 {n} {s}\n' for t, n, s in rows))
     shutil.copy(real.folder/'trials.jsonl.gz', tmp_path)
     assert read_topics(tmp_path/'topics2021.xml', 2021) == notes
-    pairs, counts = read_pairs(tmp_path)
+    pairs, counts = read_trial_pairs(tmp_path)
     assert pairs.equals(real.pairs[0]) and counts == real.pairs[1]
 
 # -- files that must be refused
@@ -166,7 +183,7 @@ def test_equal_judgements_count_once_and_conflicting_ones_not_at_all(folder):
 def test_both_years_together(folder):
     (folder/'topics2022.xml').write_bytes(xml(one, '<topic number="2">A woman.</topic>', task='2022 TREC Clinical Trials'))
     (folder/'qrels2022.txt').write_text('1  0\tNCT00000001 0\n\n2 0 NCT00000001 2\n')
-    pairs, counts = read_pairs(folder)
+    pairs, counts = read_trial_pairs(folder)
     assert counts['topics'] == 12 and pairs.filter(pl.col('topic').str.starts_with('trec-2022')).select('topic', 'trial', 'label', 'note').rows() == [
         ('trec-20221', 'NCT00000001', 0, 'A man.'), ('trec-20222', 'NCT00000001', 2, 'A woman.')]
 
@@ -180,7 +197,7 @@ def test_the_scale_is_trecs_from_file_to_reward(folder):
         assert gold == [word] and right(gold, dict(prediction=word, idx=score))
         swapped = {0: ('Excluded', 0), 1: ('Irrelevant', 1), 2: ('Eligible', 1)}[score]
         assert not right(gold, dict(zip(KEYS, swapped)))
-    assert set(sum(said.values(), [])) == set(WORDS)
+    assert set(sum(said.values(), [])) == set(TRIAL_CLASSES)
 
 def test_questions_have_their_pieces_and_do_not_tell(folder):
     (folder/N).write_bytes(packed(lines(trial(i, brief_summary='Sum.', exclusion_criteria='Gout.') if i else trial(0, brief_title='') for i in range(10))))
@@ -191,8 +208,8 @@ def test_questions_have_their_pieces_and_do_not_tell(folder):
         bare = q['sample_id'].endswith('NCT00000000')
         assert heads == ['## Scale', *([] if bare else ['## Trial summary', '## Trial title', '## Exclusion criteria']), '## Inclusion criteria', '## Patient']
         assert 'asthma of kind' in q['context'][-1] and q['group'] == q['sample_id'].split('/')[0] and q['kind'] == 'decision'
-        told = [w for w in WORDS if w in q['question']]
-        assert told == list(WORDS) and q['question'] == questions['question'][0] and q['context'][0] == questions['context'][0][0]
+        told = [w for w in TRIAL_CLASSES if w in q['question']]
+        assert told == list(TRIAL_CLASSES) and q['question'] == questions['question'][0] and q['context'][0] == questions['context'][0][0]
 
 # -- splits
 
@@ -228,25 +245,25 @@ def test_balanced_draws_as_many_of_each_class(folder):
 
 # -- answers
 
-SCALAR = st.none() | st.booleans() | st.integers(-3, 4) | st.just(10**400) | st.floats() | st.text(max_size=12) | st.sampled_from([*WORDS, 'eligible ', '\tEXCLUDED', '0', ' 1 ', '2', '1.0'])
+SCALAR = st.none() | st.booleans() | st.integers(-3, 4) | st.just(10**400) | st.floats() | st.text(max_size=12) | st.sampled_from([*TRIAL_CLASSES, 'eligible ', '\tEXCLUDED', '0', ' 1 ', '2', '1.0'])
 
 @settings(max_examples=50, deadline=None)
-@given(st.sampled_from(WORDS), st.dictionaries(st.sampled_from([*KEYS, 'other']), SCALAR))
+@given(st.sampled_from(TRIAL_CLASSES), st.dictionaries(st.sampled_from([*KEYS, 'other']), SCALAR))
 def test_the_judge_has_an_opinion_on_everything(word, answer):
     says = right([word], answer)
     text, number = answer.get('prediction'), answer.get('idx')
-    i = WORDS.index(word)
+    i = TRIAL_CLASSES.index(word)
     assert says is (isinstance(text, str) and text.strip().lower() == word.lower() and not isinstance(number, bool)
                     and (number == i or isinstance(number, str) and number.strip() == str(i)))
 
 def test_each_class_can_be_won_and_lost():
-    for word in WORDS:
-        for other in WORDS:
+    for word in TRIAL_CLASSES:
+        for other in TRIAL_CLASSES:
             for i in range(3):
                 text = f'<think>t</think><answer>{json.dumps(dict(prediction=other, idx=i))}</answer>'
                 earned = ehrmind_reward(text, lambda a: right([word], a), KEYS)
-                assert earned == (1.1 if other == word and WORDS[i] == word else 0)
-                assert read_class(text) == (WORDS.index(other) if WORDS[i] == other else NONE)
+                assert earned == (1.1 if other == word and TRIAL_CLASSES[i] == word else 0)
+                assert read_class(text) == (TRIAL_CLASSES.index(other) if TRIAL_CLASSES[i] == other else NO_CLASS)
     assert right(['Excluded'], as_answer(['Excluded']))
     with pytest.raises(ValueError): right(['excluded'], {}) # a label that no answer can meet
 
@@ -256,14 +273,14 @@ PIECE = st.sampled_from(['<think>', '</think>', '<answer>', '</answer>', '{"pred
 @given(st.lists(PIECE, max_size=10).map(''.join) | st.text(max_size=40))
 def test_any_text_is_read(text):
     got = read_class(text)
-    assert got in (0, 1, 2, NONE)
+    assert got in (0, 1, 2, NO_CLASS)
     strict = ehrmind_answer(text, KEYS)
-    if strict is not None: assert [right([w], strict) for w in WORDS] == [i == got for i in range(3)]
-    if '<think>' in text and '</think>' not in text: assert got == NONE
+    if strict is not None: assert [right([w], strict) for w in TRIAL_CLASSES] == [i == got for i in range(3)]
+    if '<think>' in text and '</think>' not in text: assert got == NO_CLASS
 
-@pytest.mark.parametrize('text, says', [('Eligible', 2), (' irrelevant \n', 0), ('<think>a</think>\nExcluded', 1), ('x</think><answer>{"prediction": "Excluded", "idx": 1}</answer>', 1), ('<answer>Excluded</answer>', NONE),
-                                        ('{"prediction": "excluded", "idx": "1"}', 1), ('{"prediction": "Excluded"}', NONE), ('The patient is not eligible', NONE), ('Eligible.', NONE), ('Excluded\nExcluded', NONE),
-                                        ('2', NONE), ('<think>a</think><answer>{"prediction": ["Eligible"], "idx": 2}</answer>', NONE), ('{"prediction": "Eligible", "idx": 2}'*2, NONE)])
+@pytest.mark.parametrize('text, says', [('Eligible', 2), (' irrelevant \n', 0), ('<think>a</think>\nExcluded', 1), ('x</think><answer>{"prediction": "Excluded", "idx": 1}</answer>', 1), ('<answer>Excluded</answer>', NO_CLASS),
+                                        ('{"prediction": "excluded", "idx": "1"}', 1), ('{"prediction": "Excluded"}', NO_CLASS), ('The patient is not eligible', NO_CLASS), ('Eligible.', NO_CLASS), ('Excluded\nExcluded', NO_CLASS),
+                                        ('2', NO_CLASS), ('<think>a</think><answer>{"prediction": ["Eligible"], "idx": 2}</answer>', NO_CLASS), ('{"prediction": "Eligible", "idx": 2}'*2, NO_CLASS)])
 def test_what_counts_as_said(text, says): assert read_class(text) == says
 
 # -- metrics
@@ -311,8 +328,8 @@ def test_answers_that_fit_no_question_are_an_error():
         with pytest.raises(ValueError, match='fit no held-out question'): score_trials(q, dict(s=bad), P)
 
 def test_scores_do_not_depend_on_order_and_intervals_are_over_topics():
-    rows = [(f't{i//8}', 'inductive', WORDS[(i*i//3) % 3]) for i in range(64)]
-    q, a = asked(*rows), told(*((i, WORDS[i*7 % 3]) for i in range(64)))
+    rows = [(f't{i//8}', 'inductive', TRIAL_CLASSES[(i*i//3) % 3]) for i in range(64)]
+    q, a = asked(*rows), told(*((i, TRIAL_CLASSES[i*7 % 3]) for i in range(64)))
     r = score_trials(q, dict(s=a), P)
     assert score_trials(q.reverse(), dict(s=a.sample(fraction=1, shuffle=True, seed=3)), P).equals(r)
     questions, answers = (pl.concat([f, f.with_columns(sample_id='x' + pl.col('sample_id'))]) for f in (q, a))

@@ -10,7 +10,9 @@ __all__ = ['VALUES', 'CRITERIA', 'STAGES', 'CALCULATORS', 'MORE', 'Item', 'Calcu
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
+
 import polars as pl
+
 from ..config import seed_of
 from ..transfer.question_sets import QUESTIONS
 

@@ -18,8 +18,8 @@ from ..config import Run, seed_of
 from ..data.samples import SYSTEM
 from .recipe import Course, answer_in_form, in_form
 from ..inference.checkpoints import chat_text
-from ..inference.teachers import Request
 from ..inference.endpoints import allowed_endpoints, guard
+from ..inference.teachers import Request
 from ..profiles import Profile
 from ..synthesis.chains import open_teacher
 from ..training.examples import EXAMPLES, Writer

@@ -14,9 +14,12 @@ import polars as pl
 
 from .course_examples import teacher_rationales
 from .recipe import Course
-from ..transfer import medcalc, trials
 from ..transfer.benchmark_files import read_rows
 from ..transfer.ehrshot import tasks as ehrshot
+from ..transfer.medcalc.benchmark import MEDCALC
+from ..transfer.medcalc.files import MEDCALC_SPLITS, medcalc_files
+from ..transfer.trials.answers import trial_answer
+from ..transfer.trials.benchmark import TRIALS
 
 # %% ../../nbs/09_ehrmind/03_courses.ipynb #fd4bbf0c
 def calculated(
@@ -37,9 +40,9 @@ def explanations(
     rows:pl.DataFrame # not needed: those of all training questions are read
 )->dict: # sample_id -> text
     "MedCalc-Bench's own explanations of its training questions and worked examples."
-    files, found = medcalc.medcalc_files(folder), {}
+    files, found = medcalc_files(folder), {}
     row_number, text = 'Row Number', 'Ground Truth Explanation'
-    for split, name in medcalc.SPLITS.items():
+    for split, name in MEDCALC_SPLITS.items():
         if split == 'held_out' or name not in files:
             continue
         for number, explanation in read_rows(files[name], (row_number, text)).select(row_number, text).iter_rows():
@@ -48,9 +51,9 @@ def explanations(
     return found
 
 # %% ../../nbs/09_ehrmind/03_courses.ipynb #b969d508
-MEDCALC_COURSE = Course(medcalc.BENCHMARK, calculated, explanations, share=.2, batch=16)
+MEDCALC_COURSE = Course(MEDCALC, calculated, explanations, share=.2, batch=16)
 
-_WITHOUT_TEACHER = Course(trials.BENCHMARK, lambda row: trials.as_answer(row['gold']), share=1., most=3_000,
+_WITHOUT_TEACHER = Course(TRIALS, lambda row: trial_answer(row['gold']), share=1., most=3_000,
                           balanced=True, context=1_500, answer_tokens=2_048)
 
 def trial_rationales(

@@ -20,9 +20,9 @@ from ..profiles import Profile
 from ..stages import build, writing
 from ..training.examples import Writer
 from ..training.models import SIZES
+from ..training.on_cpu import tune_allocator
 from ..training.rewards import ehrmind_answer
 from ..training.stages import side_by_side
-from ..training.on_cpu import tune_allocator
 from ..transfer.question_sets import Benchmark, asked_questions, mean_by_group
 
 # %% ../../nbs/09_ehrmind/05_cross.ipynb #4e82f612

@@ -8,28 +8,33 @@ __all__ = ['SHARES', 'STUDY', 'HELD', 'CORPUS', 'MOST', 'ATTEMPTS', 'Size', 'pil
            'pass_table', 'r_squared', 'train_share', 'ask_model', 'study_table', 'build_pilot']
 
 # %% ../../nbs/09_ehrmind/07_pilot.ipynb #1fdbeff1
-import json, math, sys
+import json
+import math
+import sys
 from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
-import numpy as np, polars as pl
+
+import numpy as np
+import polars as pl
 from tqdm import tqdm
-from ..profiles import Profile
+
 from ..config import Run, seed_of, uniform
-from ..stages import build, read_manifest, writing
 from ..data.samples import SYSTEM
-from ..training.examples import Writer, count_examples
+from .calculators import CALCULATORS, draw_questions, right, spoken
+from .course_examples import course_examples, course_rewards
+from .recipe import Course, answer_in_form, train_questions
+from .stages import build_rewarded, build_warmed, named, trained
 from ..inference.checkpoints import load_model
+from ..profiles import Profile
+from ..stages import build, writing
+from ..training.examples import Writer, count_examples
 from ..training.models import new_model, train_tokenizer
+from ..training.on_cpu import tune_allocator
 from ..training.rewards import ehrmind_answer
 from ..training.stages import once, side_by_side
 from ..training.trainer import run_training, train
-from ..training.on_cpu import tune_allocator
 from ..transfer.question_sets import Benchmark, mean_by_group
-from .calculators import CALCULATORS, draw_questions, right, spoken
-from .recipe import Course, answer_in_form, train_questions
-from .course_examples import course_examples, course_rewards
-from .stages import build_rewarded, build_warmed, named, trained
 
 # %% ../../nbs/09_ehrmind/07_pilot.ipynb #a186c48f
 SHARES = (0., .1, .15, .2, 1.) # of the training questions in the warm-up

@@ -16,15 +16,15 @@ import polars as pl
 from ..config import Run, seed_of
 from .baselines import PREDICTIONS
 from ..inference.asking import Ask, answer
-from ..inference.servers import ServerEngine
 from ..inference.local import Transformers
+from ..inference.servers import ServerEngine
 from ..inference.vllm import VllmEngine
 from ..profiles import Profile
 from ..scoring import parse_answer
 from ..stages import build, read_manifest, writing
 from ..training.examples import Writer
-from ..training.stages import model_at
 from ..training.on_cpu import tune_allocator
+from ..training.stages import model_at
 
 # %% ../../nbs/07_evaluation/04_answers.ipynb #8ce5a7b6
 @dataclass(frozen=True)

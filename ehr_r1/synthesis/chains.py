@@ -20,13 +20,11 @@ from tqdm import tqdm
 
 from ..config import Run, seed_of
 from ..data.tasks import TASKS
-from ..inference.teachers import Reply
+from ..inference.endpoints import InferenceError, allowed_endpoints, guard
 from ..inference.recorded import Recorded, Replay
-from ..inference.teachers import Request, Teacher
-from ..inference.endpoints import InferenceError
 from ..inference.servers import Server
+from ..inference.teachers import Reply, Request, Teacher
 from ..inference.vllm import Vllm
-from ..inference.endpoints import allowed_endpoints, guard
 from ..profiles import Profile, listed
 from ..stages import build, read_manifest, writing
 from .graphs import read_graphs, scan_graphs

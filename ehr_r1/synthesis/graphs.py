@@ -26,8 +26,10 @@ from ..data.trajectories import store_files
 from ..profiles import Profile
 from ..stages import build, read_manifest, writing
 from .cooccurrence import lift_pairs
-from .entities import Matcher, QuickUmls, entities, icd_codes, link_terms
+from .entities import entities
 from .knowledge import Knowledge
+from .linking import icd_codes, link_terms
+from .matching import Matcher, QuickUmls
 from .thinking_graph import Link, ThinkingGraph
 
 # %% ../../nbs/05_synthesis/06_graphs.ipynb #e77a1ef0

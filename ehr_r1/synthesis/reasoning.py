@@ -15,8 +15,7 @@ from dataclasses import dataclass
 from ..data.serialize import TITLES
 from ..data.tasks import TASKS
 from ..data.trajectories import DISPLAY
-from ..inference.teachers import Reply
-from ..inference.teachers import Teacher
+from ..inference.teachers import Reply, Teacher
 from ehr_r1.synthesis.support import (
     NOTES,
     SECTIONS,

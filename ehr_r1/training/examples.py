@@ -186,7 +186,7 @@ def bare_chain(
 )->str: # a chain
     "A chain without knowledge."
     record = short.removesuffix(TASKS[sample['task']].instruction).rstrip('\n')
-    case = Case(sample['sample_id'], sample['task'], record, tuple(sample['label']), NO_GRAPH, style)
+    case = Brief(sample['sample_id'], sample['task'], record, tuple(sample['label']), NO_GRAPH, style)
     return verbalise(case, variant)
 
 # %% ../../nbs/06_training/03_examples.ipynb #2f355a40

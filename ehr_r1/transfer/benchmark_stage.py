@@ -16,8 +16,8 @@ from ..inference.asking import answer
 from ..profiles import Profile
 from ..stages import build, writing
 from ..training.examples import Writer
-from ..training.stages import model_at
 from ..training.on_cpu import tune_allocator
+from ..training.stages import model_at
 from .question_sets import ANSWERS, Benchmark, asked_questions, questions_to_asks
 
 # %% ../../nbs/08_transfer/01_question_stage.ipynb #02371c43

@@ -10,7 +10,9 @@ __all__ = ['SHOT_TASKS', 'EVENTS', 'SPLITS', 'LABELS', 'SHOTS', 'ShotTask', 'rel
 import json
 from dataclasses import dataclass
 from pathlib import Path
+
 import polars as pl
+
 from ...data.tables import bad_bytes, fault, ragged, stored
 from ..benchmark_files import read_rows
 

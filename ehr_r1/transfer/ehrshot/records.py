@@ -9,8 +9,11 @@ __all__ = ['MEASURES', 'HOUSE', 'BIRTH', 'DAY', 'EPOCH', 'Measure', 'range_of', 
 # %% ../../../nbs/08_transfer/03_ehrshot_records.ipynb #1366e0b0
 from dataclasses import dataclass
 from datetime import datetime, timedelta
-import numpy as np, polars as pl
+
+import numpy as np
+import polars as pl
 from scipy import sparse
+
 from ...data.serialize import event_text, short_number
 from ...data.trajectories import FIELD
 

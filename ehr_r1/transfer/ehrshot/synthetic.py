@@ -8,16 +8,21 @@ __all__ = ['LOINC', 'DISEASES', 'NOTICED_LATE', 'COLUMNS', 'VITALS', 'TABLES', '
            'as_meds']
 
 # %% ../../../nbs/08_transfer/04_ehrshot_synthetic.ipynb #cc3aa6e9
-import json, re, shutil
+import json
+import re
+import shutil
 from pathlib import Path
-import numpy as np, polars as pl
-from ...profiles import Profile
+
+import numpy as np
+import polars as pl
+
 from ...config import Run, seed_of, uniform
-from ...stages import build, read_manifest, writing
 from ...data.samples import split_of
 from ...data.tables import TableError
 from ...data.trajectories import DISPLAY, FIELD, scan_store
-from .files import SHOT_TASKS, SHOTS
+from ...profiles import Profile
+from ...stages import build, read_manifest, writing
+from .files import SHOT_TASKS
 
 # %% ../../../nbs/08_transfer/04_ehrshot_synthetic.ipynb #8ad07595
 _LOINC = """

@@ -8,23 +8,33 @@ __all__ = ['DRAWN', 'COUNT_MODELS', 'COMMON', 'BENCHMARK', 'ehrshot_questions', 
 
 # %% ../../../nbs/08_transfer/05_ehrshot.ipynb #d840f9e3
 from pathlib import Path
-import numpy as np, polars as pl
+
+import numpy as np
+import polars as pl
 from scipy.special import expit
 from sklearn import config_context
 from sklearn.ensemble import HistGradientBoostingClassifier
 from sklearn.linear_model import LogisticRegression
 from threadpoolctl import threadpool_limits
 from tqdm import tqdm
-from ...profiles import Profile
+
 from ...config import seed_of
 from ...evaluation.baselines import STRENGTH, STRENGTHS
 from ...evaluation.features import SUPPORT, unit_rows
-from ...scoring import auroc
 from ...intervals import evaluate, score_table
-from ..question_sets import ANSWERS, QUESTIONS, RESULTS, Benchmark, asked_questions
-from .files import (
-    SHOT_TASKS, all_labels, read_events, read_shots, read_words, release_files, standing)
+from ...profiles import Profile
+from ...scoring import auroc
+from ehr_r1.transfer.ehrshot.files import (
+    SHOT_TASKS,
+    all_labels,
+    read_events,
+    read_shots,
+    read_words,
+    release_files,
+    standing,
+)
 from .records import Records, count_before, record_pieces
+from ..question_sets import ANSWERS, QUESTIONS, RESULTS, Benchmark, asked_questions
 
 # %% ../../../nbs/08_transfer/05_ehrshot.ipynb #91cfe8f6
 DRAWN = 200 # training and tuning labels of a task that become questions, at most

@@ -9,8 +9,8 @@ __all__ = ['METRICS', 'TRIALS', 'confusion', 'metrics_of', 'score_trials']
 import numpy as np
 import polars as pl
 
+from ...intervals import interval, resample_patients
 from ...profiles import Profile
-from ...scoring import interval, resample_patients
 from ..question_sets import RESULTS, Benchmark
 from .answers import NO_CLASS, TRIAL_CLASSES, TRIAL_KEYS, read_class, right_class
 from .baselines import trial_baselines

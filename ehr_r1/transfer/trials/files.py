@@ -16,7 +16,7 @@ import polars as pl
 from tqdm import tqdm
 
 from ...data.tables import fault
-from ..question_sets import read_lines, read_rows
+from ..benchmark_files import read_lines, read_rows
 
 YEARS = (2021, 2022)
 TRIAL_LAYOUTS = {  # what -> names of the file, by year
