@@ -10,7 +10,7 @@ from ehr_r1.evaluation.baselines import SYSTEMS, best_cut, f1_at_k, fit_task, ru
 from ehr_r1.evaluation.benchmark import published, score_run
 from ehr_r1.evaluation.features import (
     COUNTED,
-    MEASURED,
+    MEASURED_COLUMNS,
     WORDS_COUNTED,
     count_matrix,
     dense_features,
@@ -144,9 +144,9 @@ def test_latest_value_wins():
     assert x[:6, -1].tolist() == [5, 6, 7, 8, 9, 10] and np.isnan(x[6, -1])
 
 def test_every_counted_table_names_its_columns():
-    assert all(columns for columns in COUNTED.values()) and set(WORDS_COUNTED) <= set(MEASURED)
-    for table in {*COUNTED, *MEASURED}:
-        asked = {*COUNTED.get(table, []), *(c for pair in MEASURED.get(table, []) for c in pair if c)}
+    assert all(columns for columns in COUNTED.values()) and set(WORDS_COUNTED) <= set(MEASURED_COLUMNS)
+    for table in {*COUNTED, *MEASURED_COLUMNS}:
+        asked = {*COUNTED.get(table, []), *(c for pair in MEASURED_COLUMNS.get(table, []) for c in pair if c)}
         assert asked <= set(DISPLAY[table].columns), table
 
 def test_cuts_by_hand():

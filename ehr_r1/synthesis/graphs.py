@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['GRAPHED', 'SAMPLE_TERMS', 'SHARD', 'PATHS', 'AT_A_TIME', 'LINK_FIELDS', 'GRAPHS', 'graph_samples',
-           'patient_rows', 'free_text_names', 'sample_terms', 'write_terms', 'coded', 'task_lift', 'told_path',
-           'find_paths', 'pair_paths', 'with_concepts', 'tied_facts', 'shard_graphs', 'by_task', 'write_graphs',
-           'summed', 'each_shard', 'tie_terms', 'build_graphs', 'scan_graphs', 'read_graphs']
+           'patient_rows', 'free_text_names', 'sample_terms', 'write_shard_terms', 'coded_terms', 'task_lift',
+           'told_path', 'find_paths', 'pair_paths', 'with_concepts', 'tied_facts', 'shard_graphs', 'rows_by_task',
+           'write_graphs', 'summed', 'each_shard', 'tie_terms', 'build_graphs', 'scan_graphs', 'read_graphs']
 
 # %% ../../nbs/05_synthesis/06_graphs.ipynb #7a95ba10
 import os
@@ -88,7 +88,7 @@ def sample_terms(
 # %% ../../nbs/05_synthesis/06_graphs.ipynb #cb55954a
 SHARD = 2**23  # samples a shard at most: a sample's number is unique over all shards
 
-def write_terms(
+def write_shard_terms(
     number:int,       # of the shard
     file:Path,        # the shard
     run:Run,          # samples and knowledge must stand
@@ -112,7 +112,7 @@ def write_terms(
             numbered.write_parquet(f, compression='zstd', compression_level=1)
 
 # %% ../../nbs/05_synthesis/06_graphs.ipynb #0ec49177
-def coded(
+def coded_terms(
     frame:pl.DataFrame, # number (of a sample), term
     words:pl.Series     # all terms, distinct
 )->pl.DataFrame: # sample, term: numbers, as `lift_pairs` takes them
@@ -132,7 +132,7 @@ def task_lift(
     samples = targets.select('sample').unique().sort('sample').with_row_index('number')
     history = read('terms').join(samples.lazy(), on='sample').select('number', 'term').collect(engine='streaming')
     words = pl.concat([targets['term'], history['term']]).unique().sort()
-    pairs = lift_pairs(coded(targets.join(samples, on='sample'), words), coded(history, words), len(samples))
+    pairs = lift_pairs(coded_terms(targets.join(samples, on='sample'), words), coded_terms(history, words), len(samples))
     pairs = pairs.with_columns(words.gather(pairs[column]).alias(column) for column in ('target', 'history'))
     return pairs.select(pl.lit(task).alias('task'), 'target', 'history', 'n_pair', 'n_target', 'n_history', 'n', 'lift')
 
@@ -224,7 +224,7 @@ def shard_graphs(
     return graphs.select(list(GRAPHS)).cast(GRAPHS)
 
 # %% ../../nbs/05_synthesis/06_graphs.ipynb #b92ee96f
-def by_task(
+def rows_by_task(
     frame:pl.DataFrame # with a column task
 )->list: # of (task, rows)
     "How many rows a task has."
@@ -247,8 +247,8 @@ def write_graphs(
     with writing(out/file.name) as f:
         graphs.write_parquet(f, compression='zstd')
     links = graphs.select('task', pl.col('links').list.len()).group_by('task').sum()
-    return dict(samples=by_task(samples), evidence=by_task(tied.unique('sample')),
-                concepts=by_task(tied.filter('known').unique('sample')), graphs=by_task(graphs), links=links.rows())
+    return dict(samples=rows_by_task(samples), evidence=rows_by_task(tied.unique('sample')),
+                concepts=rows_by_task(tied.filter('known').unique('sample')), graphs=rows_by_task(graphs), links=links.rows())
 
 # %% ../../nbs/05_synthesis/06_graphs.ipynb #883a03b8
 def summed(
@@ -313,7 +313,7 @@ def build_graphs(
             chosen = out/'chosen.parquet'
             with writing(chosen) as f:
                 read_samples(run, p).select('sample_id').write_parquet(f)
-        each_shard(partial(write_terms, run=run, out=out, key=key, chosen=chosen), files, 'terms', p.workers)
+        each_shard(partial(write_shard_terms, run=run, out=out, key=key, chosen=chosen), files, 'terms', p.workers)
         counts = tie_terms(out, run, source, p.workers)
         counted = each_shard(partial(write_graphs, run=run, out=out, chosen=chosen), files, 'graphs', p.workers)
         tasks = summed(counted)

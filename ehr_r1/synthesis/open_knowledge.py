@@ -6,7 +6,7 @@
 __all__ = ['ID_LETTERS', 'SEMANTIC_TYPES', 'HETIONET_SOURCES', 'HETIONET_KINDS', 'HETIONET_RELATIONS', 'SOURCE_TERMS',
            'own_id', 'name_forms', 'OpenConcept', 'OpenGraph', 'add_concepts', 'disease_terms', 'add_disease',
            'add_diseases', 'hetionet_key', 'read_hetionet_nodes', 'add_hetionet', 'labelled_disease', 'add_labeledin',
-           'write_concepts', 'open_knowledge', 'find_knowledge', 'make_knowledge', 'build_knowledge']
+           'write_concepts', 'open_knowledge', 'find_knowledge', 'compile_folder', 'build_knowledge']
 
 # %% ../../nbs/05_synthesis/02b_open_knowledge.ipynb #0a8c6aa5
 import re
@@ -361,7 +361,7 @@ def find_knowledge(
     return next((place for place in places if place.is_dir()), None)
 
 # %% ../../nbs/05_synthesis/02b_open_knowledge.ipynb #48a73fa6
-def make_knowledge(
+def compile_folder(
     folder:Path, # RRF files or open sources
     out:Path     # where the compiled knowledge goes
 )->dict: # counts
@@ -384,4 +384,4 @@ def build_knowledge(
     "Compile the knowledge of a run."
     folder = Path(folder)
     files = {file.name: file for file in sorted(folder.iterdir()) if file.is_file()}
-    return build(run.knowledge, lambda out: make_knowledge(folder, out), files, {}, 'synthesis.open_knowledge')
+    return build(run.knowledge, lambda out: compile_folder(folder, out), files, {}, 'synthesis.open_knowledge')

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SECTIONS', 'NOTES', 'event_titles', 'event_heading', 'parts_after', 'read_record', 'read_chain',
-           'final_results', 'numbers_in', 'words_in', 'entry_words', 'spaced', 'says', 'supported', 'support']
+           'final_results', 'stated_numbers', 'words_in', 'entry_words', 'spaced', 'says', 'supported', 'support']
 
 # %% ../../nbs/05_synthesis/07_support.ipynb #86ec52f4
 import re
@@ -82,7 +82,7 @@ def final_results(
 # %% ../../nbs/05_synthesis/07_support.ipynb #58f77d50
 _NUMBER = re.compile(r'(?<![\w.])\d+(?:[.,]\d+)*')
 
-def numbers_in(
+def stated_numbers(
     text:str
 )->set: # floats; texts where there are several points, as in dates
     "The numbers of a text."
@@ -130,7 +130,7 @@ def says(
     else:
         named = not body or bool(words_in(finding, 3) & entry_words(body))
     quotations = [plain or curly for plain, curly in _QUOTATION.findall(finding)]
-    return named and numbers_in(finding) <= numbers_in(body) and all(spaced(q) in spaced(body) for q in quotations)
+    return named and stated_numbers(finding) <= stated_numbers(body) and all(spaced(q) in spaced(body) for q in quotations)
 
 # %% ../../nbs/05_synthesis/07_support.ipynb #4c89e0db
 _EVIDENCE = re.compile(r'^\s*(?:[-*•]\s+|\d+[.)]\s+)?\*\*\s*(.+?)\s*(?:\[([^\]]*)\])?\s*\*\*\s*:?\s*(.*)$')
