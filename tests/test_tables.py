@@ -5,7 +5,8 @@ import polars as pl
 import pytest
 from polars.testing import assert_frame_equal
 from ehr_r1.data.schema import CODE_MAPS, TABLES
-from ehr_r1.data.tables import MISSING, PUBLISHED, TableError, code_map, open_source
+from ehr_r1.data.table_reading import MISSING_WORDS as MISSING
+from ehr_r1.data.tables import PUBLISHED, TableError, code_map, open_source
 
 LABS = ['1,7,70,500,50912,,2180-05-06 10:00:00,2180-05-06 11:30:00,1.4,1.4,mg/dL,0.4,1.1,abnormal,ROUTINE,',
         '2,7,70,500,50983,,2180-05-06 10:00:00,2180-05-06 11:30:00,NEG,NaN,N/A,,,,ROUTINE,""',
