@@ -127,6 +127,7 @@ def compact_row(
     values = dict(zip(DISPLAY[table].columns, cells.split(FIELD)))
     low, high = values.pop('ref_range_lower', ''), values.pop('ref_range_upper', '')
     before_range = 'valueuom' if values.get('valueuom') else 'valuenum'
+    in_pairs = table in _IN_PAIRS
     item = next(iter(values.values()), '')
     parts = []
     for column, cell in values.items():
@@ -137,10 +138,10 @@ def compact_row(
                 continue
             said.add((item, column, cell))
         value = compact_value(column, cell)
-        parts.append(f'{column} {value}' if table in _IN_PAIRS else value)
+        parts.append(f'{column} {value}' if in_pairs else value)
         if column == before_range and (low or high):
             parts.append(f'[{short_number(low)}-{short_number(high)}]')
-    return (', ' if table in _IN_PAIRS else ' ').join(parts)
+    return (', ' if in_pairs else ' ').join(parts)
 
 # %% ../../nbs/02_data/12_serialize.ipynb #a21f68c2
 def compact_event(
