@@ -62,16 +62,18 @@ def example_patient(
         pl.col('cells').str.replace_all(';', FIELD),
         subject_id=pl.lit(10000001, pl.Int64),
     )
-    return rows.with_columns(start=pl.col('time').min().over('event'), end=pl.col('time').max().over('event'))
+    time = pl.col('time')
+    return rows.with_columns(start=time.min().over('event'), end=time.max().over('event'))
 
 # %% ../../nbs/02_data/09_patient_events.ipynb #7030aacb
 def stays_of(
     rows:pl.DataFrame # of one patient, as the trajectory store has them
 )->pl.DataFrame: # table, hadm_id, stay_id, start, end
     "Admissions, ED stays and ICU stays, by their start."
-    last = rows.filter(pl.col('hadm_id').is_not_null()).group_by('hadm_id').agg(last=pl.col('time').max())
-    begun = rows.filter(pl.col('table').is_in(list(STAYS)), pl.col('time').is_not_null())
-    begun = begun.join(last, on='hadm_id', how='left')
+    of_admissions = rows.filter(pl.col('hadm_id').is_not_null())
+    last = of_admissions.group_by('hadm_id').agg(last=pl.col('time').max())
+    begins = pl.col('table').is_in(list(STAYS)) & pl.col('time').is_not_null()
+    begun = rows.filter(begins).join(last, on='hadm_id', how='left')
     end = pl.max_horizontal('time', pl.coalesce('until', 'last', 'time'))
     stays = begun.select('table', 'hadm_id', 'stay_id', start='time', end=end)
     return stays.sort('start', maintain_order=True)
@@ -110,7 +112,8 @@ class PatientEvents:
         patients = rows['subject_id'].n_unique()
         if patients != 1:
             raise ValueError(f"rows of {patients} patients: a trajectory is one patient's; filter by subject_id first")
-        self.rows = rows.with_columns(pl.col('table').cast(pl.String)).sort('event', maintain_order=True)
+        table = pl.col('table').cast(pl.String)
+        self.rows = rows.with_columns(table).sort('event', maintain_order=True)
         self.subject_id = rows['subject_id'][0]
         self.begin, self.end, self.prediction_time = begin, end, prediction_time
         self.stays = stays_of(self.rows)  # table, hadm_id, stay_id, start, end

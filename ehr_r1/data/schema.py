@@ -234,8 +234,15 @@ TABLES = {**read_tables(HOSP), **read_tables(ICU), **read_tables(ED), **read_tab
 def table_list()->pl.DataFrame: # one row a table
     "The tables at a glance."
     return pl.DataFrame([
-        dict(module=table.module, table=table.name, key=', '.join(table.key), time=table.time or '',
-             columns=len(table.columns), needed=len(table.needed), optional=table.optional)
+        dict(
+            module=table.module,
+            table=table.name,
+            key=', '.join(table.key),
+            time=table.time or '',
+            columns=len(table.columns),
+            needed=len(table.needed),
+            optional=table.optional,
+        )
         for table in TABLES.values()
     ])
 

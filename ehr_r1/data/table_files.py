@@ -137,5 +137,5 @@ def stored(
         raise (None if is_parquet else bad_bytes(path, file)) or unread from None
     if row_index and is_parquet:
         rows = rows.with_row_index(row_index)
-    columns = {name.strip().lower(): (name, kind) for name, kind in schema.items() if name != row_index}
-    return rows, columns
+    of_file = [name for name in schema if name != row_index]
+    return rows, {name.strip().lower(): (name, schema[name]) for name in of_file}

@@ -246,10 +246,9 @@ def bad_value(
     "The first value that is not of its column's type."
     rows, have = stored(path, file, 'the row')
     wrong = wrong_values(table, have)
-    texts = [pl.col(have[name][0]).cast(pl.String).alias(f'text of {name}') for name in wrong]
-    flags = [expression.alias(name) for name, expression in wrong.items()]
-    first = rows.filter(pl.any_horizontal(wrong.values())).head(1).select('the row', *texts, *flags)
-    found = first.collect(engine='streaming').rows(named=True)
+    texts = {f'text of {name}': pl.col(have[name][0]).cast(pl.String) for name in wrong}
+    first = rows.filter(pl.any_horizontal(wrong.values())).head(1)
+    found = first.select('the row', **texts, **wrong).collect(engine='streaming').rows(named=True)
     if not found:
         return None
     row = found[0]

@@ -214,7 +214,13 @@ def release(
 
 # %% ../../nbs/02_data/04_tables.ipynb #1a56923e
 LARGE_FILE = 256 << 20  # bytes
-CHECKED = pl.Schema(dict(table=pl.String, file=pl.String, rows=pl.Int64, published=pl.Int64, key=pl.String))
+CHECKED = pl.Schema({
+    'table': pl.String,
+    'file': pl.String,
+    'rows': pl.Int64,
+    'published': pl.Int64,
+    'key': pl.String,  # unique, not checked, or '' where there is none
+})
 
 # %% ../../nbs/02_data/04_tables.ipynb #e990bf25
 def duplicate_key(
@@ -223,9 +229,11 @@ def duplicate_key(
     file:str           # the file's name in messages
 )->TableError|None: # None if no key is missing or there twice
     "The first key that is missing or there twice."
-    places = rows.group_by(key).agg(first=pl.col('the row').min(), last=pl.col('the row').max())
-    is_wrong = (pl.col('first') < pl.col('last')) | pl.any_horizontal(pl.col(key).is_null())
-    found = places.filter(is_wrong).sort('first').head(1).collect(engine='streaming').rows(named=True)
+    row = pl.col('the row')
+    places = rows.group_by(key).agg(first=row.min(), last=row.max())
+    is_twice, is_missing = pl.col('first') < pl.col('last'), pl.any_horizontal(pl.col(key).is_null())
+    wrong_keys = places.filter(is_twice | is_missing).sort('first').head(1)
+    found = wrong_keys.collect(engine='streaming').rows(named=True)
     if not found:
         return None
     wrong = found[0]

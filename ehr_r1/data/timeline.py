@@ -69,7 +69,8 @@ def listed_positions(
     def distance(position, end):
         return position - end if position >= end else end - 1 - position
 
-    return [i for i in range(count) if min(distance(i, end) for end in (0, *turns, count)) < near]
+    ends = (0, *turns, count)
+    return [i for i in range(count) if min(distance(i, end) for end in ends) < near]
 
 # %% ../../nbs/02_data/11_timeline.ipynb #23427609
 def listing_of(
@@ -86,11 +87,12 @@ def listing_of(
             shown.append(left_out)
         shown.append(events[position])
         after = position + 1
-    numbers = [event['event'] for event in shown if isinstance(event, dict)]
-    listed = t.rows.filter(pl.col('event').is_in(numbers))
-    cells = dict(listed.group_by('event').agg('cells').iter_rows())
-    return [event | dict(words=event_words(event['table'], cells[event['event']])) if isinstance(event, dict) else event
-            for event in shown]
+    listed = [event for event in shown if isinstance(event, dict)]
+    rows = t.rows.filter(pl.col('event').is_in([event['event'] for event in listed]))
+    cells = dict(rows.group_by('event').agg('cells').iter_rows())
+    for event in listed:
+        event['words'] = event_words(event['table'], cells[event['event']])
+    return shown
 
 # %% ../../nbs/02_data/11_timeline.ipynb #3d8960cb
 def html_row(

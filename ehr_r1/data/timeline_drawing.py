@@ -84,9 +84,9 @@ def marks_of(
 )->dict[str, list[Mark]]: # by lane, in the order of `LANES`
     "The marks of each lane."
     timed = t.rows.filter(pl.col('time').is_not_null())
-    moments = timed.group_by('event', 'table', 'time', maintain_order=True).agg(rows=pl.len()).sort('time')
+    moments = timed.group_by('event', 'table', 'time', maintain_order=True).agg(rows=pl.len())
     groups = {}
-    for event in moments.iter_rows(named=True):
+    for event in moments.sort('time').iter_rows(named=True):
         place = axis(event['time'])
         two_pixels = int(place*width/2)
         key = lane_of(event['table']), two_pixels, t.inside(event['event'])
@@ -95,7 +95,8 @@ def marks_of(
     for (lane, _, within), group in groups.items():
         places, events = zip(*group)
         count = sum(event['rows'] for event in events)
-        marks.setdefault(lane, []).append(Mark(places[0], places[-1], count, within, tooltip_of(events)))
+        mark = Mark(places[0], places[-1], count, within, tooltip_of(events))
+        marks.setdefault(lane, []).append(mark)
     return {lane: marks[lane] for lane in LANES if lane in marks}
 
 # %% ../../nbs/02_data/10_timeline_drawing.ipynb #184b7810
@@ -234,9 +235,9 @@ def draw_stays(
     for stay in stays:
         if stay.line:
             canvas.box(stay.left, stay.right, canvas.top, canvas.bottom - canvas.top, stay.color, .07)
-        canvas.box(stay.left, stay.right, 20 + 13*stay.line, 12, stay.color, .35, stay.tooltip)
-        small = ' font-size="10" pointer-events="none"'
-        canvas.text(canvas.x(stay.left + .003), 29 + 13*stay.line, stay.words, more=small)
+        y, small = 20 + 13*stay.line, ' font-size="10" pointer-events="none"'
+        canvas.box(stay.left, stay.right, y, 12, stay.color, .35, stay.tooltip)
+        canvas.text(canvas.x(stay.left + .003), y + 9, stay.words, more=small)
 
 # %% ../../nbs/02_data/10_timeline_drawing.ipynb #517e4dd4
 def draw_lanes(
@@ -251,8 +252,8 @@ def draw_lanes(
         canvas.text(SIDE - 8, y + LANE_HEIGHT/2 + 4, lane, 'end', f' style="fill:{color};font-weight:bold"')
         for mark in lane_marks:
             height = min(8 + 2*math.log2(mark.rows), LANE_HEIGHT - 4)
-            opacity = .85 if mark.within else .3
-            canvas.box(mark.left, mark.right, y + (LANE_HEIGHT - height)/2, height, color, opacity, mark.tooltip)
+            opacity, above = .85 if mark.within else .3, (LANE_HEIGHT - height)/2
+            canvas.box(mark.left, mark.right, y + above, height, color, opacity, mark.tooltip)
 
 # %% ../../nbs/02_data/10_timeline_drawing.ipynb #0500e7c4
 def draw_gaps(
@@ -263,7 +264,8 @@ def draw_gaps(
     for gap, words in gaps:
         middle = canvas.x((gap.left + gap.right)/2)
         tooltip = f'nothing for {length_in_words(gap.span)}'
-        canvas.box(gap.left, gap.right, canvas.top, canvas.bottom - canvas.top, 'currentColor', .05, tooltip, least=0)
+        height = canvas.bottom - canvas.top
+        canvas.box(gap.left, gap.right, canvas.top, height, 'currentColor', .05, tooltip, least=0)
         zigzag = f'M{middle} {canvas.bottom - 5}m-5 10l4 -10m2 10l4 -10'
         canvas.elements.append(f'<path d="{zigzag}" stroke="currentColor" fill="none"/>')
         canvas.text(middle, 12, words, 'middle', ' font-size="9" fill-opacity=".7"')

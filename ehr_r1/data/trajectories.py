@@ -193,7 +193,8 @@ def in_time(
 )->pl.DataFrame: # the same rows, sorted
     "Sort rows by patient and time."
     is_patient = pl.col('table') == 'patients'
-    key = pl.when(is_patient).then(pl.lit(-2**62)).otherwise(pl.col('time').dt.epoch('us'))
+    moment = pl.col('time').dt.epoch('us')
+    key = pl.when(is_patient).then(pl.lit(-2**62)).otherwise(moment)
     return rows.with_columns(key=key).sort('subject_id', 'key', *ties, maintain_order=True).drop('key')
 
 # %% ../../nbs/02_data/07_trajectories.ipynb #d88e4066
@@ -280,7 +281,8 @@ def stream_to_parts(
             if unsettled := [name for name in head.columns if head[name][0] is not False]:
                 outputs.append(found.select(tests).select(unsettled))
         results = pl.collect_all(outputs, engine='streaming')
-    whole = [name for answers in results[1:] for name, is_whole in answers.rows(named=True)[0].items() if is_whole]
+    answers = results[1].row(0, named=True) if len(results) > 1 else {}
+    whole = [name for name, is_whole in answers.items() if is_whole]
     with writing(done) as beside:
         beside.write_text(json.dumps(dict(integers=whole)))
     return whole
@@ -350,7 +352,8 @@ def count_events(
     folder:Path # a trajectory store
 )->pl.DataFrame: # table, events
     "How many events a store has, shard by shard."
-    is_new = (pl.col('event') != pl.col('event').shift(1)) | (pl.col('subject_id') != pl.col('subject_id').shift(1))
+    event, patient = pl.col('event'), pl.col('subject_id')
+    is_new = (event != event.shift(1)) | (patient != patient.shift(1))
     counts = []
     for file in store_files(folder):
         rows = pl.read_parquet(file, columns=['subject_id', 'event', 'table'])
@@ -371,11 +374,12 @@ def count_rows(
     ).collect(engine='streaming')
     counts = by_table.join(count_events(folder), on='table').sort('table')
     columns = ('rows', 'events', 'timeless', 'first', 'last')
+    tables = counts.select('table', *columns).rows_by_key('table', named=True, unique=True)
     return dict(
         patients=rows.select(pl.col('subject_id').n_unique()).collect(engine='streaming').item(),
         rows=int(counts['rows'].sum()),
         events=int(counts['events'].sum()),
-        tables={row['table']: {column: row[column] for column in columns} for row in counts.iter_rows(named=True)},
+        tables=tables,
     )
 
 # %% ../../nbs/02_data/07_trajectories.ipynb #4962b8e6
@@ -408,7 +412,8 @@ def make_store(
         raise TableError('patients: the table is empty; there is nobody to make a trajectory of')
     shards = min(512, -(-patients//s.shard_patients))
     integers = {}
-    for table in (bar := tqdm([table for table in DISPLAY if source.has(table)], desc='tables', unit='table')):
+    bar = tqdm([table for table in DISPLAY if source.has(table)], desc='tables', unit='table')
+    for table in bar:
         bar.set_postfix_str(table)
         if whole := stream_to_parts(source, table, s, shards, parts):
             integers[table] = whole
