@@ -1,6 +1,10 @@
-"""Fixtures for all tests: where the real demo is, no network, and no silent skip where the shared data must be there."""
-import importlib.util, os, re, socket
+"""Fixtures for all tests: where the real demo is, no network, no silent skip where the shared data must be there."""
+import importlib.util
+import os
+import re
+import socket
 from pathlib import Path
+
 import pytest
 from hypothesis import settings
 
@@ -10,23 +14,32 @@ settings.load_profile(os.environ.get('HYPOTHESIS_PROFILE', 'fixed'))
 
 ROOT = Path(__file__).resolve().parent.parent
 REQUIRED = os.environ.get('EHR_R1_REQUIRE_SHARED') == '1'   # set by .ci/run where ../shared exists
+HERE = ('localhost', '::1', '', '0.0.0.0')
+
 
 def existing(path, what):
     "The path, or a skip that says what is missing."
-    if not path.is_dir(): pytest.skip(f'shared data missing: {what}')
+    if not path.is_dir():
+        pytest.skip(f'shared data missing: {what}')
     return path
 
-@pytest.fixture(scope='session')
-def root(): return ROOT
 
 @pytest.fixture(scope='session')
-def shared(): return existing(ROOT.parent/'shared', 'the folder shared/ beside the repository')
+def root():
+    return ROOT
+
+
+@pytest.fixture(scope='session')
+def shared():
+    return existing(ROOT.parent/'shared', 'the folder shared/ beside the repository')
+
 
 @pytest.fixture(scope='session')
 def demo():
     "The MIMIC-IV demo, version 2.2."
-    named = os.environ.get('EHR_R1_DEMO')
-    return existing(Path(named) if named else ROOT.parent/'shared'/'data'/'mimic-iv-demo-2.2', 'the MIMIC-IV demo (or name it in EHR_R1_DEMO)')
+    beside = ROOT.parent/'shared'/'data'/'mimic-iv-demo-2.2'
+    return existing(Path(os.environ.get('EHR_R1_DEMO') or beside), 'the MIMIC-IV demo (or name it in EHR_R1_DEMO)')
+
 
 @pytest.fixture(scope='session')
 def script():
@@ -38,32 +51,52 @@ def script():
         return module
     return load
 
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item, call):
     "Where the shared data are required, a skip for want of them is a failure."
     report = yield
     if REQUIRED and report.skipped and not hasattr(report, 'wasxfail'):
         reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
-        if re.search('shared|demo', reason, re.I): report.outcome, report.longrepr = 'failed', f'must not be skipped here: {reason}'
+        if re.search('shared|demo', reason, re.I):
+            report.outcome = 'failed'
+            report.longrepr = f'must not be skipped here: {reason}'
     return report
+
 
 def local(family, address):
     "Does the address stay on this computer?"
-    return family == getattr(socket, 'AF_UNIX', None) or str(address[0]) in ('localhost', '::1', '', '0.0.0.0') or str(address[0]).startswith('127.')
+    if family == getattr(socket, 'AF_UNIX', None):
+        return True
+    host = str(address[0])
+    return host in HERE or host.startswith('127.')
+
+
+def guarded(original):
+    "A method of sockets that refuses to leave this computer."
+    def method(self, *args):
+        address = args[-1]
+        if not local(self.family, address):
+            raise PermissionError(f'tests must not use the network: {address}')
+        return original(self, *args)
+    return method
+
+
+def guarded_lookup(original):
+    "A look-up of host names that knows this computer alone."
+    def lookup(host, *args, **kwargs):
+        name = host.decode() if isinstance(host, bytes) else host or ''
+        if not local(None, (name,)):
+            raise PermissionError(f'tests must not use the network: {host}')
+        return original(host, *args, **kwargs)
+    return lookup
+
 
 @pytest.fixture(autouse=True, scope='session')
 def no_network():
     "Any connection that leaves this computer is an error."
     with pytest.MonkeyPatch.context() as patch:
         for name in ('connect', 'connect_ex', 'sendto'):
-            def guarded(self, *args, original=getattr(socket.socket, name)):
-                address = args[-1]
-                if not local(self.family, address): raise PermissionError(f'tests must not use the network: {address}')
-                return original(self, *args)
-            patch.setattr(socket.socket, name, guarded)
-        def lookup(host, *args, original=socket.getaddrinfo, **kwargs):
-            if not local(None, (host.decode() if isinstance(host, bytes) else host or '',)):
-                raise PermissionError(f'tests must not use the network: {host}')
-            return original(host, *args, **kwargs)
-        patch.setattr(socket, 'getaddrinfo', lookup)
+            patch.setattr(socket.socket, name, guarded(getattr(socket.socket, name)))
+        patch.setattr(socket, 'getaddrinfo', guarded_lookup(socket.getaddrinfo))
         yield

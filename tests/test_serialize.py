@@ -1,11 +1,13 @@
 "Golden texts: the official style byte for byte, and what a prompt is made of."
-import polars as pl, pytest
-from hypothesis import given, strategies as st
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from records import at, row, store
+
+from ehr_r1.data.events import DISPLAY, HIDDEN, ITEM
 from ehr_r1.data.samples import Record
 from ehr_r1.data.serialize import compact_event, estimate_tokens, official_event, prompt, short_number
 from ehr_r1.data.tasks import TASKS, index_rows
-from ehr_r1.data.trajectories import DISPLAY, ITEM
-from records import at, row, store
 
 GOLDEN = """\
 ## Patient Demographics [None]
@@ -45,51 +47,116 @@ GOLDEN = """\
 - Dose_Unit_Rx: mg
 """
 
-ROWS = [row('patients', cells=['60.0', 'F']), row('admissions', at(1), 6, ['URGENT', 'CLINIC'], until=at(2)), row('discharge', at(2), 6, ['DS', 'Earlier stay.']),
-        row('admissions', at(9, 8), 7, ['EW EMER.', 'EMERGENCY ROOM'], until=at(12)),
-        row('labevents', at(9, 9), 7, ['Sodium', '138.0', 'mEq/L', '133.0', '145.0']), row('labevents', at(9, 9), 7, ['Lactate', '4.1', 'mmol/L', '0.5', '2.0', 'abnormal'], n=1),
-        row('icustays', at(9, 10), 7, until=at(11), stay=9), row('radiology', at(9, 11), 7, ['RR', f'CHEST{ITEM}CT HEAD', 'Clear.']), row('hcpcsevents', at(9, 12), 7),
-        row('prescriptions', at(9, 13), 7, ['Aspirin', '', '81mg Tab', '81', 'mg']), row('services', at(9, 14), 7, ['MED'])]
+PATIENT = row('patients', cells=['60.0', 'F'])
+EARLIER = [
+    row('admissions', at(1), 6, ['URGENT', 'CLINIC'], until=at(2)),
+    row('discharge', at(2), 6, ['DS', 'Earlier stay.']),
+]
+SODIUM = ['Sodium', '138.0', 'mEq/L', '133.0', '145.0']
+LACTATE = ['Lactate', '4.1', 'mmol/L', '0.5', '2.0', 'abnormal']
+STAY = [
+    row('admissions', at(9, 8), 7, ['EW EMER.', 'EMERGENCY ROOM'], until=at(12)),
+    row('labevents', at(9, 9), 7, SODIUM),
+    row('labevents', at(9, 9), 7, LACTATE, n=1),
+    row('icustays', at(9, 10), 7, until=at(11), stay=9),
+    row('radiology', at(9, 11), 7, ['RR', f'CHEST{ITEM}CT HEAD', 'Clear.']),
+    row('hcpcsevents', at(9, 12), 7),
+    row('prescriptions', at(9, 13), 7, ['Aspirin', '', '81mg Tab', '81', 'mg']),
+    row('services', at(9, 14), 7, ['MED']),
+]
+SHOWN_TABLES = [table for table in DISPLAY if table not in HIDDEN]
+
+
+def official_prompt(rows, task):
+    "The prompt of the first sample of a task."
+    events = store(rows, 'official')
+    index = index_rows(events, 'official')
+    samples = index.rows(named=True)
+    sample = next(sample for sample in samples if sample['task'] == task)
+    text, *_ = Record(events, 'official').prompt(sample, 0)
+    return text
+
 
 def test_official_prompt_byte_for_byte():
-    events = store(ROWS, 'official')
-    s = index_rows(events, 'official').filter(pl.col('task') == 'services').row(0, named=True)
-    assert Record(events, 'official').prompt(s, 0)[0] == GOLDEN + TASKS['services'].instruction
+    text = official_prompt([PATIENT, *EARLIER, *STAY], 'services')
+    assert text == GOLDEN + TASKS['services'].instruction
+
 
 def test_a_missing_head_part_stays_in_the_join():
-    events = store([r for r in ROWS if r['hadm_id'] != 6], 'official')
-    s = index_rows(events, 'official').filter(pl.col('task') == 'services').row(0, named=True)
-    assert Record(events, 'official').prompt(s, 0)[0].startswith('## Patient Demographics [None]\n- Anchor_Age: 60.0\n- Gender: F\n\n\n\n## Admissions [')
+    text = official_prompt([PATIENT, *STAY], 'services')
+    assert text.startswith('## Patient Demographics [None]\n- Anchor_Age: 60.0\n- Gender: F\n\n\n\n## Admissions [')
+
 
 def test_admission_tasks_do_not_show_the_admission():
-    rows = [ROWS[0], row('labevents', at(9, 7), 7, ['Sodium']), *ROWS[3:]]
-    events = store(rows, 'official')
-    s = index_rows(events, 'official').filter(pl.col('task') == 'admissions').row(0, named=True)
-    assert 'Admissions' not in Record(events, 'official').prompt(s, 0)[0]
+    before = row('labevents', at(9, 7), 7, ['Sodium'])
+    text = official_prompt([PATIENT, before, *STAY], 'admissions')
+    assert 'Admissions' not in text
 
-def test_integer_columns_lose_their_point_only_where_the_data_set_says_so():
-    cells = '\x1f'.join(['Foley', '600.0', 'ml'])
-    assert '- Value: 600.0' in official_event('outputevents', at(1), [cells]) and '- Value: 600\n' in official_event('outputevents', at(1), [cells], ('value',))
 
-@pytest.mark.parametrize('table', [t for t in DISPLAY if t not in ('hcpcsevents', 'drgcodes')])
-def test_every_table_has_both_styles(table):
-    d = DISPLAY[table]
-    full = row(table, at(1), cells=[f'v{i}' for i in range(len(d.columns))])['cells']; empty = row(table, at(1))['cells']
-    one, two = official_event(table, at(1), [full]), official_event(table, at(1), [full, empty])
-    assert one.count('\n- ') == len(d.columns) and len(two.split('\n')) == 5 and all(f'v{i}' in one for i in range(len(d.columns)))
-    assert len(compact_event(table, at(1), [empty]).split('\n')) == 1 and 'nan' not in compact_event(table, at(1), [full, empty])
+@pytest.mark.parametrize('integers, line', [((), '- Value: 600.0\n'), (('value',), '- Value: 600\n')])
+def test_integer_columns_lose_their_point_only_where_the_data_set_says_so(integers, line):
+    output = row('outputevents', cells=['Foley', '600.0', 'ml'])['cells']
+    assert line in official_event('outputevents', at(1), [output], integers)
+
+
+@pytest.fixture(params=SHOWN_TABLES)
+def event(request):
+    "A table, a row of it with all its cells, and one with none."
+    table = request.param
+    cells = [f'v{i}' for i, _ in enumerate(DISPLAY[table].columns)]
+    return table, row(table, cells=cells)['cells'], row(table)['cells']
+
+
+def test_one_official_row_is_a_list_of_all_columns(event):
+    table, full, _ = event
+    text = official_event(table, at(1), [full])
+    columns = len(DISPLAY[table].columns)
+    assert text.count('\n- ') == columns
+    assert all(f'v{i}' in text for i in range(columns))
+
+
+def test_two_official_rows_are_a_table(event):
+    table, full, empty = event
+    lines = official_event(table, at(1), [full, empty]).split('\n')
+    assert len(lines) == 5
+
+
+def test_compact_events_leave_out_what_is_missing(event):
+    table, full, empty = event
+    assert '\n' not in compact_event(table, at(1), [empty])
+    assert 'nan' not in compact_event(table, at(1), [full, empty])
+
 
 @given(st.floats(allow_nan=False, allow_infinity=False, width=32))
-def test_short_numbers_stay_close(x):
-    short = float(short_number(str(x)))
-    assert abs(short - x) <= max(5e-4*abs(x), 0.5 if abs(x) >= 1000 else 0)
+def test_short_numbers_stay_close(number):
+    short = float(short_number(str(number)))
+    rounding = 0.5 if abs(number) >= 1000 else 0
+    assert abs(short - number) <= max(5e-4*abs(number), rounding)
+
+
+EVENTS = [f'## Labs\n- item {i}' for i in range(50)]
+
 
 def test_the_budget_drops_the_oldest_and_keeps_head_and_question():
-    events = [f'## Labs\n- item {i}' for i in range(50)]
-    text, tokens, dropped = prompt(['HEAD', '', 'ADMISSION'], events, 'QUESTION', 'compact', budget=100)
-    assert 0 < dropped < 50 and tokens <= 100 and text.startswith('HEAD') and text.endswith('QUESTION') and f'item {dropped}' in text and f'item {dropped - 1}\n' not in text
-    assert prompt(['HEAD '*500], events, 'QUESTION', 'compact', budget=10)[2] == 50 # never the head
-    assert prompt(['HEAD'], events, 'QUESTION', 'official', budget=0)[2] == 0
+    text, tokens, dropped = prompt(['HEAD', '', 'ADMISSION'], EVENTS, 'QUESTION', 'compact', budget=100)
+    assert 0 < dropped < 50
+    assert tokens <= 100
+    assert text.startswith('HEAD') and text.endswith('QUESTION')
+    assert f'item {dropped}' in text
+    assert f'item {dropped - 1}\n' not in text
+
+
+def test_the_head_is_never_dropped():
+    _, _, dropped = prompt(['HEAD '*500], EVENTS, 'QUESTION', 'compact', budget=10)
+    assert dropped == len(EVENTS)
+
+
+def test_nothing_is_dropped_without_a_budget():
+    _, _, dropped = prompt(['HEAD'], EVENTS, 'QUESTION', 'official', budget=0)
+    assert dropped == 0
+
 
 @given(st.text(max_size=200))
-def test_token_estimate_never_raises(text): assert 0 <= estimate_tokens(text) <= max(1, len(text))
+def test_token_estimate_never_raises(text):
+    tokens = estimate_tokens(text)
+    assert 0 <= tokens <= max(1, len(text))
