@@ -5,7 +5,7 @@ import pytest
 
 from ehr_r1.config import Run
 from ehr_r1.data.samples import SAMPLES, read_samples
-from ehr_r1.data.trajectories import DISPLAY
+from ehr_r1.data.events import DISPLAY
 from ehr_r1.evaluation.baselines import SYSTEMS, best_cut, f1_at_k, fit_task, run_baselines
 from ehr_r1.evaluation.benchmark import published, score_run
 from ehr_r1.evaluation.features import (

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ehr_r1.data.tables import TableError
+from ehr_r1.data.table_files import TableError
 from ehr_r1.profiles import profile
 from ehr_r1.training.rewards import ehrmind_reward
 from ehr_r1.transfer.medcalc.answers import judge_calculation, read_answer, right_calculation

@@ -13,9 +13,11 @@ from ehr_r1.stages import read_manifest
 from ehr_r1.hospital.hospital import build_hospital
 from ehr_r1.data.meds import DATA, build_meds, check_meds, hidden_tables, label_rows, meds_rows, restore_rows, restore_store
 from ehr_r1.data.samples import SETS, build_samples, scan_samples, split_of
-from ehr_r1.data.tables import TableError, open_source
+from ehr_r1.data.table_files import TableError
+from ehr_r1.data.tables import open_source
 from ehr_r1.data.tasks import BEFORE_ADMISSION, DATE_ONLY, TASKS, build_index, index_rows
-from ehr_r1.data.trajectories import DISPLAY, FIELD, build_trajectories, store_files
+from ehr_r1.data.events import DISPLAY, FIELD
+from ehr_r1.data.trajectories import build_trajectories, store_files
 
 def born(rows): return rows.select('subject_id', born=pl.lit(datetime(2080, 1, 1))).unique()
 def convert(rows, times='available'): return meds_rows(rows, born(rows), times)

@@ -13,8 +13,9 @@ from sklearn.preprocessing import MultiLabelBinarizer
 
 from ehr_r1.config import Run
 from ehr_r1.data.samples import SAMPLES
-from ehr_r1.data.tables import TableError, open_source
-from ehr_r1.data.trajectories import STORE
+from ehr_r1.data.table_files import TableError
+from ehr_r1.data.tables import open_source
+from ehr_r1.data.events import STORE
 from ehr_r1.hospital.hospital import build_hospital
 from ehr_r1.profiles import profile
 from ehr_r1.stages import read_manifest

@@ -9,7 +9,8 @@ from ehr_r1.data.official import (OfficialError, INDEX_COLUMNS, PATIENT_COLUMNS,
                                   read_patient_file, read_samples, samples_to_parquet, split_output, write_index, write_samples, write_store)
 from ehr_r1.data.tables import open_source
 from ehr_r1.data.tasks import INDEX, TASKS, build_index
-from ehr_r1.data.trajectories import STORE, read_patient, store_files
+from ehr_r1.data.events import STORE
+from ehr_r1.data.trajectories import read_patient, store_files
 
 LAB = dict(labevent_id='318', subject_id='10000032', hadm_id='22595853.0', specimen_id='1953111', itemid='50912', order_provider_id='nan', charttime='2180-05-07 05:05:00',
            storetime='2180-05-07 06:15:00', value='0.3', valuenum='0.3', valueuom='mg/dL', ref_range_lower='0.4', ref_range_upper='1.1', flag='abnormal',

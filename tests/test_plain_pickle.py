@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import ehr_r1.transfer.mimic_cdm.plain_pickle as module
-from ehr_r1.data.tables import TableError
+from ehr_r1.data.table_files import TableError
 from ehr_r1.transfer.mimic_cdm.plain_pickle import read_plain
 
 SHARED_FOLDER = [HealthCheck.function_scoped_fixture]  # each example writes its file anew

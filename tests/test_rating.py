@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ehr_r1.synthesis.agreement import RATING, agreement, read_ratings
-from ehr_r1.synthesis.rating import blinded, rating_page, rating_sheet
+from ehr_r1.synthesis.rating import RATED, RATING_QUESTIONS, blinded, rating_page, rating_sheet
 
 HOSTILE = ('</script><script>alert(1)</script><img src=x onerror="alert(1)"> \'q\' &amp; <!-- ]]> '
            '\x00\x1b\u202e {digest} ${x}\r\nnext "line"\n')

@@ -1,7 +1,7 @@
 "Labels and windows by hand, for every task and both protocols."
 import polars as pl, pytest
 from ehr_r1.data.tasks import GROUPS, TASKS, Events, index_rows
-from ehr_r1.data.trajectories import DISPLAY, ITEM
+from ehr_r1.data.events import DISPLAY, ITEM
 from records import at, row, store
 
 def labels(rows, protocol, task):

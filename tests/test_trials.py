@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from sklearn import metrics as sk
 
 from ehr_r1.config import Run
-from ehr_r1.data.tables import TableError
+from ehr_r1.data.table_files import TableError
 from ehr_r1.ehrmind.calculators import right
 from ehr_r1.evaluation.reporting import run_report
 from ehr_r1.hospital.orders import KEYS

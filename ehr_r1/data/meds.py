@@ -19,8 +19,10 @@ import ehr_r1
 from ..profiles import Profile
 from ..config import Run
 from ..stages import build, read_manifest, writing
-from .tables import Source, fault
-from .trajectories import DISPLAY, FIELD, ITEM, STORE, TABLE, count_rows, store_files
+from .tables import Source
+from .table_files import fault
+from .events import DISPLAY, FIELD, ITEM, STORE, TABLE
+from .trajectories import count_rows, store_files
 from .tasks import BEFORE_ADMISSION, DATE_ONLY, TASKS, Task
 from .samples import SETS, scan_samples, split_of
 

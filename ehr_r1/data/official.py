@@ -20,7 +20,9 @@ from ..profiles import Profile
 from ..config import Run
 from ..stages import build, writing
 from .tables import Source
-from .trajectories import DIED, DISPLAY, FIELD, ITEM, STORE, TIMES, UNTIL, count_rows, dictionaries
+from .events import DIED, DISPLAY, FIELD, ITEM, STORE, TIMES, UNTIL
+from .trajectories import count_rows
+from .lookups import dictionaries
 from .tasks import INDEX, TASKS
 from .samples import SAMPLES, SYSTEM
 

@@ -19,7 +19,8 @@ from tqdm import tqdm
 from ..profiles import Profile
 from ..config import Run, seed_of, uniform
 from ..stages import build, read_manifest, writing
-from .trajectories import DISPLAY, store_files
+from .events import DISPLAY
+from .trajectories import store_files
 from .serialize import estimate_tokens, event_text, prompt
 from .tasks import BEFORE_ADMISSION, DATE_ONLY, INDEX, TASKS, _REACH_BACK
 

@@ -16,7 +16,8 @@ from tqdm import tqdm
 from ..profiles import Profile
 from ..config import Run
 from ..stages import build, read_manifest, writing
-from .trajectories import DISPLAY, FIELD, ITEM, store_files
+from .events import DISPLAY, FIELD, ITEM
+from .trajectories import store_files
 
 # %% ../../nbs/02_data/13_tasks.ipynb #575a525f
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ import numpy as np
 import polars as pl
 from scipy import sparse
 
-from ..data.trajectories import DISPLAY
+from ..data.events import DISPLAY
 
 # %% ../../nbs/07_evaluation/01_features.ipynb #f4ec25cc
 COUNTED = dict(  # table -> columns whose values are codes

@@ -13,7 +13,7 @@ import polars as pl
 
 from ..data.tables import Source
 from ..data.tasks import TASKS
-from ..data.trajectories import DISPLAY, FIELD, ITEM
+from ..data.events import DISPLAY, FIELD, ITEM
 from .linking import icd_codes, link_terms
 from .matching import Matcher, QuickUmls
 

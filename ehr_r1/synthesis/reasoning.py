@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from ..data.serialize import TITLES
 from ..data.tasks import TASKS
-from ..data.trajectories import DISPLAY
+from ..data.events import DISPLAY
 from ..inference.teachers import Reply, Teacher
 from ehr_r1.synthesis.support import (
     NOTES,

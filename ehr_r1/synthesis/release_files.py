@@ -19,7 +19,7 @@ import polars as pl
 from tqdm import tqdm
 
 from ..data.rrf import RRF
-from ..data.tables import TableError, fault
+from ..data.table_files import TableError, fault
 
 # %% ../../nbs/05_synthesis/01b_release_files.ipynb #75792548
 class KnowledgeError(TableError):

@@ -11,7 +11,7 @@ import re
 from functools import cache
 
 from ..data.serialize import TITLES
-from ..data.trajectories import DISPLAY
+from ..data.events import DISPLAY
 
 # %% ../../nbs/05_synthesis/07_support.ipynb #c3f1af5f
 def event_titles(

@@ -24,7 +24,7 @@ from ..config import seed_of
 from ..data.samples import SYSTEM
 from ..data.serialize import TITLES
 from ..data.tasks import TASKS
-from ..data.trajectories import DISPLAY
+from ..data.events import DISPLAY
 from ..inference.checkpoints import answer_text, chat_text
 from ..synthesis.reasoning import Brief, fault_of, verbalise
 from ..synthesis.support import read_record

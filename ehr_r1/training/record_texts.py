@@ -20,7 +20,8 @@ from tqdm import tqdm
 
 from ..config import Run, seed_of
 from ..data.samples import SYSTEM, Record, split_of
-from ..data.trajectories import HIDDEN, store_files
+from ..data.events import HIDDEN
+from ..data.trajectories import store_files
 from ..inference.checkpoints import chat_text
 from ..stages import read_manifest, writing
 from .examples import EVENT_START, EXAMPLES, Writer, count_examples

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import polars as pl
 
-from ..data.tables import TableError, fault
+from ..data.table_files import TableError, fault
 
 # %% ../../nbs/08_transfer/01_benchmark_files.ipynb #5c55f0fb
 def find_benchmark(

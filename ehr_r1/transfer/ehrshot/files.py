@@ -13,7 +13,7 @@ from pathlib import Path
 
 import polars as pl
 
-from ...data.tables import bad_bytes, fault, ragged, stored
+from ...data.table_files import bad_bytes, fault, ragged, stored
 from ..benchmark_files import read_rows
 
 # %% ../../../nbs/08_transfer/02_ehrshot_files.ipynb #70da5b8f

@@ -15,7 +15,7 @@ import polars as pl
 from scipy import sparse
 
 from ...data.serialize import event_text, short_number
-from ...data.trajectories import FIELD
+from ...data.events import FIELD
 
 # %% ../../../nbs/08_transfer/03_ehrshot_records.ipynb #a1aaaeda
 @dataclass(frozen=True)

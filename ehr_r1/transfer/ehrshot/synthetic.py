@@ -18,8 +18,9 @@ import polars as pl
 
 from ...config import Run, seed_of, uniform
 from ...data.samples import split_of
-from ...data.tables import TableError
-from ...data.trajectories import DISPLAY, FIELD, scan_store
+from ...data.table_files import TableError
+from ...data.events import DISPLAY, FIELD
+from ...data.trajectories import scan_store
 from ...profiles import Profile
 from ...stages import build, read_manifest, writing
 from .files import SHOT_TASKS

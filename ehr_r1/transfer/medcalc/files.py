@@ -13,7 +13,7 @@ from pathlib import Path
 
 import polars as pl
 
-from ...data.tables import fault
+from ...data.table_files import fault
 from ..benchmark_files import read_rows
 from .answers import ANSWER_READERS, NUMERIC_KINDS, CalculatorTruth
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from ...data.tables import TableError, fault
+from ...data.table_files import TableError, fault
 from ..benchmark_files import read_lines, read_rows
 from .plain_pickle import read_plain
 

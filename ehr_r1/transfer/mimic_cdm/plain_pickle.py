@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-from ...data.tables import fault
+from ...data.table_files import fault
 
 PICKLE_BYTES = 2**29       # size of a file, and of the text in it, at most
 PICKLE_STEPS = 10_000_000  # instructions at most

@@ -15,7 +15,7 @@ from xml.etree import ElementTree
 import polars as pl
 from tqdm import tqdm
 
-from ...data.tables import fault
+from ...data.table_files import fault
 from ..benchmark_files import read_lines, read_rows
 
 YEARS = (2021, 2022)
