@@ -222,11 +222,12 @@ def disk_in_use(
 )->int: # bytes
     "Size of all files under a folder."
     total = 0
-    for file in folder.rglob('*'):
-        try:
-            total += file.stat().st_size
-        except FileNotFoundError:  # renamed meanwhile
-            continue
+    for inside, _, names in os.walk(folder):  # passes over folders that vanish meanwhile
+        for name in names:
+            try:
+                total += os.stat(os.path.join(inside, name)).st_size
+            except FileNotFoundError:  # renamed meanwhile
+                continue
     return total
 
 # %% ../nbs/01_run/03_stages.ipynb #0373ae93
