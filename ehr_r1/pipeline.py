@@ -23,7 +23,8 @@ from .data.tasks import build_index
 from .data.trajectories import build_trajectories
 from .ehrmind.courses import course_of
 from .ehrmind.cross import build_cross
-from .ehrmind.pilot import build_pilot, build_pilot_base
+from .ehrmind.pilot import build_pilot
+from .ehrmind.pilot_model import build_pilot_base
 from .ehrmind.stages import build_course
 from .evaluation.answers import build_answers, systems
 from .evaluation.benchmark import build_scores

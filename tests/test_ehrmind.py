@@ -17,11 +17,11 @@ from hypothesis import strategies as st
 from ehr_r1.config import Run
 from ehr_r1.data.samples import SYSTEM
 from ehr_r1.ehrmind import recipe as courses
-from ehr_r1.ehrmind.calculators import CALCULATORS, draw_questions, right, spoken
+from ehr_r1.ehrmind.calculators import CALCULATORS, draw_questions, right_sum, gold_object
 from ehr_r1.ehrmind.course_examples import course_examples, course_rewards, read_rationale, teacher_rationales
 from ehr_r1.ehrmind.courses import course_of
 from ehr_r1.ehrmind.cross import build_cross
-from ehr_r1.ehrmind.pilot import ATTEMPTS, entropy, pass_at, pass_table, r_squared, reliable, verdict
+from ehr_r1.ehrmind.passing import ATTEMPTS, entropy, pass_at, pass_table, r_squared, reliable, verdict
 from ehr_r1.ehrmind.recipe import Course, answer_in_form, in_form, train_questions, warmup_questions
 from ehr_r1.ehrmind.stages import build_rewarded, build_warmed, recipe_of, trained
 from ehr_r1.inference.teachers import Teacher
@@ -75,12 +75,12 @@ def base(tmp_path_factory):
 # --- pass@k
 
 @given(st.lists(st.booleans(), min_size=1, max_size=8), st.integers(1, 8))
-def test_pass_at_k_is_the_share_of_choices_that_hold_a_right_answer(right, k):
-    if k > len(right):
-        with pytest.raises(ValueError, match='pass@'): pass_at(len(right), sum(right), k)
+def test_pass_at_k_is_the_share_of_choices_that_hold_a_right_answer(right_sum, k):
+    if k > len(right_sum):
+        with pytest.raises(ValueError, match='pass@'): pass_at(len(right_sum), sum(right_sum), k)
         return
-    chosen = [any(c) for c in combinations(right, k)]
-    assert pass_at(len(right), sum(right), k) == pytest.approx(sum(chosen)/len(chosen), abs=1e-12)
+    chosen = [any(c) for c in combinations(right_sum, k)]
+    assert pass_at(len(right_sum), sum(right_sum), k) == pytest.approx(sum(chosen)/len(chosen), abs=1e-12)
 
 def test_pass_at_k_by_hand():
     assert pass_at(12, 3, 1) == .25 and pass_at(12, 1, 12) == 1 and pass_at(12, 0, 12) == 0
@@ -131,7 +131,7 @@ def test_calculators_have_right_answers_in_their_space():
         some = rows.filter(pl.col('task') == name)
         answers = some.group_by('question').agg(n=pl.col('gold').list.first().n_unique())['n'] # to one question
         assert 1 < answers.max() <= c.m
-        share = sum(read[s] == (worked[s], spoken(q)['answer']) for s, q in zip(some['sample_id'], some.iter_rows(named=True)))/len(some)
+        share = sum(read[s] == (worked[s], gold_object(q)['answer']) for s, q in zip(some['sample_id'], some.iter_rows(named=True)))/len(some)
         assert abs(share - c.known) < .15 or name in ('threshold', 'criteria'), (name, share) # where both ways may agree
     notes = rows.select(pl.col('context').list.first() + pl.col('question')).to_series()
     held = draw_questions(3, 'held_out', 150)[0].select(pl.col('context').list.first() + pl.col('question')).to_series()
@@ -167,9 +167,9 @@ SCALARS = st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infin
 
 @given(st.sampled_from(['0', '7', '39', 'yes', 'no']), SCALARS)
 def test_the_pilots_judge_has_an_opinion_on_everything(gold, value):
-    assert right([gold], dict(answer=value)) in (True, False)
-    if isinstance(value, bool): assert not right([gold], dict(answer=value))
-    if isinstance(value, float) and not value.is_integer(): assert not right([gold], dict(answer=value))
+    assert right_sum([gold], dict(answer=value)) in (True, False)
+    if isinstance(value, bool): assert not right_sum([gold], dict(answer=value))
+    if isinstance(value, float) and not value.is_integer(): assert not right_sum([gold], dict(answer=value))
 
 def test_all_answers_at_once_earn_nothing():
     reward, = course_rewards(BENCH)
@@ -230,7 +230,7 @@ def test_what_cannot_be_learned_is_left_out_and_counted(base):
     assert all('It is so.' in a and ehrmind_answer(a, ('answer',)) == dict(answer=g[0]) for a, g in zip(made['answer'], made['label']))
     assert course_examples(rows, COURSE, Writer(tokenizer, 12, 48), why)[1]['left_out'] == {'question is longer than the context': 4}
     wrong = replace(COURSE, target=lambda q: dict(answer='black'))
-    assert course_examples(rows, wrong, Writer(tokenizer, 160, 48), why)[1]['left_out'] == {'its own answer is not judged right': 4}
+    assert course_examples(rows, wrong, Writer(tokenizer, 160, 48), why)[1]['left_out'] == {'its own answer is not judged right_sum': 4}
     silent, counts = course_examples(rows, COURSE, Writer(tokenizer, 160, 48), {})
     assert len(silent) == 4 and counts['rationales_cut'] == 0 and all('<think>\n\n</think>' in a for a in silent['answer'])
 
@@ -240,7 +240,7 @@ def test_least_confident_rationales_are_dropped(tmp_path, monkeypatch):
         name = model = 'sure'
         def ask(self, requests):
             for i, r in enumerate(reversed(list(requests))):
-                assert 'The right answer is' in r.messages[1]['content']
+                assert 'The right_sum answer is' in r.messages[1]['content']
                 said = [f'Seen in the note.\nConfidence: {i*10}', 'no confidence at all', '<answer>red</answer>\nConfidence: 99'][(i == 3) + 2*(i == 5)]
                 yield r, Answer(said, 1, 1, 'stop', 'sure')
     monkeypatch.setattr(courses, 'open_teacher', lambda kind, file: Sure())
@@ -295,10 +295,10 @@ def test_recipe_runs_once_and_starts_where_it_should(base):
     assert build_warmed(base, SMALL, COURSE, None) and not build_warmed(base, SMALL, COURSE, None)
     assert build_rewarded(base, SMALL, COURSE, None) and not build_rewarded(base, SMALL, COURSE, None)
     assert build_rewarded(base, SMALL, COURSE, None, 0.)
-    warm, minded, alone = (read_manifest(trained(base, n)) for n in ('colours-warmup', 'colours', 'colours-0'))
-    assert warm['counts']['questions'] == warm['counts']['rationales'] == 24 and minded['counts']['questions'] == 48
-    assert minded['inputs'] == {'colours-warmup': warm['key']} and alone['inputs'] == {'base': read_manifest(base.checkpoints/'base')['key']}
-    assert warm['counts']['steps'] == 6 and minded['counts']['steps'] == 4 # two epochs of 24 by 8, one of 48 by 2 but at most 4
+    warm, rewarded, alone = (read_manifest(trained(base, n)) for n in ('colours-warmup', 'colours', 'colours-0'))
+    assert warm['counts']['questions'] == warm['counts']['rationales'] == 24 and rewarded['counts']['questions'] == 48
+    assert rewarded['inputs'] == {'colours-warmup': warm['content']} and alone['inputs'] == {'base': read_manifest(base.checkpoints/'base')['content']}
+    assert warm['counts']['steps'] == 6 and rewarded['counts']['steps'] == 4 # two epochs of 24 by 8, one of 48 by 2 but at most 4
     with pytest.raises(ValueError, match='share 0'): build_warmed(base, SMALL, COURSE, None, 0.)
     with pytest.raises(FileNotFoundError): build_rewarded(base, SMALL, COURSE, None, .1) # its warm-up does not stand
     # each model on each benchmark

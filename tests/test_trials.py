@@ -19,7 +19,7 @@ from sklearn import metrics as sk
 
 from ehr_r1.config import Run
 from ehr_r1.data.table_files import TableError
-from ehr_r1.ehrmind.calculators import right
+from ehr_r1.ehrmind.calculators import right_sum
 from ehr_r1.evaluation.reporting import run_report
 from ehr_r1.hospital.orders import KEYS
 from ehr_r1.profiles import profile
@@ -194,9 +194,9 @@ def test_the_scale_is_trecs_from_file_to_reward(folder):
     for topic, nct, score in JUDGED:
         if (gold := said.get(f'{topic}/{nct}')) is None: continue
         word = {0: 'Irrelevant', 1: 'Excluded', 2: 'Eligible'}[score]
-        assert gold == [word] and right(gold, dict(prediction=word, idx=score))
+        assert gold == [word] and right_sum(gold, dict(prediction=word, idx=score))
         swapped = {0: ('Excluded', 0), 1: ('Irrelevant', 1), 2: ('Eligible', 1)}[score]
-        assert not right(gold, dict(zip(KEYS, swapped)))
+        assert not right_sum(gold, dict(zip(KEYS, swapped)))
     assert set(sum(said.values(), [])) == set(TRIAL_CLASSES)
 
 def test_questions_have_their_pieces_and_do_not_tell(folder):
@@ -250,7 +250,7 @@ SCALAR = st.none() | st.booleans() | st.integers(-3, 4) | st.just(10**400) | st.
 @settings(max_examples=50, deadline=None)
 @given(st.sampled_from(TRIAL_CLASSES), st.dictionaries(st.sampled_from([*KEYS, 'other']), SCALAR))
 def test_the_judge_has_an_opinion_on_everything(word, answer):
-    says = right([word], answer)
+    says = right_sum([word], answer)
     text, number = answer.get('prediction'), answer.get('idx')
     i = TRIAL_CLASSES.index(word)
     assert says is (isinstance(text, str) and text.strip().lower() == word.lower() and not isinstance(number, bool)
@@ -261,11 +261,11 @@ def test_each_class_can_be_won_and_lost():
         for other in TRIAL_CLASSES:
             for i in range(3):
                 text = f'<think>t</think><answer>{json.dumps(dict(prediction=other, idx=i))}</answer>'
-                earned = ehrmind_reward(text, lambda a: right([word], a), KEYS)
+                earned = ehrmind_reward(text, lambda a: right_sum([word], a), KEYS)
                 assert earned == (1.1 if other == word and TRIAL_CLASSES[i] == word else 0)
                 assert read_class(text) == (TRIAL_CLASSES.index(other) if TRIAL_CLASSES[i] == other else NO_CLASS)
-    assert right(['Excluded'], as_answer(['Excluded']))
-    with pytest.raises(ValueError): right(['excluded'], {}) # a label that no answer can meet
+    assert right_sum(['Excluded'], as_answer(['Excluded']))
+    with pytest.raises(ValueError): right_sum(['excluded'], {}) # a label that no answer can meet
 
 PIECE = st.sampled_from(['<think>', '</think>', '<answer>', '</answer>', '{"prediction": "Eligible", "idx": 2}', '{"idx": 1, "prediction": "Eligible"}', 'Eligible', 'not ', 'Excluded', '\n', '{', '"'])
 
@@ -275,7 +275,7 @@ def test_any_text_is_read(text):
     got = read_class(text)
     assert got in (0, 1, 2, NO_CLASS)
     strict = ehrmind_answer(text, KEYS)
-    if strict is not None: assert [right([w], strict) for w in TRIAL_CLASSES] == [i == got for i in range(3)]
+    if strict is not None: assert [right_sum([w], strict) for w in TRIAL_CLASSES] == [i == got for i in range(3)]
     if '<think>' in text and '</think>' not in text: assert got == NO_CLASS
 
 @pytest.mark.parametrize('text, says', [('Eligible', 2), (' irrelevant \n', 0), ('<think>a</think>\nExcluded', 1), ('x</think><answer>{"prediction": "Excluded", "idx": 1}</answer>', 1), ('<answer>Excluded</answer>', NO_CLASS),
