@@ -12,7 +12,7 @@ from enum import IntEnum
 
 import numpy as np
 
-from .chances import at_least, by_severity, to_minute
+from .chances import at_least, by_severity, each_chance, to_minute
 from .illness import sigmoid
 from .visits import DAYS, HOUR, Block, repeat, stack, take
 
@@ -80,8 +80,9 @@ def first_draws(
     chance = arrival_chances(b)[b.k[visit]]*more[:, None]
     warfarin = takes(b, 'warfarin')[visit]
     at_least(chance, b.lib.panels, dict(coag=.95*warfarin))
-    panels = b.rng.random(chance.shape) < chance
-    wait = 20 + 45*b.rng.random(len(visit))
+    draws = b.random.of('blood draws on arrival')
+    panels = each_chance(draws.of('panels'), b.lib.panels, chance)
+    wait = 20 + 45*draws('minutes', len(visit))
     minutes = np.minimum(wait, length/60*.35)
     return draw_rows(visit, b.t[visit] + to_minute(minutes*60), panels, Site.ED_OR_CLINIC)
 
@@ -96,15 +97,18 @@ def repeated_draws(
     often = np.array([REPEATED.get(panel, 0) for panel in b.lib.panels])
     more = by_severity(b.severity[visit], .6, .4, (.5, 1.4))
     chance = often*more[:, None]
-    panels = first['mask'] & (b.rng.random(chance.shape) < chance)
+    draws = b.random.of('repeated blood draws')
+    panels = first['mask'] & each_chance(draws.of('panels'), b.lib.panels, chance)
     parts = []
-    for share in REPEATED_AT:
-        at = share + .05*b.rng.random(len(visit))
+    for number, share in enumerate(REPEATED_AT):
+        turn = draws.of(number)
+        at = share + .05*turn('time', len(visit))
         t = start + to_minute(length*at)
         rows = draw_rows(visit, t, panels, Site.ED_OR_CLINIC)
         drawn = (length > 4*HOUR) & panels.any(1)
         parts.append(take(rows, drawn))
-        panels = panels & (b.rng.random(panels.shape) < .5)
+        half = np.full(panels.shape, .5)
+        panels = panels & each_chance(turn.of('once more'), b.lib.panels, half)
     return parts
 
 # %% ../../nbs/03_hospital/15_blood_draws.ipynb #3ee3ebb9
@@ -113,9 +117,10 @@ def direct_draws(
 )->dict: # rows of draws
     "On admission, of those who did not come through the emergency department."
     visit = b.adm[~b.v['ed'][b.adm]]
-    minutes = 25 + b.rng.integers(0, 40, len(visit))
+    draws = b.random.of('blood draws of direct admissions')
+    minutes = 25 + draws.integers('minutes', 0, 40, len(visit))
     chance = arrival_chances(b)[b.k[visit]]
-    panels = b.rng.random(chance.shape) < chance
+    panels = each_chance(draws.of('panels'), b.lib.panels, chance)
     return draw_rows(visit, b.admit[visit] + minutes*60, panels, Site.WARD)
 
 # %% ../../nbs/03_hospital/15_blood_draws.ipynb #6d2a3fda
@@ -126,7 +131,7 @@ def mornings(
     first = (b.admit[b.adm]//DAYS + 1)*DAYS
     length = b.disch[b.adm] - first - 5*HOUR
     stay, day = repeat(np.minimum(length//DAYS + 1, 40))
-    minutes = 5*60 + b.rng.integers(0, 110, len(stay))
+    minutes = 5*60 + b.random.integers('minutes of morning blood', 0, 110, len(stay))
     t = first[stay] + day*DAYS + minutes*60
     return dict(visit=b.adm[stay], day=day, t=t)
 
@@ -147,7 +152,7 @@ def morning_draws(
         liver=.08,
     ))
     fewer = np.clip(1 - .03*morning['day'], .5, 1)[:, None]
-    panels = b.rng.random(chance.shape) < chance*fewer
+    panels = each_chance(b.random.of('morning blood'), b.lib.panels, chance*fewer)
     rows = draw_rows(visit, morning['t'], panels, Site.WARD)
     return take(rows, morning['t'] < b.disch[visit] - HOUR)
 
@@ -162,9 +167,11 @@ def evening_draws(
     visit, t = morning['visit'], morning['t']
     sick = sigmoid(b.s[visit] - 1.4 - .2*morning['day'])
     in_time = t + 12*HOUR < b.disch[visit]
-    keep = in_time & (b.rng.random(len(visit)) < sick)
+    draws = b.random.of('evening blood')
+    keep = in_time & draws.chance('drawn', sick)
     chance = np.array([EVENING.get(panel, 0) for panel in b.lib.panels])
-    panels = b.rng.random((keep.sum(), len(chance))) < chance
+    chance = np.tile(chance, (keep.sum(), 1))
+    panels = each_chance(draws.of('panels'), b.lib.panels, chance)
     return draw_rows(visit[keep], t[keep] + 11*HOUR, panels, Site.WARD)
 
 # %% ../../nbs/03_hospital/15_blood_draws.ipynb #79826466
@@ -175,7 +182,8 @@ def icu_draws(
     stays = b.icu
     length = stays['z'] - stays['a']
     stay, i = repeat(np.minimum(length//(6*HOUR) + 1, 120))
-    minutes = 20 + b.rng.integers(0, 50, len(stay))
+    draws = b.random.of('blood draws in intensive care')
+    minutes = 20 + draws.integers('minutes', 0, 50, len(stay))
     t = stays['a'][stay] + i*6*HOUR + minutes*60
     visit, every_twelve = stays['visit'][stay], i%2 == 0
     chance = np.zeros((len(stay), len(b.lib.panels)))
@@ -186,7 +194,7 @@ def icu_draws(
         cbc=np.where(every_twelve, .6, .1),
         minerals=.4,
     ))
-    panels = b.rng.random(chance.shape) < chance
+    panels = each_chance(draws.of('panels'), b.lib.panels, chance)
     rows = draw_rows(visit, t, panels, Site.ICU)
     return take(rows, t < stays['z'][stay])
 
@@ -214,12 +222,12 @@ def clinic_draws(
     b:Block # a block with `clinics`
 )->dict: # rows of draws; visit is -1 - the patient
     "Blood taken in clinics."
-    n = len(b.clinics['visit'])
-    seen = take(b.clinics, b.rng.random(n) < .6)
+    draws, n = b.random.of('blood draws in clinics'), len(b.clinics['visit'])
+    seen = take(b.clinics, draws('drawn', n) < .6)
     visit, day = seen['visit'], seen['day']
-    t = day + 9*HOUR + b.rng.integers(0, 360, len(day))*60
-    chance = clinic_chances(b, visit)
-    panels = b.rng.random(chance.shape) < chance
+    minutes = 9*60 + draws.integers('minutes', 0, 360, len(day))
+    t = day + minutes*60
+    panels = each_chance(draws.of('panels'), b.lib.panels, clinic_chances(b, visit))
     return draw_rows(-1 - b.who[visit], t, panels, Site.ED_OR_CLINIC)
 
 # %% ../../nbs/03_hospital/15_blood_draws.ipynb #ac32f745

@@ -9,6 +9,7 @@ __all__ = ['CLINIC_SHARE', 'CLINIC_MEASURES', 'time_left', 'clinics', 'measured'
 import numpy as np
 import polars as pl
 
+from .chances import each_chance
 from .conditions import matrix
 from .visits import DAYS, Block, date, seconds, shown, words
 
@@ -29,18 +30,19 @@ def clinics(
     b:Block # a block with its courses
 )->dict: # rows: visit (that it follows or precedes), day (its midnight, seconds since 1970)
     "Days of outpatient visits."
-    share, v = CLINIC_SHARE, b.v
-    after_ed, after_stay, delay, before = b.rng.random((b.n, 4)).T
+    share, v, draws = CLINIC_SHARE, b.v, b.random.of('clinics')
+    delay = draws('delay', b.n)
     sent_home = v['ed'] & ~v['admitted']
     discharged = v['admitted'] & ~v['died']
-    seen_next_day = sent_home & (after_ed < share['after_ed'])
-    seen_later = discharged & (after_stay < share['after_stay'])
+    seen_next_day = sent_home & (draws('after ED', b.n) < share['after_ed'])
+    seen_later = discharged & (draws('after stay', b.n) < share['after_stay'])
     weeks_later = b.disch//DAYS + 5 + (16*delay).astype(np.int64)
     day = np.where(seen_next_day, b.t//DAYS + 1, weeks_later)
     in_time = (day + 1)*DAYS < time_left(b)
     follows = np.flatnonzero((seen_next_day | seen_later) & in_time)
     is_first = np.r_[-1, b.who[:-1]] != b.who
-    precedes = np.flatnonzero(is_first & (before < share['before']))
+    before = is_first & (draws('before', b.n) < share['before'])
+    precedes = np.flatnonzero(before)
     days_before = 20 + (200*delay).astype(np.int64)
     earlier = b.t//DAYS - days_before
     days = np.r_[day[follows], earlier[precedes]]
@@ -56,8 +58,9 @@ def measured(
     "What each clinic visit measures: what the condition calls for (95 %), or by chance (4 %)."
     visit, day = b.clinics['visit'], b.clinics['day']
     called_for = matrix(b.lib.conditions, 'weigh', CLINIC_MEASURES)[b.k[visit]] > 0
-    as_called = called_for & (b.rng.random(called_for.shape) < .95)
-    by_chance = b.rng.random(called_for.shape) < .04
+    draws = b.random.of('omr')
+    as_called = each_chance(draws.of('as called'), CLINIC_MEASURES, .95*called_for)
+    by_chance = each_chance(draws.of('by chance'), CLINIC_MEASURES, np.full(called_for.shape, .04))
     row, measure = np.nonzero(as_called | by_chance)
     order = np.lexsort((measure, day[row], b.who[visit[row]]))
     return row[order], measure[order]
@@ -70,10 +73,9 @@ def pressures(
 )->pl.Series: # text, systolic/diastolic in mmHg
     "Blood pressures as clinics write them."
     n, own = len(patient), b.p['vitals'][patient, 3]
-    noise = b.rng.normal(0, 9, n)
-    systolic = np.round(128 + own + noise - 6*standing).astype(int)
-    noise = b.rng.normal(0, 5, n)
-    diastolic = np.round(.45*systolic + 18 + noise).astype(int)
+    noise = b.random.of('omr').normal
+    systolic = np.round(128 + own + 9*noise('systolic', n) - 6*standing).astype(int)
+    diastolic = np.round(.45*systolic + 18 + 5*noise('diastolic', n)).astype(int)
     both = pl.DataFrame(dict(systolic=systolic, diastolic=diastolic)).cast(pl.String)
     return both.select(text=pl.concat_str('systolic', 'diastolic', separator='/'))['text']
 
@@ -87,7 +89,7 @@ def omr(
     name = np.array(CLINIC_MEASURES)[measure]
     pressure = pressures(b, patient, name == 'Blood Pressure Standing (1 min)')
     height = b.p['height'][patient]
-    clothes = b.rng.normal(0, 3, len(row))
+    clothes = 3*b.random.normal('omr clothes', len(row))
     weight = np.round(b.p['weight'][patient] + clothes, 1)
     bmi = np.round(weight*703/height**2, 1)
     is_number = [name == x for x in ('Weight (Lbs)', 'BMI (kg/m2)', 'Height (Inches)')]

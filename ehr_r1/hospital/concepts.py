@@ -129,16 +129,19 @@ def name_frame(
     for number, names in enumerate(concepts.names):
         for place, ((text, source), code) in enumerate(names.items()):
             rows.append((term_id(number), text, place == 0, source, code))
-    schema = dict(cui=pl.String, name=pl.String, preferred=pl.Boolean, source=pl.String, code=pl.String)
-    return pl.DataFrame(rows, schema=schema, orient='row')
+    schema = dict.fromkeys(('cui', 'name', 'preferred', 'source', 'code'), pl.String)
+    return pl.DataFrame(rows, schema=schema | dict(preferred=pl.Boolean), orient='row')
 
 # %% ../../nbs/03_hospital/28_concepts.ipynb #32690f99
 def relation_frame(
     concepts:Concepts
 )->pl.DataFrame: # cui1, relation, cui2, source; reads "cui1 relation cui2"
     "Relations, one a row."
-    rows = [(term_id(i), relation, term_id(j), OWN_SOURCE) for i, relation, j in concepts.relations]
-    return pl.DataFrame(rows, schema=dict.fromkeys(('cui1', 'relation', 'cui2', 'source'), pl.String), orient='row')
+    rows = []
+    for one, relation, other in concepts.relations:
+        rows.append((term_id(one), relation, term_id(other), OWN_SOURCE))
+    schema = dict.fromkeys(('cui1', 'relation', 'cui2', 'source'), pl.String)
+    return pl.DataFrame(rows, schema=schema, orient='row')
 
 # %% ../../nbs/03_hospital/28_concepts.ipynb #45ff798a
 def kind_frame(
@@ -148,4 +151,5 @@ def kind_frame(
     rows = []
     for number, kinds in enumerate(concepts.kinds):
         rows += [(term_id(number), *CONCEPT_KINDS[kind]) for kind in sorted(kinds)]
-    return pl.DataFrame(rows, schema=dict.fromkeys(('cui', 'tui', 'kind'), pl.String), orient='row')
+    schema = dict.fromkeys(('cui', 'tui', 'kind'), pl.String)
+    return pl.DataFrame(rows, schema=schema, orient='row')

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 import polars as pl
 
-from .chances import by_severity, to_minute
+from .chances import by_severity, each_chance, to_minute
 from .conditions import matrix
 from .visits import HOUR, PROVIDERS, Block, date, gaps, nullable, repeat, same, stack, take, when, words
 
@@ -22,8 +22,9 @@ def culture_chances(
     b:Block # any block
 )->tuple[np.ndarray, np.ndarray]: # both conditions x specimens: is it sent, does something grow
     "The library's chances of cultures."
-    sent, grows = np.zeros((2, len(b.lib.conditions), len(b.lib.specimens)))
     names = list(b.lib.specimens)
+    sent = np.zeros((len(b.lib.conditions), len(names)))
+    grows = np.zeros_like(sent)
     for row, condition in enumerate(b.lib.conditions.values()):
         for specimen, chances in condition['cultures'].items():
             place = row, names.index(specimen)
@@ -39,7 +40,8 @@ def specimens_sent(
     there = np.flatnonzero(b.v['ed'] | b.v['admitted'])
     more = by_severity(b.severity[there], .7, .3, (.3, 1.3))
     chance = sent[b.k[there]]*more[:, None]
-    row, spec = np.nonzero(b.rng.random(chance.shape) < chance)
+    sent = each_chance(b.random.of('specimen sent'), list(b.lib.specimens), chance)
+    row, spec = np.nonzero(sent)
     visit = there[row]
     library = b.lib.specimens.values()
     twice = np.array([s.get('repeat', 1) > 1 for s in library])[spec]
@@ -64,7 +66,7 @@ def specimen_times(
     stay = until_end[visit] - arrival
     names = list(b.lib.specimens)
     is_late = np.isin(sent['spec'], [names.index(s) for s in TAKEN_LATER])
-    early = .15 + .3*b.rng.random(len(visit))
+    early = .15 + .3*b.random('specimen time', len(visit))
     share = np.where(is_late & admitted, 1.05, early)
     wait = (share*np.minimum(early_part, 8*HOUR)).astype(np.int64)
     return arrival + to_minute(np.minimum(wait, stay - 600)) + sent['bottle']*300
@@ -76,7 +78,7 @@ def organisms(
     "The one organism that a visit's cultures grow, where they grow; by the condition's weights."
     weights = matrix(b.lib.conditions, 'organisms', list(b.lib.organisms)) + 1e-9
     shares = (weights/weights.sum(1, keepdims=True)).cumsum(1)
-    drawn = b.rng.random(b.n)[:, None]
+    drawn = b.random('organism', b.n)[:, None]
     last = len(b.lib.organisms) - 1
     return (shares[b.k] < drawn).sum(1).clip(0, last)
 
@@ -92,11 +94,12 @@ def specimens(
     t = specimen_times(b, sent)
     more = .6 + .4*b.severity[visit]
     chance = grows[b.k[visit], spec]*more
-    positive = b.rng.random(len(visit)) < np.clip(chance, 0, .97)
+    draws = b.random.of('specimen')
+    positive = draws.chance('positive', np.clip(chance, 0, .97))
     names_organism = np.array(['positive' not in s for s in library])
     organism = organisms(b)[visit]
     usual = np.array([s['hours'] for s in library])[spec]
-    hours = usual*(.8 + .4*b.rng.random(len(t)))
+    hours = usual*(.8 + .4*draws('hours', len(t)))
     rows = dict(
         visit=visit,
         spec=spec,
@@ -155,8 +158,9 @@ def culture_rows(
     grown, organism, n = grown[row], organism[row], len(row)
     drug = np.where(grown, tested[organism, test], -1)
     chance = np.where(grown, resists[organism, test], 0)
-    resistant = b.rng.random(n) < chance
-    step = SENSITIVE_STEPS*resistant + b.rng.integers(0, SENSITIVE_STEPS, n)
+    draws = b.random.of('susceptibility')
+    resistant = draws.chance('resistant', chance)
+    step = SENSITIVE_STEPS*resistant + draws.integers('dilution', 0, SENSITIVE_STEPS, n)
     dilution = np.where(drug >= 0, step, -1)
     return dict(row=row, drug=drug, resistant=resistant, dilution=dilution)
 
@@ -168,7 +172,7 @@ def specimen_columns(
     "What microbiologyevents says of the specimen."
     library = list(b.lib.specimens.values())
     cultures = b.culture
-    untimed = b.rng.random(len(cultures['t'])) < .04
+    untimed = b.random('specimen without a time', len(cultures['t'])) < .04
     spec = cultures['spec'][row]
     t, store = cultures['t'][row], cultures['store'][row]
     return dict(

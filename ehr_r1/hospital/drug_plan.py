@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .chances import at_least, by_severity
+from .chances import at_least, by_severity, each_chance
 from .visits import DAYS, HOUR, Block, repeat, stack, take
 
 # %% ../../nbs/03_hospital/19_drug_plan.ipynb #c8ff3c31
@@ -113,10 +113,16 @@ def chosen_drugs(
     b:Block # a block with its admissions
 )->dict: # rows: admission (position in `b.adm`), drug (position in drugs.csv), source
     "Which drugs an admission gets, and why: the first reason counts."
-    chances = (illness_chances(b), home_chances(b), habit_chances(b))
-    given = [b.rng.random(chance.shape) < chance for chance in chances]
-    reasons = [DrugSource.ILLNESS, DrugSource.FROM_HOME, DrugSource.HABIT]
-    source = np.select(given, reasons, -1)
+    chances = {
+        DrugSource.ILLNESS: illness_chances(b),
+        DrugSource.FROM_HOME: home_chances(b),
+        DrugSource.HABIT: habit_chances(b),
+    }
+    draws, names = b.random.of('drugs'), drug_names(b)
+    given = []
+    for reason, chance in chances.items():
+        given.append(each_chance(draws.of(reason.name), names, chance))
+    source = np.select(given, list(chances), -1)
     admission, drug = np.nonzero(source >= 0)
     return dict(admission=admission, drug=drug, source=source[admission, drug])
 
@@ -128,9 +134,10 @@ def ordering_rounds(
     admit, n = b.admit[b.adm], len(b.adm)
     ward = np.where(b.v['ed'], b.out, b.admit)[b.adm]
     midnight = (admit//DAYS + 1)*DAYS
-    morning = midnight + 9*HOUR + b.rng.integers(0, 120, n)*60
-    arrival = ward + 2700 + b.rng.integers(0, 40, n)*60
-    evening = ward + 5*HOUR + b.rng.integers(0, 90, n)*60
+    minutes = b.random.of('minutes of drug orders').integers
+    morning = midnight + 9*HOUR + minutes('morning', 0, 120, n)*60
+    arrival = ward + 2700 + minutes('arrival', 0, 40, n)*60
+    evening = ward + 5*HOUR + minutes('evening', 0, 90, n)*60
     return np.stack([admit + 300, arrival, evening, morning], 1)
 
 # %% ../../nbs/03_hospital/19_drug_plan.ipynb #8f839eb5
@@ -144,12 +151,11 @@ BY_ROUND = {
 def first_orders(
     b:Block,     # a block with its admissions
     chosen:dict, # rows of `chosen_drugs`
-    drawn,       # of chosen drugs: a uniform number
     rounds       # `ordering_rounds`
 )->dict: # rows of the plan: visit, drug, t, source
     "The orders of the first day."
     admission, source = chosen['admission'], chosen['source']
-    visit = b.adm[admission]
+    visit, drawn = b.adm[admission], b.random('round of a drug order', len(source))
     reasons = [source == reason for reason in BY_ROUND]
     rounds_later = [np.searchsorted(shares, drawn) for shares in BY_ROUND.values()]
     later = 1 + np.select(reasons, rounds_later)
@@ -182,9 +188,10 @@ def switches(
     "Oral drugs after intravenous ones."
     successor = oral_after(b)[chosen['drug']]
     may_switch = (successor >= 0) & (chosen['source'] == DrugSource.ILLNESS)
-    i = np.flatnonzero(may_switch & (b.rng.random(len(successor)) < .5))
+    draws = b.random.of('oral drugs')
+    i = np.flatnonzero(may_switch & (draws('switched', len(successor)) < .5))
     admission = chosen['admission'][i]
-    t = morning[admission] + b.rng.integers(1, 4, len(i))*DAYS
+    t = morning[admission] + draws.integers('days', 1, 4, len(i))*DAYS
     source = np.full(len(i), int(DrugSource.SWITCH))
     return dict(visit=b.adm[admission], drug=successor[i], t=t, source=source)
 
@@ -209,7 +216,7 @@ def repeats(
     t = morning[admission] + day*DAYS + 1800
     source = np.full(len(t), int(DrugSource.REPEAT))
     orders = dict(visit=visit, drug=drug, t=t, source=source)
-    return take(orders, b.rng.random(len(t)) < chance)
+    return take(orders, b.random.chance('repeated single dose', chance))
 
 # %% ../../nbs/03_hospital/19_drug_plan.ipynb #a19c271f
 def hours_given(
@@ -218,8 +225,8 @@ def hours_given(
 )->np.ndarray: # an order: hours; a million where the drug goes on
     "How long a drug is given."
     per_day, n = b.lib.drugs['per_day'].to_numpy()[drug], len(drug)
-    infused = 8 + 30*b.rng.random(n)
-    until_oral = 30 + 60*b.rng.random(n)
+    infused = 8 + 30*b.random('hours of an infusion', n)
+    until_oral = 30 + 60*b.random('hours until an oral drug', n)
     kinds = [per_day == PerDay.ONCE, per_day == PerDay.INFUSED, oral_after(b)[drug] >= 0]
     return np.select(kinds, [1, infused, until_oral], 1e6)
 
@@ -229,11 +236,10 @@ def drug_plan(
 )->dict: # rows: visit, drug, source, lasts (until discharge), t, start, stop (seconds); by visit and time of the order
     "Every drug order of every admission."
     chosen = chosen_drugs(b)
-    drawn = b.rng.random(len(chosen['drug']))
     rounds = ordering_rounds(b)
     morning = rounds[:, 3]
     orders = stack([
-        first_orders(b, chosen, drawn, rounds),
+        first_orders(b, chosen, rounds),
         switches(b, chosen, morning),
         repeats(b, chosen, morning),
     ])

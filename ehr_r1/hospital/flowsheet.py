@@ -123,7 +123,7 @@ def icu_vitals(
     "Vital signs in intensive care."
     signs = vital_signs(b, hours['visit'], hours['fade'], .9)
     stays = len(b.icu['visit'])
-    drift = b.rng.normal(0, 1, (stays, 5))*DRIFT
+    drift = b.random.normal('drift of vital signs', (stays, 5))*DRIFT
     signs = signs + drift[hours['stay']]
     return np.round(signs.clip(ICU_LOWEST, ICU_HIGHEST), 1)
 
@@ -137,7 +137,7 @@ def pressure_items(
     visit, stay = hours['visit'], hours['stay']
     line = b.arterial[visit] & (b.icu['number'][stay] == 0)
     cuff = ~line | (hours['h']%6 == 0)
-    noise = b.rng.normal(0, 5, len(visit))
+    noise = 5*b.random.normal('diastolic pressure', len(visit))
     diastolic = np.round(systolic*.4 + 15 + noise)
     mean = np.round((systolic + 2*diastolic)/3)
     values = dict(sys=np.round(systolic), dia=diastolic, mean=mean)
@@ -159,7 +159,7 @@ def breathing_items(
     weaned = np.minimum(h/24, 1)
     oxygen = np.clip(38 + 9*severity - 18*weaned, 30, 100)
     volume = 430 + 16.*(height - 66)
-    observed = 440 + b.rng.normal(0, 40, len(h))
+    observed = 440 + 40*b.random.normal('observed tidal volume', len(h))
     flow = np.clip(np.round(.9*(96 - saturation)), 1, 15)
     return [
         charted_number('fio2', vent & (h%2 == 0), np.round(oxygen, -1)),
@@ -179,7 +179,7 @@ def body_items(
     diabetic = b.has('diabetes')[visit]
     every_hour = b.is_a('ketoacidosis')[visit]
     stress = 40*b.severity[visit]*hours['fade']
-    glucose = 170 + stress + b.rng.normal(0, 35, len(h))
+    glucose = 170 + stress + 35*b.random.normal('glucose at the bedside', len(h))
     glucose = np.round(np.clip(glucose, 50, 480))
     measured = every_hour | (diabetic & (h%6 == 0))
     height = 2.54*b.p['height'][b.who[visit]]
@@ -241,12 +241,12 @@ def ill_states(
     visit, h = hours['visit'], hours['h']
     brain = neurological(b)[visit]
     confused = sigmoid(-3 + .9*b.s[visit] + 1.6*brain)
-    foggy = b.rng.random(len(h)) < confused
+    foggy = b.random.chance('foggy', confused)
     breathless = b.of_condition(lambda c: c['vitals']['o2sat'] < -3)
     return dict.fromkeys(CONSCIOUSNESS, foggy) | dict(
         o2_device=signs[:, 2] < 95,
         lung=breathless[visit],
-        pain=b.rng.random(len(h)) < .3,
+        pain=b.random('pain in intensive care', len(h)) < .3,
         urine_source=b.foley[visit],
         diet=h < 12,
         other=(b.severity[visit] > 1.3) & (h < 36),
@@ -329,7 +329,7 @@ def chartevents(
     texts, remarks = text_items(b, hours, signs)
     rows = flowsheet_rows(b, [*numbers, *remarks])
     i, item = rows['i'], rows['item']
-    late = b.rng.integers(1, 40, len(hours['t']))*60
+    late = b.random.integers('chartevents late', 1, 40, len(hours['t']))*60
     return dict(
         **icu_keys(b, hours['stay'][i]),
         charttime=when(hours['t'][i]),

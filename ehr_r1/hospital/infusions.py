@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 import polars as pl
 
+from .draws import Draws
 from .flowsheet import body_weight, icu_keys, item_ids, item_place
 from .visits import HOUR, Block, gaps, repeat, same, stack, take, when, words
 
@@ -101,6 +102,7 @@ def amount_an_hour(
 
 # %% ../../nbs/03_hospital/24_infusions.ipynb #df687165
 def input_rows(
+    draws:Draws, # of one drip or drug
     stay,       # rows of `b.icu`
     item:int,   # position in items.csv
     a,          # begin, seconds
@@ -109,7 +111,7 @@ def input_rows(
     unit:str,
     rate=np.nan,      # in `rate_unit`; NaN: a single dose
     rate_unit:str=''
-)->dict: # rows: stay, item, a, z, amount, unit, rate, rate_unit
+)->dict: # rows: stay, item, a, z, amount, unit, rate, rate_unit, late (minutes until it is stored)
     "What goes in, as rows."
     n = len(stay)
     return dict(
@@ -121,6 +123,7 @@ def input_rows(
         unit=np.full(n, unit),
         rate=np.broadcast_to(rate, n),
         rate_unit=np.full(n, rate_unit),
+        late=draws.integers('late', 1, 30, n),
     )
 
 # %% ../../nbs/03_hospital/24_infusions.ipynb #b765a8b3
@@ -136,7 +139,8 @@ def run_drip(
     times = np.minimum(stay_hours(b)[stays], limit)//drip.every
     row, i = repeat(np.maximum(times, 1))
     stay = stays[row]
-    varies = b.rng.normal(1, .2, len(row))
+    draws = b.random.of('input', drip.item)
+    varies = 1 + .2*draws.normal('rate', len(row))
     rate = drip.rate*np.clip(varies, .3, 2)
     if drip.tapers:
         higher = np.clip(.5 + .5*severity[stay], .3, 2)
@@ -145,7 +149,7 @@ def run_drip(
     hours = 1 + i*drip.every + (24 if drip.item == 'feeds' else 0)
     a = first_hour(b)[stay] + hours*HOUR
     z, item = a + drip.every*HOUR, item_place(b, drip.item)
-    return input_rows(stay, item, a, z, amount, drip.unit, rate, drip.rate_unit)
+    return input_rows(draws, stay, item, a, z, amount, drip.unit, rate, drip.rate_unit)
 
 # %% ../../nbs/03_hospital/24_infusions.ipynb #ac74e7cc
 @dataclass(frozen=True)
@@ -189,7 +193,8 @@ def give_push(
     stay, item = stays[row], item_place(b, push.item)
     a = first_hour(b)[stay] + (2 + item%3 + i*push.every)*HOUR
     amount = np.full(len(row), float(push.amount))
-    return input_rows(stay, item, a, a + 60, amount, push.unit)
+    draws = b.random.of('input', push.item)
+    return input_rows(draws, stay, item, a, a + 60, amount, push.unit)
 
 # %% ../../nbs/03_hospital/24_infusions.ipynb #82c4f669
 DRINKS_EVERY = 6  # hours
@@ -204,8 +209,9 @@ def drinks(
     stay, i = repeat(np.minimum(stay_hours(b) - eats, 240)//DRINKS_EVERY)
     hours = i*DRINKS_EVERY + (eats[stay]//DRINKS_EVERY + 1)*DRINKS_EVERY
     a = first_hour(b)[stay] + hours.astype(np.int64)*HOUR
-    amount = np.round(b.rng.uniform(60, 360, len(stay)), -1)
-    return input_rows(stay, item_place(b, 'po_intake'), a, a + 60, amount, 'ml')
+    draws = b.random.of('input', 'po_intake')
+    amount = np.round(60 + 300*draws('amount', len(stay)), -1)
+    return input_rows(draws, stay, item_place(b, 'po_intake'), a, a + 60, amount, 'ml')
 
 # %% ../../nbs/03_hospital/24_infusions.ipynb #541a9f95
 def given_inputs(
@@ -276,17 +282,16 @@ def amount_columns(
 # %% ../../nbs/03_hospital/24_infusions.ipynb #e31887e4
 def input_times(
     b:Block,   # a block with `icu`
-    rows:dict, # of `given_inputs`
-    stored     # when each row was stored, seconds
+    rows:dict  # of `given_inputs`
 )->dict: # columns
     "Keys, times and ids that inputs share with their ingredients."
-    order = b.first_id + np.arange(len(stored))
+    order = b.first_id + np.arange(len(rows['a']))
     end = np.minimum(rows['z'], b.icu['z'][rows['stay']])
     return dict(
         **icu_keys(b, rows['stay']),
         starttime=when(rows['a']),
         endtime=when(end),
-        storetime=when(stored),
+        storetime=when(rows['a'] + rows['late']*60),
         orderid=order,
         linkorderid=order,
     )
@@ -389,7 +394,5 @@ def inputs(
 )->dict: # columns by table
     "inputevents, and their ingredients."
     rows = given_inputs(b)
-    late = b.rng.integers(1, 30, len(rows['a']))*60
-    stored = rows['a'] + late
-    times = input_times(b, rows, stored)
+    times = input_times(b, rows)
     return dict(inputevents=inputevents(b, rows, times), ingredientevents=ingredientevents(b, rows, times))

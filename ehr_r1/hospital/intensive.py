@@ -40,6 +40,7 @@ def icu_groups(
     return {
         'everyone': np.ones(len(visit), bool),
         'heart': np.isin(service, ['CMED', 'CSURG']),
+        'not heart': ~np.isin(service, ['CMED', 'CSURG']),
         'head': np.isin(service, ['NSURG', 'NMED']),
         'intubated': intubated,
         'extubated': intubated & (b.vent_hours[visit] < stay_hours(b)),
@@ -99,19 +100,21 @@ def measure_output(
     b:Block,       # a block with `icu`
     output:Output,
     gets           # an ICU stay: yes or no
-)->dict: # rows: stay, item, t (seconds), v (ml)
+)->dict: # rows: stay, item, t (seconds), v (ml), late (minutes until it is stored)
     "An output of all who have it, for at most 14 days."
     stays = np.flatnonzero(gets)
     hours = np.minimum(stay_hours(b)[stays], 24*14)
     row, i = repeat(hours//output.every)
     stay, n = stays[row], len(row)
-    varies = b.rng.lognormal(-.1, .5, n)
+    draws = b.random.of('output', output.item)
+    varies = np.exp(-.1 + .5*draws.normal('amount', n))
     ml = output.ml*np.clip(varies, .05, 4)
     if output.urine:
         ml = ml*urine_share(b)[stay]
     t = first_hour(b)[stay] + (i + 1)*output.every*HOUR
     item = np.full(n, item_place(b, output.item))
-    return dict(stay=stay, item=item, t=t, v=np.round(ml))
+    late = draws.integers('late', 1, 50, n)
+    return dict(stay=stay, item=item, t=t, v=np.round(ml), late=late)
 
 # %% ../../nbs/03_hospital/25_intensive.ipynb #658695a1
 def outputevents(
@@ -125,11 +128,10 @@ def outputevents(
     order = np.lexsort((rows['item'], rows['t'], rows['stay']))
     rows = take(rows, order)
     t, n = rows['t'], len(rows['t'])
-    late = b.rng.integers(1, 50, n)*60
     return dict(
         **icu_keys(b, rows['stay']),
         charttime=when(t),
-        storetime=when(t + late),
+        storetime=when(t + rows['late']*60),
         itemid=item_ids(b, rows['item']),
         value=rows['v'],
         valueuom=same('ml', n),
@@ -150,39 +152,37 @@ class ProcedureRule:
     lasts: float|str = 0   # hours, STAY or EXTUBATION; 0: a moment
     location: str = ''
     location_category: str = ''
-    draw: int = 17         # which uniform number decides on it
-    draw_time: int = 17    # which one on its time
 
 # %% ../../nbs/03_hospital/25_intensive.ipynb #f7ad209c
 PROCEDURES = [
     ProcedureRule('gauge20', 'everyone', 'Peripheral Lines', .5, chance=.8, lasts=STAY,
-                  location='Right Antecubital', location_category='Peripheral', draw=0),
+                  location='Right Antecubital', location_category='Peripheral'),
     ProcedureRule('gauge18', 'everyone', 'Peripheral Lines', .7, chance=.5, lasts=STAY,
-                  location='Left Antecubital', location_category='Peripheral', draw=1),
+                  location='Left Antecubital', location_category='Peripheral'),
     ProcedureRule('arterial', 'arterial line', 'Invasive Lines', 1.5, lasts=72,
                   location='Right Radial', location_category='Invasive Arterial'),
     ProcedureRule('multilumen', 'central line', 'Invasive Lines', 2, lasts=120,
                   location='Right IJ', location_category='Invasive Venous'),
-    ProcedureRule('intubation', 'intubated', 'Intubation/Extubation', 1, chance=.5, draw=2),
+    ProcedureRule('intubation', 'intubated', 'Intubation/Extubation', 1, chance=.5),
     ProcedureRule('ventilation', 'intubated', 'Ventilation', 1.2, lasts=EXTUBATION),
     ProcedureRule('extubation', 'extubated', 'Intubation/Extubation', EXTUBATION),
-    ProcedureRule('nonvent', 'mask', 'Ventilation', 2, chance=.4, lasts=14, draw=3),
+    ProcedureRule('nonvent', 'mask', 'Ventilation', 2, chance=.4, lasts=14),
     ProcedureRule('foley_cath', 'catheter', 'Tubes', 1, lasts=STAY,
                   location='Urethral', location_category='Catheter, GU'),
-    ProcedureRule('chest_xray', 'everyone', 'Imaging', 3, 10, chance=.75, draw=4, draw_time=5),
-    ProcedureRule('chest_xray', 'intubated', 'Imaging', 26, 5, chance=.8, draw=6, draw_time=5),
-    ProcedureRule('ekg', 'heart', 'Procedures', 2, 20, chance=.9, draw=7, draw_time=8),
-    ProcedureRule('ekg', 'not heart', 'Procedures', 2, 20, chance=.3, draw=7, draw_time=8),
-    ProcedureRule('ct', 'head', 'Imaging', 6, 12, chance=.7, draw=9, draw_time=9),
-    ProcedureRule('echo', 'heart', 'Procedures', 10, 16, chance=.6, draw=10, draw_time=10),
-    ProcedureRule('blood_culture', 'blood culture', 'Procedures', 4, 8, chance=.6, draw=11, draw_time=11),
-    ProcedureRule('urine_culture', 'urine culture', 'Procedures', 4.5, 8, chance=.6, draw=12, draw_time=12),
-    ProcedureRule('nasal_swab', 'everyone', 'Procedures', 3.2, chance=.6, draw=13),
-    ProcedureRule('ultrasound', 'everyone', 'Procedures', 20, chance=.12, draw=14),
-    ProcedureRule('eeg', 'seizure', 'Procedures', 8, chance=.7, draw=15),
+    ProcedureRule('chest_xray', 'everyone', 'Imaging', 3, 10, chance=.75),
+    ProcedureRule('chest_xray', 'intubated', 'Imaging', 26, 5, chance=.8),
+    ProcedureRule('ekg', 'heart', 'Procedures', 2, 20, chance=.9),
+    ProcedureRule('ekg', 'not heart', 'Procedures', 2, 20, chance=.3),
+    ProcedureRule('ct', 'head', 'Imaging', 6, 8.4, chance=.7),
+    ProcedureRule('echo', 'heart', 'Procedures', 10, 9.6, chance=.6),
+    ProcedureRule('blood_culture', 'blood culture', 'Procedures', 4, 4.8, chance=.6),
+    ProcedureRule('urine_culture', 'urine culture', 'Procedures', 4.5, 4.8, chance=.6),
+    ProcedureRule('nasal_swab', 'everyone', 'Procedures', 3.2, chance=.6),
+    ProcedureRule('ultrasound', 'everyone', 'Procedures', 20, chance=.12),
+    ProcedureRule('eeg', 'seizure', 'Procedures', 8, chance=.7),
     ProcedureRule('dialysis', 'dialysis', 'Dialysis', 12, lasts=3.5,
                   location='Right IJ.', location_category='Dialysis'),
-    ProcedureRule('family', 'everyone', 'Communication', 9, 9, chance=.45, draw=16, draw_time=16),
+    ProcedureRule('family', 'everyone', 'Communication', 9, 4.05, chance=.45),
 ]
 
 # %% ../../nbs/03_hospital/25_intensive.ipynb #f5a6491c
@@ -208,13 +208,13 @@ def procedure_hours(
 def do_procedure(
     b:Block,            # a block with `icu`
     rule:ProcedureRule,
-    in_group,           # an ICU stay: yes or no
-    drawn               # 18 x ICU stays: uniform numbers
+    in_group            # an ICU stay: yes or no
 )->dict: # rows: stay, item, a, z (seconds), place, kind, order
     "A procedure of all who get it."
-    stay = np.flatnonzero(in_group & (drawn[rule.draw] < rule.chance))
+    draws = b.random.of('procedure', rule.item, rule.for_whom)
+    stay = np.flatnonzero(draws.chance('done', rule.chance*in_group))
     n = len(stay)
-    at_random = rule.within*drawn[rule.draw_time]
+    at_random = rule.within*draws('time', len(in_group))
     after = procedure_hours(b, rule.after) if rule.after == EXTUBATION else rule.after
     a = first_hour(b)[stay] + HOUR + as_seconds(after + at_random)[stay]
     lasts = np.maximum(as_seconds(procedure_hours(b, rule.lasts))[stay], 60)
@@ -231,9 +231,7 @@ def procedure_rows(
     groups:dict # `icu_groups`
 )->dict: # rows of procedures; by stay and time
     "Every procedure."
-    drawn = b.rng.random((18, len(b.icu['visit'])))
-    groups = groups | {'not heart': ~groups['heart']}
-    parts = [do_procedure(b, rule, groups[rule.for_whom], drawn) for rule in PROCEDURES]
+    parts = [do_procedure(b, rule, groups[rule.for_whom]) for rule in PROCEDURES]
     rows = stack(parts)
     end = b.icu['z'][rows['stay']]
     rows = take(rows, rows['a'] < end)

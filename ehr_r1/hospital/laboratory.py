@@ -58,9 +58,10 @@ def test_results(
     lab, who = tests['lab'], tests['who']
     shift = illness_shift(b, tests)
     families = b.lib.labs['family'].n_unique()
-    shared = b.rng.normal(0, .4, (len(b.draws['t']), families))
+    draws = b.random.of('results')
+    shared = .4*draws.normal('of a family', (len(b.draws['t']), families))
     shared = shared[tests['draw'], b.lib.family[lab]]
-    alone = b.rng.normal(0, .12, len(lab))
+    alone = .12*draws.normal('of a test', len(lab))
     shift += b.p['labs'][who, lab] + shared + alone
     typical, spread = lab_column(b, 'typical', lab), lab_column(b, 'spread', lab)
     on_log_scale = typical*np.exp(np.clip(spread*shift, -6, 5))
@@ -97,7 +98,7 @@ def specimen_rows(
     "What labevents says of specimen, time and priority."
     names, of_test = tubes(b)
     tube, draw = of_test[tests['lab']], tests['draw']
-    queue = b.rng.integers(0, 30, len(b.draws['t']))
+    queue = b.random.integers('minutes in the laboratory', 0, 30, len(b.draws['t']))
     minutes = lab_column(b, 'minutes', tests['lab']) + queue[draw]
     urgent = np.where(b.draws['where'][draw] == Site.WARD, 0, 1)
     gas = tube == names.index('Blood GasBlood')

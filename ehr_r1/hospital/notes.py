@@ -64,7 +64,7 @@ def shown_results(
     label, digits = labs['label'].to_list(), labs['digits'].to_list()
     inpatient = b.lab['visit'] >= 0
     found = take(b.lab, inpatient & in_summary[b.lab['lab']])
-    rows = zip(found['lab'].tolist(), found['value'].tolist(), found['off'].tolist())
+    rows = zip(*(found[name].tolist() for name in ('lab', 'value', 'off')))
     texts = [f'{label[k]}-{x:.{digits[k]}f}' + '*'*off for k, x, off in rows]
     return found['visit'].tolist(), found['t'].tolist(), texts
 
@@ -351,7 +351,8 @@ def summary_texts(
     "The discharge summaries of a block."
     labs, cultures, images = lab_blocks(b), culture_lines(b), image_lines(b)
     treated, medicines = treatments(b), discharge_medicines(b)
-    done, coded = titles(b, b.done, b.lib.procedures), titles(b, b.coded, b.lib.diagnoses)
+    done = titles(b, b.done, b.lib.procedures)
+    coded = titles(b, b.coded, b.lib.diagnoses)
     at_home, _ = drug_texts(b)
     texts = []
     for visit in b.adm.tolist():
@@ -378,7 +379,7 @@ def discharge(
     end, n = b.disch[b.adm], len(b.adm)
     patient = b.who[b.adm]
     subject, number = b.subject[patient], within(patient) + 1
-    hours = 2 + 60*b.rng.random(n)**2
+    hours = 2 + 60*b.random('hours until the summary', n)**2
     note_id = joined(subject, np.full(n, 'DS'), number)
     ids = dict(note_id=note_id, subject_id=subject)
     notes = dict(

@@ -146,7 +146,8 @@ CARE_RULES = [
     CareRule('tubes', 'intensive care', .7, 'ward', minutes=120),
     CareRule('feeding', 'ventilated', .5, 'ward', minutes=26*60),
     CareRule('physiotherapy', 'old or surgery', .6, 'ward', minutes=20*60),
-    CareRule('social_work', 'social need', 1., 'ward', minutes=22*60),
+    CareRule('social_work', 'alcohol', .32, 'ward', minutes=22*60),
+    CareRule('social_work', 'no alcohol', .12, 'ward', minutes=22*60),
     CareRule('echo', 'echocardiography', .5, 'ward', minutes=14*60),
     CareRule('wound', 'wound', .5, 'ward', minutes=16*60),
     CareRule('discharge', 'survivors', .97, 'discharge', minutes=-150),
@@ -172,7 +173,7 @@ def condition_groups(
 # %% ../../nbs/03_hospital/20_order_entry.ipynb #8d5a1e3a
 def care_groups(
     b:Block # a block with its admissions
-)->dict[str, np.ndarray]: # group -> of admissions: yes or no; a chance for 'social need'
+)->dict[str, np.ndarray]: # group -> of admissions: yes or no
     "Who is in which group of CARE_RULES."
     admitted = b.adm
     rows = [condition_groups(c) for c in b.lib.conditions.values()]
@@ -180,6 +181,7 @@ def care_groups(
     groups = {column.name: column.to_numpy() for column in of_condition}
     in_ed = b.v['ed'][admitted]
     old = b.p['age'][b.who[admitted]] > 70
+    drinks = b.has('alcohol')[admitted]
     return groups | {
         'everyone': np.ones(len(admitted), bool),
         'ED': in_ed,
@@ -187,7 +189,8 @@ def care_groups(
         'ventilated': b.ventilated[admitted],
         'intensive care': b.v['icu'][admitted],
         'old or surgery': old | groups['surgery'],
-        'social need': .12 + .2*b.has('alcohol')[admitted],
+        'alcohol': drinks,
+        'no alcohol': ~drinks,
         'survivors': ~b.v['died'][admitted],
     }
 
@@ -210,16 +213,16 @@ def apply_rule(
     b:Block,       # a block with its admissions
     rule:CareRule,
     groups:dict,   # `care_groups`
-    moments:dict,  # `care_moments`
-    drawn          # of admissions: a uniform number
+    moments:dict   # `care_moments`
 )->dict: # rows of orders
     "Who gets the order of a rule, and when."
     chance = rule.chance*groups[rule.for_whom]
     if rule.sicker:
         chance = chance*np.clip(b.severity[b.adm], .4, 1.6)
-    ed_stay = np.where(b.v['ed'], b.out - b.t, 4*HOUR)[b.adm]
-    t = moments[rule.after] + rule.minutes*60 + rule.share*ed_stay
-    gets = np.flatnonzero(drawn < chance)
+    ed_stay = np.where(b.v['ed'], b.out - b.t, 4*HOUR)
+    t = moments[rule.after] + rule.minutes*60 + rule.share*ed_stay[b.adm]
+    draws = b.random.of('care order', rule.order)
+    gets = np.flatnonzero(draws.chance(rule.for_whom, chance))
     return as_orders(b.adm[gets], to_minute(t[gets]), order_kind(rule.order))
 
 # %% ../../nbs/03_hospital/20_order_entry.ipynb #ede1a7b2
@@ -228,9 +231,7 @@ def care_orders(
 )->list[dict]: # rows of orders
     "Orders of every rule."
     groups, moments = care_groups(b), care_moments(b)
-    drawn = b.rng.random((40, len(b.adm)))
-    ruled = zip(CARE_RULES, drawn)
-    return [apply_rule(b, rule, groups, moments, u) for rule, u in ruled]
+    return [apply_rule(b, rule, groups, moments) for rule in CARE_RULES]
 
 # %% ../../nbs/03_hospital/20_order_entry.ipynb #8e0873e5
 SMALL_ORDERS = dict(
@@ -251,10 +252,11 @@ def small_orders(
     shares = np.cumsum(list(SMALL_ORDERS.values()))
     parts = []
     for hour in ROUND_HOURS:
-        comes = b.rng.random(len(stay)) < COMES_BY
+        draws = b.random.of('small orders', hour)
+        comes = draws('comes', len(stay)) < COMES_BY
         midnight = (reached[stay]//DAYS + day + (hour < 17))*DAYS
-        t = midnight + hour*HOUR + b.rng.integers(0, 170, len(stay))*60
-        small = np.searchsorted(shares, b.rng.random(len(stay)))
+        t = midnight + hour*HOUR + draws.integers('minutes', 0, 170, len(stay))*60
+        small = np.searchsorted(shares, draws('kind', len(stay)))
         kind = kinds[small.clip(0, len(kinds) - 1)]
         in_stay = (t > reached[stay]) & (t < end[stay] - 3*HOUR)
         rows = as_orders(b.adm[stay], t, kind)
@@ -334,7 +336,8 @@ def poe_table(
     "The poe table; one drug order in eight changes an earlier one."
     n, kinds = len(orders['t']), list(ORDER_TYPES.values())
     visit, kind = orders['visit'], orders['kind']
-    changed = (kind == order_kind('drug')) & (b.rng.random(n) < .12)
+    changes = b.random('order changed', len(b.plan['t'])) < .12
+    changed = (orders['link'] >= 0) & changes[orders['link']]
     return dict(
         **ids,
         hadm_id=b.hadm[visit],

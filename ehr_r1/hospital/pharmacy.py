@@ -18,6 +18,7 @@ import polars as pl
 
 from ..data.schema import TABLES
 from .chances import by_severity
+from .draws import Draws
 from .drug_plan import PerDay
 from ehr_r1.hospital.visits import (
     DAYS,
@@ -158,7 +159,7 @@ def pharmacy_table(
 )->dict: # columns
     "The pharmacy table."
     drug, n = b.plan['drug'], len(b.plan['drug'])
-    entered = b.plan['t'] + b.rng.integers(3, 25, n)*60
+    entered = b.plan['t'] + b.random.integers('pharmacy minutes', 3, 25, n)*60
     sliding = b.lib.drugs['drug'].to_numpy()[drug] == 'insulin'
     status = np.where(drug*7%5 == 2, 2, 0)
     status = np.where(doses_per_day(b) == PerDay.ONCE, 1, status)
@@ -183,7 +184,7 @@ def units_ordered(
     "How many units a dose has."
     often = doses_per_day(b)
     unit_dose = preparation_of(b) == 'UD'
-    doubled = b.rng.random(len(often)) < .2
+    doubled = b.random('dose doubled', len(often)) < .2
     return np.where(unit_dose & (often > 0) & doubled, 2, 1)
 
 # %% ../../nbs/03_hospital/21_pharmacy.ipynb #40868585
@@ -229,13 +230,20 @@ def dispensing(
 MAR_EVENTS = ['Administered', 'Not Given', 'Delayed Administered', 'Hold Dose', '', 'Started', 'Confirmed']
 GIVEN, STARTED, CONFIRMED = (MAR_EVENTS.index(x) for x in ('Administered', 'Started', 'Confirmed'))
 
+ON_TIME = (.9, .96, .98, .99)  # cumulated shares of the first events of MAR_EVENTS
+
 def dose_rows(
+    draws:Draws, # of one schedule
     order,       # rows of `b.plan`
     t,           # when, seconds
-    event=GIVEN  # position in MAR_EVENTS; one for all or one a row
-)->dict: # rows: order, t, event
-    "Doses as rows."
-    return dict(order=order, t=t, event=np.broadcast_to(event, len(order)))
+    event=None   # position in MAR_EVENTS, one a row; None: given or not, at random
+)->dict: # rows: order, t, event, late (minutes until it is stored)
+    "Doses as rows; of those to be given nine in ten are given on time, the other shares are our choice."
+    n = len(order)
+    if event is None:
+        event = np.searchsorted(ON_TIME, draws('event', n))
+    late = draws.integers('late', 0, 15, n)
+    return dict(order=order, t=t, event=event, late=late)
 
 # %% ../../nbs/03_hospital/21_pharmacy.ipynb #0e363a3b
 def scheduled_doses(
@@ -251,7 +259,8 @@ def scheduled_doses(
     hour = np.array(SCHEDULES[count].hours)[i%count]
     t = (first[row] + i//count)*DAYS + hour*HOUR
     keep = (t >= start[row]) & (t < stop[row])
-    return dose_rows(orders[row[keep]], t[keep])
+    draws = b.random.of('doses', SCHEDULES[count].frequency)
+    return dose_rows(draws, orders[row[keep]], t[keep])
 
 # %% ../../nbs/03_hospital/21_pharmacy.ipynb #0fbdea70
 def doses_as_needed(
@@ -264,11 +273,12 @@ def doses_as_needed(
     length = stop[orders] - start
     visit = b.plan['visit'][orders]
     more = by_severity(b.severity[visit], .5, .5, (.4, 1.6))
-    count = b.rng.poisson(np.clip(length/DAYS, 0, 10)*more)
+    draws = b.random.of('doses', 'as needed')
+    count = draws.generator('count').poisson(np.clip(length/DAYS, 0, 10)*more)
     row, _ = repeat(np.minimum(count, 20))
-    early = b.rng.random(len(row))**1.5
+    early = draws('time', len(row))**1.5
     later = (early*length[row]).astype(np.int64)
-    return dose_rows(orders[row], start[row] + later//1800*1800)
+    return dose_rows(draws, orders[row], start[row] + later//1800*1800)
 
 # %% ../../nbs/03_hospital/21_pharmacy.ipynb #6347662d
 def infusion_checks(
@@ -280,7 +290,8 @@ def infusion_checks(
     start = b.plan['start'][orders]
     row, i = repeat((stop[orders] - start)//(8*HOUR) + 1)
     event = np.where(i == 0, STARTED, CONFIRMED)
-    return dose_rows(orders[row], start[row] + i*8*HOUR, event)
+    draws = b.random.of('doses', 'infused')
+    return dose_rows(draws, orders[row], start[row] + i*8*HOUR, event)
 
 # %% ../../nbs/03_hospital/21_pharmacy.ipynb #d702d69b
 def single_doses(
@@ -288,25 +299,21 @@ def single_doses(
 )->dict: # rows of doses
     "A quarter of an hour after the start."
     orders = np.flatnonzero(doses_per_day(b) == PerDay.ONCE)
-    return dose_rows(orders, b.plan['start'][orders] + 900)
+    draws = b.random.of('doses', 'once')
+    return dose_rows(draws, orders, b.plan['start'][orders] + 900)
 
 # %% ../../nbs/03_hospital/21_pharmacy.ipynb #48b895ef
-ON_TIME = [.9, .96, .98, .99]  # cumulated shares of the first events of MAR_EVENTS
-
 def doses(
     b:Block # a block with `plan`
-)->dict: # rows: order (row of `b.plan`), t, event (position in MAR_EVENTS); by patient and time
+)->dict: # rows: order (row of `b.plan`), t, event (position in MAR_EVENTS), late; by patient and time
     "Every administration, none in the last quarter of an hour of a stay; from the 46th day none is charted."
     stop = np.minimum(b.plan['stop'], b.plan['start'] + 45*DAYS)
     scheduled = [scheduled_doses(b, count, stop) for count in SCHEDULES if count > 0]
     other = [doses_as_needed(b, stop), single_doses(b), infusion_checks(b, stop)]
     rows = stack([*scheduled, *other])
-    t, event = rows['t'], rows['event']
-    visit = b.plan['visit'][rows['order']]
+    visit, t = b.plan['visit'][rows['order']], rows['t']
     delay = (visit*7919 + t//HOUR*104_729)%37
-    drawn = np.searchsorted(ON_TIME, b.rng.random(len(visit)))
     rows['t'] = t + delay*60
-    rows['event'] = np.where(event == GIVEN, drawn, event)
     rows = take(rows, rows['t'] < b.disch[visit] - 900)
     patient = b.who[b.plan['visit'][rows['order']]]
     return take(rows, np.lexsort((rows['order'], rows['t'], patient)))
@@ -330,7 +337,7 @@ def emar_table(
     "The emar table."
     order, t, n = given['order'], given['t'], len(given['t'])
     visit, drug = b.plan['visit'][order], b.plan['drug'][order]
-    stored = t + b.rng.integers(0, 15, n)*60
+    stored = t + given['late']*60
     return dict(
         **ids,
         hadm_id=b.hadm[visit],

@@ -65,11 +65,15 @@ def add_codes(
     ten, nine = dict(dx=('ICD10CM', 'ICD9CM'), px=('ICD10PCS', 'ICD9PCS'))[key]
     for code, row in rows.items():
         kind = code_kind(code, ten)
-        names = [Name(ten, dotted(code, ten), row['title10']), Name('ICD9CM', dotted(row['icd9'], nine), row['title9'])]
+        names = [
+            Name(ten, dotted(code, ten), row['title10']),
+            Name('ICD9CM', dotted(row['icd9'], nine), row['title9']),
+        ]
         one = known.concept(row['title10'], kind, key=f'{key}.{code}', codes=names)
         for ccs in ('ccs', 'ccs9'):
             title = row[f'{ccs}_name']
-            link(known, one, 'isa', known.concept(title, kind, codes=[Name('CCS', row[ccs], title)]))
+            category = known.concept(title, kind, codes=[Name('CCS', row[ccs], title)])
+            link(known, one, 'isa', category)
 
 # %% ../../nbs/03_hospital/29_terms.ipynb #805e4794
 ATC_GROUPS = dict(
@@ -88,8 +92,8 @@ def add_drugs(
         drug = known.concept(row['name'], 'drug', row['home'], row['pyxis'], key=f"drug.{row['drug']}")
         names = [Name('ATC', row['atc'], row['atc_name'])]
         atc_class = known.concept(row['atc_name'], 'drug', codes=names)
-        letter = row['atc'][0]
-        group = known.concept(ATC_GROUPS[letter], 'drug', codes=[Name('ATC', letter, ATC_GROUPS[letter])])
+        letter, title = row['atc'][0], ATC_GROUPS[row['atc'][0]]
+        group = known.concept(title, 'drug', codes=[Name('ATC', letter, title)])
         medications = known.concept('Medications', 'care')
         for narrow, broad in ((drug, atc_class), (atc_class, group), (group, medications)):
             link(known, narrow, 'isa', broad)
@@ -182,7 +186,8 @@ def link_illness(
     link(known, me, 'associated_with', *(f'dx.{code}' for code in c.get('also', {})))
     for lab in c['labs']:
         link(known, f'lab.{lab}', 'may_diagnose', me)
-    for drug in [*c.get('home', ()), *c.get('drugs', ()), *c.get('ed_drugs', ())]:
+    drugs = [drug for use in ('home', 'drugs', 'ed_drugs') for drug in c.get(use, ())]
+    for drug in drugs:
         if f'drug.{drug}' not in elsewhere:
             link(known, f'drug.{drug}', 'may_treat', me)
 
@@ -338,7 +343,8 @@ def add_complaints(
     lib:Library
 )->None:
     "What complaints are kinds of."
-    parts = {part.strip().lower() for c in lib.conditions.values() for part in complaint_parts(c)}
+    conditions = lib.conditions.values()
+    parts = {part.strip().lower() for c in conditions for part in complaint_parts(c)}
     for complaint in sorted(parts & known.owner.keys()):
         words = set(complaint.split())
         for symptom, telling in SYMPTOM_WORDS.items():
