@@ -12,6 +12,7 @@ __all__ = ['HOUR', 'DAYS', 'EPOCH', 'BLOCK', 'PROVIDERS', 'GROUPS', 'KINDS', 'PL
 import numpy as np, polars as pl
 from ..config import seed_of
 from .conditions import Library, read_library
+from .draws import Draws
 from .illness import courses, patients, sigmoid
 
 # %% ../../nbs/03_hospital/03_visits.ipynb #8273cc46
@@ -86,8 +87,9 @@ def take(rows:dict, index)->dict:
 # %% ../../nbs/03_hospital/03_visits.ipynb #4355100a
 class Block:
     "Patients of one block, their visits, ids and the generator of all that is drawn for them."
-    def __init__(self, lib:Library, p:dict, v:dict, rng, number:int):
+    def __init__(self, lib:Library, p:dict, v:dict, rng, number:int, random:Draws):
         self.lib, self.p, self.v, self.rng, self.number = lib, p, v, rng, number
+        self.random = random                                             # draws by name; `rng` is one stream for all
         who, index = v['patient'], number*BLOCK + np.arange(BLOCK)
         self.who, self.k, self.s, self.n = who, v['k'], v['s'], len(who)
         self.subject = 10_000_001 + index
@@ -138,7 +140,7 @@ def new_block(seed:int,  # of the hospital
     "Draw the patients and courses of a block."
     lib, rng = read_library(), np.random.Generator(np.random.Philox(key=seed_of(seed, 'hospital', number)))
     p = patients(lib, rng, BLOCK)
-    return Block(lib, p, courses(lib, p, rng), rng, number)
+    return Block(lib, p, courses(lib, p, rng), rng, number, Draws(seed, 'hospital', number))
 
 # %% ../../nbs/03_hospital/03_visits.ipynb #c66b422f
 GROUPS = ['2008 - 2010', '2011 - 2013', '2014 - 2016', '2017 - 2019', '2020 - 2022']
