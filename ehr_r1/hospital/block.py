@@ -181,8 +181,9 @@ def devices(
 )->dict: # fields of `Drawn`
     "Ventilator, vasopressors, lines and catheter of stays with intensive care."
     condition, icu = visits['k'], visits['icu']
+    by_severity = DEVICE_SEVERITY*(visits['s'] - 1)
     ventilated, pressor = (
-        icu & (visits[name] < sigmoid(lib.arrays[name][condition] + DEVICE_SEVERITY*(visits['s'] - 1)))
+        icu & (visits[name] < sigmoid(lib.arrays[name][condition] + by_severity))
         for name in ('vent', 'pressor')
     )
     surgical = np.isin(condition, [lib.at('coronary_bypass'), lib.at('valve_replacement')])
@@ -209,7 +210,17 @@ def new_block(
     visits = draw_visits(lib, people, rng)
     n, severity = len(visits['k']), severity_factor(visits['s'])
     provider = rng.integers(0, len(PROVIDERS), n)
-    known = ids(visits, number) | times(visits) | devices(lib, visits, severity, named_columns(rng, n, DEVICES))
+    with_devices = devices(lib, visits, severity, named_columns(rng, n, DEVICES))
     return Block(
-        lib=lib, p=people, v=visits, number=number, random=Draws(seed, 'hospital', number), rng=rng,
-        severity=severity, provider=provider, **known)
+        lib=lib,
+        p=people,
+        v=visits,
+        number=number,
+        random=Draws(seed, 'hospital', number),
+        rng=rng,
+        severity=severity,
+        provider=provider,
+        **ids(visits, number),
+        **times(visits),
+        **with_devices,
+    )

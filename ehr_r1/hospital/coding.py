@@ -30,8 +30,11 @@ def coded(
     def both(name): # texts in ICD-10, then in ICD-9
         return [table[code][f'{name}{version}'] for version in (10, 9) for code in codes]
 
-    columns = dict(icd_code=words(both('icd'), place), icd_version=np.where(nine, 9, 10))
-    return columns | ({title: words(both('title'), place)} if title else {})
+    columns = dict(icd_code=words(both('icd'), place))
+    columns['icd_version'] = np.where(nine, 9, 10)
+    if title:
+        columns[title] = words(both('title'), place)
+    return columns
 
 # %% ../../nbs/03_hospital/11_coding.ipynb #ddc4639f
 CHRONIC_CODED = .97 # share of chronic conditions that are among the codes; our choice
@@ -68,12 +71,17 @@ def diagnoses(
     has = b.rng.random(missing.shape) > missing
     has[np.arange(len(visit)), own] = True
     row, code = np.nonzero(has)
-    complication = matrix(lib.conditions, 'also', codes)[b.k[visit]][row, code] > 0
+    also = matrix(lib.conditions, 'also', codes) > 0
+    complication = also[b.k[visit[row]], code]
     rank = np.select([code == own[row], complication], [0, 1], 2)
     order = np.lexsort((b.rng.random(len(row)), rank, row)) # by chance within a rank
     row, code = row[order], code[order]
     b.coded = dict(visit=visit[row], code=code)
-    return dict(**b.row(visit[row]), seq_num=within(row) + 1, **coded(b, lib.diagnoses, codes, code, visit[row]))
+    return dict(
+        **b.row(visit[row]),
+        seq_num=within(row) + 1,
+        **coded(b, lib.diagnoses, codes, code, visit[row]),
+    )
 
 # %% ../../nbs/03_hospital/11_coding.ipynb #715d1cc3
 VENTILATION, LONG_VENTILATION = '5A1945Z', '5A1955Z' # 24 to 96 hours, and more
@@ -109,15 +117,18 @@ def procedures_done(
     tube = ventilated[b.rng.random(len(ventilated)) < INTUBATED]
     long = b.vent_hours[ventilated] > LONG_HOURS
     ventilation = np.where(long, codes.index(LONG_VENTILATION), codes.index(VENTILATION))
-    in_icu = [ventilation, np.full(len(tube), codes.index(INTUBATION)), np.full(len(central), codes.index(CENTRAL_LINE))]
+    intubation = np.full(len(tube), codes.index(INTUBATION))
+    line = np.full(len(central), codes.index(CENTRAL_LINE))
     visit = np.r_[visit[row], ventilated, tube, central]
-    code = np.concatenate([code, *in_icu])
+    code = np.r_[code, ventilation, intubation, line]
     day = np.r_[day, np.zeros(len(code) - len(day), np.int64)]
 
     _, once = np.unique(visit*1000 + code, return_index=True) # the condition's own stand first
     visit, code, day = visit[once], code[once], day[once]
-    chart = np.minimum(b.admit[visit]//DAYS + day, b.disch[visit]//DAYS)*DAYS
-    return take(dict(visit=visit, code=code, chart=chart), np.lexsort((code, chart, visit)))
+    first_day, last_day = b.admit[visit]//DAYS, b.disch[visit]//DAYS
+    chart = np.minimum(first_day + day, last_day)*DAYS
+    done = dict(visit=visit, code=code, chart=chart)
+    return take(done, np.lexsort((code, chart, visit)))
 
 # %% ../../nbs/03_hospital/11_coding.ipynb #4b5317e5
 def procedures(
@@ -188,4 +199,5 @@ def chart_coding(
     b:Block # the block; `coded` and `done` are left on it
 )->dict[str, dict]: # columns by table
     "diagnoses_icd, procedures_icd, drgcodes, hcpcsevents."
-    return dict(diagnoses_icd=diagnoses(b), procedures_icd=procedures(b), drgcodes=drgcodes(b), hcpcsevents=hcpcsevents(b))
+    coded_tables = dict(diagnoses_icd=diagnoses(b), procedures_icd=procedures(b))
+    return coded_tables | dict(drgcodes=drgcodes(b), hcpcsevents=hcpcsevents(b))

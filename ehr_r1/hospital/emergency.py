@@ -44,7 +44,8 @@ def vital_signs(
 )->np.ndarray: # rows x 5
     "Vital signs of visits."
     own = NORMAL + b.p['vitals'][b.who[visit]]
-    of_condition = b.lib.arrays['vitals'][b.k[visit]]*(b.severity[visit]*fade)[:, None]
+    factor = (b.severity[visit]*fade)[:, None]
+    of_condition = b.lib.arrays['vitals'][b.k[visit]]*factor
     of_severity = SICK*(b.s[visit]*fade)[:, None]
     noise = b.rng.normal(0, 1, own.shape)*NOISE*rng_scale
     return (own + of_condition + of_severity + noise).clip(LOWEST, HIGHEST)
@@ -59,10 +60,11 @@ def vital_columns(
     gone = b.rng.random(signs.shape) < missing
 
     def column(j, digits=0):
-        return gaps(np.where(gone[:, j], np.nan, np.round(signs[:, j], digits)))
+        written = np.round(signs[:, j], digits)
+        return gaps(np.where(gone[:, j], np.nan, written))
 
-    systolic = 3
-    diastolic = np.round(signs[:, systolic]*.42 + 18 + b.rng.normal(0, 6, len(signs)))
+    systolic, noise = 3, b.rng.normal(0, 6, len(signs))
+    diastolic = np.round(signs[:, systolic]*.42 + 18 + noise)
     return dict(
         temperature=column(4, digits=1),
         heartrate=column(0),
@@ -82,8 +84,12 @@ def pain(
     missing:float     # share that is not written down
 )->pl.Series: # text
     "Pain scores from 0 to 10: high where the complaint is pain."
-    hurts = b.of_condition(lambda entry: any(word in ' '.join(entry['complaints']).lower() for word in PAINFUL))
-    score = np.clip(np.round(6.*hurts[visit] + b.rng.normal(0, 2, len(visit))), 0, 10)
+    def is_painful(entry):
+        complaints = ' '.join(entry['complaints']).lower()
+        return any(word in complaints for word in PAINFUL)
+
+    hurts, noise = b.of_condition(is_painful)[visit], b.rng.normal(0, 2, len(visit))
+    score = np.clip(np.round(6.*hurts + noise), 0, 10)
     gone = b.rng.random(len(visit)) < missing
     return words(list(range(11)), np.where(gone, -1, score))
 
@@ -120,10 +126,10 @@ def edstays(
 )->dict: # columns
     "The edstays table. The sicker and older come by ambulance."
     who = b.who[emergency]
-    p_ambulance = sigmoid(-.4 + .7*b.s[emergency] + .025*(b.p['age'][who] - 60))
-    u = draws['transport']
-    by_ambulance, unknown = TRANSPORTS.index('AMBULANCE'), TRANSPORTS.index('UNKNOWN')
-    came = np.select([u < p_ambulance, u > 1 - UNKNOWN_TRANSPORT], [by_ambulance, unknown], TRANSPORTS.index('WALK IN'))
+    years_over_60, u = b.p['age'][who] - 60, draws['transport']
+    p_ambulance = sigmoid(-.4 + .7*b.s[emergency] + .025*years_over_60)
+    ambulance, walk_in, unknown = range(len(TRANSPORTS))
+    came = np.select([u < p_ambulance, u > 1 - UNKNOWN_TRANSPORT], [ambulance, unknown], walk_in)
     left = which(NOT_ADMITTED, draws['disposition'], DISPOSITIONS)
     went = np.where(b.v['admitted'][emergency], DISPOSITIONS.index('ADMITTED'), left)
     return dict(
@@ -252,9 +258,11 @@ def drugs_given(
     again = np.repeat([0., 1.], [len(row), twice.sum()])
     row, drug = np.r_[row, row[twice]], np.r_[drug, drug[twice]]
     part = .12 + .3*b.rng.random(len(row)) + .4*again # of the stay
-    t = b.t[emergency][row] + (part*length[row]).astype(np.int64)//60*60 + 1200
-    given = take(dict(visit=emergency[row], drug=drug, t=t), t < b.out[emergency][row])
-    return take(given, np.lexsort((given['drug'], given['t'], given['visit'])))
+    visit, minutes_in = emergency[row], (part*length[row]).astype(np.int64)//60
+    t = b.t[visit] + minutes_in*60 + 1200
+    given = take(dict(visit=visit, drug=drug, t=t), t < b.out[visit])
+    order = np.lexsort((given['drug'], given['t'], given['visit']))
+    return take(given, order)
 
 # %% ../../nbs/03_hospital/12_emergency.ipynb #4c58fb4c
 def pyxis(
@@ -321,6 +329,11 @@ def chart_emergency(
     b:Block # after `chart_visits`; complaints, complaint, coded and done are left on it
 )->dict[str, dict]: # columns by table
     "The six ED tables, and the coded tables of admissions."
-    tables = stays(b)
-    tables |= dict(vitalsign=vitalsign(b), medrecon=medrecon(b), pyxis=pyxis(b), diagnosis=ed_diagnosis(b))
-    return tables | chart_coding(b)
+    return dict(
+        **stays(b),
+        vitalsign=vitalsign(b),
+        medrecon=medrecon(b),
+        pyxis=pyxis(b),
+        diagnosis=ed_diagnosis(b),
+        **chart_coding(b),
+    )

@@ -97,7 +97,7 @@ def icd_codes(
     for row in table.values():
         rows.append((row['icd10'], 10, row['title10'], row['ccs'], row['ccs_name']))
         rows.append((row['icd9'], 9, row['title9'], row['ccs9'], row['ccs9_name']))
-    schema = dict(icd_code=pl.String, icd_version=pl.Int64, long_title=pl.String, ccs_category=pl.String, name=pl.String)
+    schema = ['icd_code', 'icd_version', 'long_title', 'ccs_category', 'name']
     codes = pl.DataFrame(rows, schema=schema, orient='row')
     return codes.unique(['icd_code', 'icd_version'], keep='first', maintain_order=True)
 
@@ -169,9 +169,12 @@ def block_files(
     "A block, ready to be written."
     frames, risks = block_tables(seed, number, keep)
     counts = {name: len(frame) for name, frame in frames.items()}
-    if fmt == 'parquet':
-        return counts, {name: frame.to_arrow() for name, frame in frames.items()}, risks
-    return counts, {name: packed(csv_bytes(name, frame), fmt) for name, frame in frames.items()}, risks
+
+    def ready(name):
+        frame = frames[name]
+        return frame.to_arrow() if fmt == 'parquet' else packed(csv_bytes(name, frame), fmt)
+
+    return counts, {name: ready(name) for name in frames}, risks
 
 # %% ../../nbs/03_hospital/30_hospital.ipynb #6656db1c
 class HospitalWriter:
@@ -208,7 +211,8 @@ class HospitalWriter:
         if self.fmt == 'parquet':
             return pq.ParquetWriter(self.path(name), part.schema)
         file = self.path(name).open('wb')
-        file.write(packed((','.join(TABLES[name].columns) + '\n').encode(), self.fmt))
+        header = ','.join(TABLES[name].columns) + '\n'
+        file.write(packed(header.encode(), self.fmt))
         return file
 
     def close(self):
@@ -237,7 +241,8 @@ def write_hospital(
         writer.whole(name, book)
         counts[name] = len(book)
     blocks = -(-patients//BLOCK) # rounded up
-    jobs = (delayed(block_files)(seed, i, min(BLOCK, patients - i*BLOCK), fmt) for i in range(blocks))
+    sizes = [min(BLOCK, patients - i*BLOCK) for i in range(blocks)]
+    jobs = (delayed(block_files)(seed, i, size, fmt) for i, size in enumerate(sizes))
     done = Parallel(n_jobs=min(workers, blocks), return_as='generator')(jobs)
     for rows, parts, risk in tqdm(done, total=blocks, unit='block', desc='hospital', disable=not progress):
         for name, part in parts.items():

@@ -62,7 +62,8 @@ def places_of(
 )->dict: # rows
     "Pieces of chains as rows."
     columns = dict(j=j, kind=kind, unit=unit, a=a, z=z)
-    return dict(visit=visit) | {name: np.broadcast_to(column, len(visit)) for name, column in columns.items()}
+    n = len(visit)
+    return dict(visit=visit) | {name: np.broadcast_to(column, n) for name, column in columns.items()}
 
 # %% ../../nbs/03_hospital/09_transfers.ipynb #1f58ce3b
 def first_place(
@@ -96,10 +97,12 @@ def ward_places(
     draws:dict # from `TRANSFER_DRAWS`, one a visit
 )->dict: # rows
     "Places of admissions without intensive care."
-    calm, arrive, ward = b.v['admitted'] & ~b.v['icu'], first_place(b), unit_of(b, 'unit')
+    arrive, ward = first_place(b), unit_of(b, 'unit')
+    calm = b.v['admitted'] & ~b.v['icu']
     recovers = calm & ~b.v['ed'] & b.of_condition(surgery_on_the_day)
     observed = b.v['short'] & (draws['observation'] < .5)
-    first = np.select([observed, recovers], [b.units.index(OBSERVATION), b.units.index(RECOVERY)], ward)
+    observation, recovery = b.units.index(OBSERVATION), b.units.index(RECOVERY)
+    first = np.select([observed, recovers], [observation, recovery], ward)
     length = b.disch - arrive
     moved = ((draws['moved'] < MOVED) | (first != ward)) & (length > MOVED_LENGTH)
     two = calm & (recovers | moved)
@@ -133,9 +136,11 @@ def icu_stays(
     "Intensive care stays."
     straight = straight_to_icu(b)
     first, again = np.flatnonzero(b.v['icu']), np.flatnonzero(b.v['again'])
-    begin, end, begin2, end2 = (seconds(b.v[name]) for name in ('icu_in', 'icu_out', 'icu_in2', 'icu_out2'))
+    begin, end = seconds(b.v['icu_in']), seconds(b.v['icu_out'])
+    begin2, end2 = seconds(b.v['icu_in2']), seconds(b.v['icu_out2'])
     begin = np.where(straight, first_place(b), begin)
-    visit, number = np.r_[first, again], np.repeat([0, 1], [len(first), len(again)])
+    visit = np.r_[first, again]
+    number = np.repeat([0, 1], [len(first), len(again)])
     j = np.where(straight, 1, 2)[visit] + 2*number
     return dict(
         visit=visit,
@@ -168,11 +173,12 @@ def icu_places(
     after = np.where(step_down, b.units.index(CARDIOLOGY_STEP_DOWN), ward)[visit]
     returns = b.v['again'][visit] & (stays['number'] == 0)
     until = np.where(returns, seconds(b.v['icu_in2'])[visit], b.disch[visit])
-    left = stays['z'] < b.disch[visit] - LEFT_ALIVE
+    on_ward = places_of(visit, j + 1, Event.TRANSFER, after, stays['z'], until)
+    left_alive = stays['z'] < b.disch[visit] - LEFT_ALIVE
     return stack([
         places_of(before, 1, Event.ADMIT, ward[before], arrive[before], until_icu),
         places_of(visit, j, kind, stays['unit'], stays['a'], stays['z']),
-        places_of(visit[left], j[left] + 1, Event.TRANSFER, after[left], stays['z'][left], until[left]),
+        take(on_ward, left_alive),
     ])
 
 # %% ../../nbs/03_hospital/09_transfers.ipynb #296a20c2
@@ -181,9 +187,9 @@ def segments(
 )->dict: # rows: visit, j, kind, unit, a, z; by visit and j
     "Where each patient was from when to when."
     draws = named_columns(b.rng, b.n, TRANSFER_DRAWS)
-    emergency = np.flatnonzero(b.v['ed'])
+    emergency, unit = np.flatnonzero(b.v['ed']), b.units.index(EMERGENCY)
     parts = [
-        places_of(emergency, 0, Event.ED, b.units.index(EMERGENCY), b.t[emergency], b.out[emergency]),
+        places_of(emergency, 0, Event.ED, unit, b.t[emergency], b.out[emergency]),
         ward_places(b, draws),
         icu_places(b, draws),
         places_of(b.adm, DISCHARGE_NUMBER, Event.DISCHARGE, -1, b.disch[b.adm], 0),

@@ -98,7 +98,8 @@ def admission_kinds(
     draws:dict # by `ADMISSION_DRAWS`, one an admission
 )->np.ndarray: # index into KINDS, one an admission
     "The type of each admission."
-    ed, short, outside, severity = (x[b.adm] for x in (b.v['ed'], b.v['short'], b.outside, b.s))
+    ed, short = b.v['ed'][b.adm], b.v['short'][b.adm]
+    outside, severity = b.outside[b.adm], b.s[b.adm]
     plan = b.of_condition(planned)[b.adm]
     surgery = plan & b.of_condition(surgery_on_the_day)[b.adm]
     observed = draws['kind'] < sigmoid(-2 - severity) # the milder, the likelier
@@ -112,7 +113,8 @@ def admission_kinds(
         (plan, 'ELECTIVE'),
     ]
     direct = which(DIRECT_KINDS, draws['kind'], KINDS)
-    return np.select([rule for rule, _ in rules], [KINDS.index(kind) for _, kind in rules], direct)
+    holds, kinds = zip(*rules)
+    return np.select(holds, [KINDS.index(kind) for kind in kinds], direct)
 
 # %% ../../nbs/03_hospital/10_visits.ipynb #c8843e90
 def admission_places(
@@ -132,7 +134,8 @@ def admission_places(
         (plan, PLACES.index('PHYSICIAN REFERRAL')),
     ]
     direct = which(DIRECT_PLACES, draws['place'], PLACES)
-    return np.select([rule for rule, _ in rules], [place for _, place in rules], direct)
+    holds, places = zip(*rules)
+    return np.select(holds, places, direct)
 
 # %% ../../nbs/03_hospital/10_visits.ipynb #4355100a
 HOMES = [
@@ -148,17 +151,18 @@ def homes(
     draws:dict # by `ADMISSION_DRAWS`, one an admission
 )->np.ndarray: # index into HOMES, one an admission
     "Where patients go."
-    admissions = b.adm
-    years_over_65, burden = b.p['age'][b.who[admissions]] - 65, b.p['burden'][b.who[admissions]]
-    need = -1.2 + .05*years_over_65 + .5*burden + .8*b.v['icu'][admissions] + .4*b.s[admissions]
+    visit = b.adm
+    age, burden = b.p['age'][b.who[visit]], b.p['burden'][b.who[visit]]
+    need = -1.2 + .05*(age - 65) + .5*burden + .8*b.v['icu'][visit] + .4*b.s[visit]
     u = draws['home']
     rules = [
-        (b.v['died'][admissions], HOMES.index('DIED')),
+        (b.v['died'][visit], HOMES.index('DIED')),
         (u < .75*sigmoid(need - .6), which(FACILITIES, draws['facility'], HOMES)),
         (u < .85*sigmoid(need + .9), HOMES.index('HOME HEALTH CARE')),
         (u > 1 - AGAINST_ADVICE, HOMES.index('AGAINST ADVICE')),
     ]
-    return np.select([rule for rule, _ in rules], [home for _, home in rules], HOMES.index('HOME'))
+    holds, places = zip(*rules)
+    return np.select(holds, places, HOMES.index('HOME'))
 
 # %% ../../nbs/03_hospital/10_visits.ipynb #c66b422f
 def admissions(
@@ -224,4 +228,5 @@ def chart_visits(
     b:Block # the block; outside, home, units, icu and segments are left on it
 )->dict[str, dict]: # columns by table
     "patients, admissions, services, transfers."
-    return dict(patients=people(b), admissions=admissions(b), services=services(b), transfers=transfers(b))
+    tables = dict(patients=people(b), admissions=admissions(b))
+    return tables | dict(services=services(b), transfers=transfers(b))
