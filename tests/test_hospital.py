@@ -9,12 +9,14 @@ from sklearn.metrics import roc_auc_score
 
 from ehr_r1.data.schema import TABLES
 from ehr_r1.hospital import hospital
+from ehr_r1.hospital.block import new_block
 from ehr_r1.hospital.conditions import matrix, read_library
 from ehr_r1.hospital.draws import Draws
-from ehr_r1.hospital.hospital import BLOCK, FORMATS, block_tables, build_hospital
+from ehr_r1.hospital.hospital import BLOCK, CHARTING, FORMATS, block_tables, build_hospital
 from ehr_r1.hospital.illness import draw_visits
 from ehr_r1.hospital.patients import patients
 from ehr_r1.hospital.risks import true_risks
+from ehr_r1.hospital.visits import chart_visits
 
 PATIENTS = BLOCK + 20 # two blocks, the second cut short
 DAY = 86400 # seconds
@@ -461,9 +463,9 @@ def questions():
     "Task -> risks and labels of 10,000 patients: illness only, nothing charted."
     lib, found = read_library(), {}
     for i in range(10):
-        rng = np.random.Generator(np.random.Philox(key=1000 + i))
-        people = patients(lib, rng, 1000)
-        visits = draw_visits(lib, people, rng)
+        draws = Draws(1000 + i, 'hospital', 0)
+        people = patients(lib, draws.of('patients'), 1000)
+        visits = draw_visits(lib, people, draws.of('visits'))
         for task, _, _, risk, label in true_risks(lib, people, visits):
             found.setdefault(task, []).append(np.stack([risk, label]))
     return {task: np.concatenate(parts, axis=1) for task, parts in found.items()}
@@ -552,6 +554,21 @@ def test_a_named_draw_does_not_depend_on_the_others():
 ])
 def test_seeds_blocks_and_parts_have_draws_of_their_own(other):
     assert (Draws(7, 'hospital', 0)('pain', 5) != other('pain', 5)).all()
+
+
+def test_no_two_draws_of_a_block_share_a_name():
+    b = new_block(7, 0)
+    for step in CHARTING:
+        step(b)
+    shared = [name for name, times in b.random.drawn.items() if times > 1]
+    assert not shared
+
+
+def test_more_draws_change_nothing_else():
+    first, second = new_block(7, 0), new_block(7, 0)
+    second.random('a quantity that was added', 100)
+    before, after = (pl.DataFrame(chart_visits(b)['admissions']) for b in (first, second))
+    assert before.equals(after)
 
 
 # arguments and interruptions

@@ -15,7 +15,7 @@ import polars as pl
 
 from ..config import seed_of
 from .conditions import Library, read_library
-from .draws import Draws, named_columns
+from .draws import Draws
 from .illness import draw_visits
 from .odds import sigmoid
 from .patients import patients
@@ -33,7 +33,7 @@ class Drawn:
     v:dict                  # visits, as in hospital.illness
     number:int              # of the block
     random:Draws            # draws by name
-    rng:np.random.Generator # one stream for all
+    rng:np.random.Generator # one stream, for what has no name yet
     # ids
     subject:np.ndarray      # subject_id, one a patient
     hadm:np.ndarray         # hadm_id, -1 if not admitted
@@ -204,22 +204,20 @@ def new_block(
     number:int # which block
 )->Block: # patients and visits, nothing charted
     "Draw the patients and visits of a block."
-    lib = read_library()
-    rng = np.random.Generator(np.random.Philox(key=seed_of(seed, 'hospital', number)))
-    people = patients(lib, rng, BLOCK)
-    visits = draw_visits(lib, people, rng)
+    lib, random = read_library(), Draws(seed, 'hospital', number)
+    people = patients(lib, random.of('patients'), BLOCK)
+    visits = draw_visits(lib, people, random.of('visits'))
     n, severity = len(visits['k']), severity_factor(visits['s'])
-    provider = rng.integers(0, len(PROVIDERS), n)
-    with_devices = devices(lib, visits, severity, named_columns(rng, n, DEVICES))
+    with_devices = devices(lib, visits, severity, random.of('devices').columns(DEVICES, n))
     return Block(
         lib=lib,
         p=people,
         v=visits,
         number=number,
-        random=Draws(seed, 'hospital', number),
-        rng=rng,
+        random=random,
+        rng=np.random.Generator(np.random.Philox(key=seed_of(seed, 'hospital', number))),
         severity=severity,
-        provider=provider,
+        provider=random.integers('provider', 0, len(PROVIDERS), n),
         **ids(visits, number),
         **times(visits),
         **with_devices,

@@ -63,18 +63,18 @@ def diagnoses(
     b:Block # the block; `coded` is left on it
 )->dict: # columns
     "The diagnoses_icd table."
-    lib, visit = b.lib, b.adm
+    lib, visit, random = b.lib, b.adm, b.random.of('diagnoses_icd')
     codes = list(lib.diagnoses)
     of_condition = np.array([codes.index(entry['icd10']) for entry in lib.conditions.values()])
     own = of_condition[b.k[visit]]
     missing = diagnosis_missing(b)
-    has = b.rng.random(missing.shape) > missing
+    has = random('coded', missing.shape) > missing
     has[np.arange(len(visit)), own] = True
     row, code = np.nonzero(has)
     also = matrix(lib.conditions, 'also', codes) > 0
     complication = also[b.k[visit[row]], code]
     rank = np.select([code == own[row], complication], [0, 1], 2)
-    order = np.lexsort((b.rng.random(len(row)), rank, row)) # by chance within a rank
+    order = np.lexsort((random('order', len(row)), rank, row)) # by chance within a rank
     row, code = row[order], code[order]
     b.coded = dict(visit=visit[row], code=code)
     return dict(
@@ -107,14 +107,14 @@ def procedures_done(
     codes:list # ICD-10 procedure codes
 )->dict: # rows: visit, code (index), chart (seconds since 1970, a day); by visit and day
     "Procedures of the condition on their day, and those of intensive care on the first."
-    visit = b.adm
+    visit, random = b.adm, b.random.of('procedures_icd')
     by_severity = np.clip(.7 + .3*b.severity[visit], .4, 1.2)[:, None]
     chance = matrix(b.lib.conditions, 'procedures', codes)[b.k[visit]]*by_severity
-    row, code = np.nonzero(b.rng.random(chance.shape) < chance)
+    row, code = np.nonzero(random.chance('done', chance))
     day = procedure_days(b, codes)[b.k[visit[row]], code]
 
     ventilated, central = np.flatnonzero(b.ventilated), np.flatnonzero(b.central)
-    tube = ventilated[b.rng.random(len(ventilated)) < INTUBATED]
+    tube = ventilated[random('intubation', len(ventilated)) < INTUBATED]
     long = b.vent_hours[ventilated] > LONG_HOURS
     ventilation = np.where(long, codes.index(LONG_VENTILATION), codes.index(VENTILATION))
     intubation = np.full(len(tube), codes.index(INTUBATION))

@@ -15,7 +15,7 @@ import polars as pl
 
 from .block import Block, new_block
 from .coding import chart_coding, coded
-from .draws import named_columns
+from .draws import Draws
 from .odds import sigmoid
 from .rows import HOUR, gaps, repeat, stack, take, when, which, within, words
 from .visits import chart_visits
@@ -40,30 +40,32 @@ def vital_signs(
     b:Block,          # the block
     visit:np.ndarray, # which visits, one a row
     fade,             # what remains of the illness, 1 for all of it, one a row
-    rng_scale=1.      # factor on the noise
+    rng_scale=1.,     # factor on the noise
+    random:Draws=None # of the table; without it the block's one stream
 )->np.ndarray: # rows x 5
     "Vital signs of visits."
     own = NORMAL + b.p['vitals'][b.who[visit]]
     factor = (b.severity[visit]*fade)[:, None]
     of_condition = b.lib.arrays['vitals'][b.k[visit]]*factor
     of_severity = SICK*(b.s[visit]*fade)[:, None]
-    noise = b.rng.normal(0, 1, own.shape)*NOISE*rng_scale
+    normal = random.normal('vital signs', own.shape) if random else b.rng.normal(0, 1, own.shape)
+    noise = normal*NOISE*rng_scale
     return (own + of_condition + of_severity + noise).clip(LOWEST, HIGHEST)
 
 # %% ../../nbs/03_hospital/12_emergency.ipynb #dd0973db
 def vital_columns(
-    b:Block,          # the block
     signs:np.ndarray, # rows x 5, from `vital_signs`
-    missing:float     # share that is not written down
+    missing:float,    # share that is not written down
+    random:Draws      # of the table
 )->dict: # columns
     "Vital signs as columns, some of them missing."
-    gone = b.rng.random(signs.shape) < missing
+    gone = random('vital signs missing', signs.shape) < missing
 
     def column(j, digits=0):
         written = np.round(signs[:, j], digits)
         return gaps(np.where(gone[:, j], np.nan, written))
 
-    systolic, noise = 3, b.rng.normal(0, 6, len(signs))
+    systolic, noise = 3, 6*random.normal('diastolic pressure', len(signs))
     diastolic = np.round(signs[:, systolic]*.42 + 18 + noise)
     return dict(
         temperature=column(4, digits=1),
@@ -81,16 +83,17 @@ PAINFUL = ('pain', 'injury', 'headache') # words of complaints
 def pain(
     b:Block,          # the block
     visit:np.ndarray, # which visits, one a row
-    missing:float     # share that is not written down
+    missing:float,    # share that is not written down
+    random:Draws      # of the table
 )->pl.Series: # text
     "Pain scores from 0 to 10: high where the complaint is pain."
     def is_painful(entry):
         complaints = ' '.join(entry['complaints']).lower()
         return any(word in complaints for word in PAINFUL)
 
-    hurts, noise = b.of_condition(is_painful)[visit], b.rng.normal(0, 2, len(visit))
+    hurts, noise = b.of_condition(is_painful)[visit], 2*random.normal('pain', len(visit))
     score = np.clip(np.round(6.*hurts + noise), 0, 10)
-    gone = b.rng.random(len(visit)) < missing
+    gone = random('pain missing', len(visit)) < missing
     return words(list(range(11)), np.where(gone, -1, score))
 
 # %% ../../nbs/03_hospital/12_emergency.ipynb #751fe435
@@ -98,7 +101,7 @@ TRANSPORTS = ['AMBULANCE', 'WALK IN', 'UNKNOWN']
 DISPOSITIONS = ['ADMITTED', 'HOME', 'LEFT WITHOUT BEING SEEN', 'ELOPED', 'TRANSFER']
 NOT_ADMITTED = {'HOME': .93, 'LEFT WITHOUT BEING SEEN': .03, 'ELOPED': .02, 'TRANSFER': .02} # shares, our choice
 UNKNOWN_TRANSPORT = .03 # share of those who did not come by ambulance
-STAY_DRAWS = ('complaint', 'transport', 'disposition', 'unused')
+STAY_DRAWS = ('complaint', 'transport', 'disposition')
 
 # %% ../../nbs/03_hospital/12_emergency.ipynb #b59930d3
 def chief_complaints(
@@ -149,7 +152,7 @@ def triage_acuity(
     emergency:np.ndarray # visits with an emergency stay
 )->np.ndarray: # 1 to 5
     "Acuity at triage."
-    noise = b.rng.normal(0, .35, len(emergency))
+    noise = .35*b.random.of('triage').normal('acuity', len(emergency))
     admit = b.lib.arrays['admit'][b.k[emergency]]
     level = 2.75 - .55*b.s[emergency] - .12*admit + noise
     return np.clip(np.round(level), 1, 5)
@@ -160,16 +163,15 @@ def stays(
 )->dict: # columns by table
     "edstays and triage."
     emergency = np.flatnonzero(b.v['ed'])
-    n = len(emergency)
-    draws = named_columns(b.rng, n, STAY_DRAWS)
-    said = chief_complaints(b, emergency, draws['complaint'])
-    acuity = triage_acuity(b, emergency)
+    n, random = len(emergency), b.random.of('triage')
+    draws = b.random.of('edstays').columns(STAY_DRAWS, n)
+    signs = vital_signs(b, emergency, fade=np.ones(n), random=random)
     triage = dict(
         **stay_ids(b, emergency),
-        **vital_columns(b, vital_signs(b, emergency, np.ones(n)), missing=.04),
-        pain=pain(b, emergency, missing=.06),
-        acuity=acuity,
-        chiefcomplaint=said,
+        **vital_columns(signs, .04, random),
+        pain=pain(b, emergency, .06, random),
+        acuity=triage_acuity(b, emergency),
+        chiefcomplaint=chief_complaints(b, emergency, draws['complaint']),
     )
     return dict(edstays=edstays(b, emergency, draws), triage=triage)
 
@@ -185,7 +187,7 @@ def rhythms(
     rate:np.ndarray   # heart rate, one a row
 )->pl.Series: # text
     "What the monitor shows, where it is written down."
-    noted = b.rng.random(len(visit)) < RHYTHM_NOTED
+    noted = b.random.of('vitalsign')('rhythm', len(visit)) < RHYTHM_NOTED
     fibrillation = (b.has('atrial_fibrillation') | b.is_a('atrial_fibrillation'))[visit]
     kind = np.select([fibrillation, rate > 100], [0, 1], 2)
     return words(RHYTHMS, np.where(noted, kind, -1))
@@ -195,22 +197,22 @@ def vitalsign(
     b:Block # the block
 )->dict: # columns
     "The vitalsign table: every 80 minutes, every 45 in the sick; what remains of the illness falls towards a half."
-    emergency = np.flatnonzero(b.v['ed'])
+    emergency, random = np.flatnonzero(b.v['ed']), b.random.of('vitalsign')
     begin, end = b.t[emergency], b.out[emergency]
     step = np.where(b.s[emergency] > SICK_FROM, STEP_SICK, STEP)
     row, number = repeat(np.maximum((end - begin)//step, 1))
-    minutes_late = b.rng.integers(0, 20, len(row))
+    minutes_late = random.integers('minutes late', 0, 20, len(row))
     t = begin[row] + 600 + number*step[row] + minutes_late*60
     inside = t < end[row]
     visit, number, t = emergency[row[inside]], number[inside], t[inside]
-    signs = vital_signs(b, visit, .55 + .45*np.exp(-number/4))
+    signs = vital_signs(b, visit, fade=.55 + .45*np.exp(-number/4), random=random)
     rhythm = rhythms(b, visit, rate=signs[:, 0])
     return dict(
         **stay_ids(b, visit),
         charttime=when(t),
-        **vital_columns(b, signs, missing=.08),
+        **vital_columns(signs, .08, random),
         rhythm=rhythm,
-        pain=pain(b, visit, missing=.15),
+        pain=pain(b, visit, .15, random),
     )
 
 # %% ../../nbs/03_hospital/12_emergency.ipynb #ef32ab43
@@ -221,11 +223,11 @@ def medrecon(
     b:Block # the block
 )->dict: # columns
     "The medrecon table."
-    emergency, drugs = np.flatnonzero(b.v['ed']), b.lib.drugs
-    named = b.rng.random((len(emergency), len(drugs))) < RECONCILED
+    emergency, drugs, random = np.flatnonzero(b.v['ed']), b.lib.drugs, b.random.of('medrecon')
+    named = random('named', (len(emergency), len(drugs))) < RECONCILED
     row, drug = np.nonzero(b.p['home'][b.who[emergency]] & named)
     visit = emergency[row]
-    part = .5 + .42*b.rng.random(len(emergency)) # of the stay
+    part = .5 + .42*random('time', len(emergency)) # of the stay
     seconds_in = ((b.out - b.t)[emergency]*part).astype(np.int64)//60*60
     groups = drugs['etc'].to_list()
     known = list(dict.fromkeys(groups))
@@ -249,15 +251,15 @@ def drugs_given(
     b:Block # the block
 )->dict: # rows: visit, drug (index), t (seconds since 1970); by visit, time and drug
     "Drugs given in the department, some of them twice."
-    emergency = np.flatnonzero(b.v['ed'])
+    emergency, random = np.flatnonzero(b.v['ed']), b.random.of('pyxis')
     length = (b.out - b.t)[emergency]
     by_severity = np.clip(.75 + .3*b.severity[emergency], .3, 1.25)[:, None]
     chance = b.lib.arrays['ed_drugs'][b.k[emergency]]*by_severity
-    row, drug = np.nonzero(b.rng.random(chance.shape) < chance)
-    twice = (b.rng.random(len(row)) < GIVEN_TWICE) & (length[row] > TWICE_FROM)
+    row, drug = np.nonzero(random.chance('given', chance))
+    twice = (random('twice', len(row)) < GIVEN_TWICE) & (length[row] > TWICE_FROM)
     again = np.repeat([0., 1.], [len(row), twice.sum()])
     row, drug = np.r_[row, row[twice]], np.r_[drug, drug[twice]]
-    part = .12 + .3*b.rng.random(len(row)) + .4*again # of the stay
+    part = .12 + .3*random('time', len(row)) + .4*again # of the stay
     visit, minutes_in = emergency[row], (part*length[row]).astype(np.int64)//60
     t = b.t[visit] + minutes_in*60 + 1200
     given = take(dict(visit=visit, drug=drug, t=t), t < b.out[visit])
@@ -290,12 +292,12 @@ def ed_diagnosis_rows(
     emergency:np.ndarray # visits with an emergency stay
 )->dict: # rows: r (which emergency stay), seq (order), code (conditions, then their symptoms, then chronic conditions)
     "What emergency physicians write down."
-    n, conditions = len(emergency), len(b.lib.conditions)
-    draws, own = named_columns(b.rng, n, DIAGNOSIS_DRAWS), b.k[emergency]
+    n, conditions, random = len(emergency), len(b.lib.conditions), b.random.of('diagnosis')
+    draws, own = random.columns(DIAGNOSIS_DRAWS, n), b.k[emergency]
     sure, both = draws['sure'] < SURE, np.flatnonzero(draws['both'] < BOTH)
     first = own + np.where(sure, 0, conditions)
     other = own + np.where(sure, conditions, 0)
-    named = b.rng.random((n, len(b.lib.chronic))) < CHRONIC_NAMED
+    named = random('chronic', (n, len(b.lib.chronic))) < CHRONIC_NAMED
     row, chronic = np.nonzero(b.p['has'][b.who[emergency]] & named)
     return stack([
         dict(r=np.arange(n), seq=np.zeros(n, int), code=first),

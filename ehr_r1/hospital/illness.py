@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from .conditions import Library, read_library
-from .draws import named_columns
+from .draws import Draws
 from ehr_r1.hospital.odds import (
     AFTER_ICU,
     DAY_HOURS,
@@ -53,13 +53,12 @@ NORMAL_DRAWS = ('severity', 'emergency hours')
 
 # %% ../../nbs/03_hospital/06_illness.ipynb #c46aadbb
 def visit_draws(
-    rng,  # a numpy generator
-    n:int # patients
+    draws:Draws, # of one round
+    n:int        # patients
 )->dict[str, np.ndarray]: # name -> one number a patient
     "All that is random in one visit of every patient."
-    uniform = named_columns(rng, n, UNIFORM_DRAWS)
-    normal = rng.normal(0, 1, (n, len(NORMAL_DRAWS)))
-    return uniform | dict(zip(NORMAL_DRAWS, normal.T))
+    normal = {name: draws.normal(name, n) for name in NORMAL_DRAWS}
+    return draws.columns(UNIFORM_DRAWS, n) | normal
 
 # %% ../../nbs/03_hospital/06_illness.ipynb #ee610de6
 AGE_WIDENED = 1.6 # our choice
@@ -373,15 +372,15 @@ def visit_round(
 def draw_visits(
     lib:Library,   # the condition library
     patients:dict, # from `hospital.patients`
-    rng            # a numpy generator
+    draws:Draws    # of the visits
 )->dict[str, np.ndarray]: # one row a visit, by patient and time; keys as in the table above
     "Every visit of these patients."
     n = len(patients['sex'])
     waiting, rounds = Waiting.first(patients['start']), []
     for number in range(VISIT_ROUNDS):
-        draws = visit_draws(rng, n)
         if not waiting.coming.any():
             break
-        rounds.append(visit_round(lib, patients, waiting, draws, number))
+        drawn = visit_draws(draws.of('round', number), n)
+        rounds.append(visit_round(lib, patients, waiting, drawn, number))
     visits = stack(rounds)
     return take(visits, np.lexsort((visits['round'], visits['patient'])))

@@ -5,14 +5,15 @@
 # %% auto #0
 __all__ = ['SEXES', 'RACES', 'ALLERGIES', 'LANGUAGES', 'MARITAL_STATUS', 'INSURANCE_FROM_65', 'INSURANCE_BEFORE_65',
            'YEAR_GROUPS', 'FRAILTY_TO_CHRONIC', 'FRAIL_LABS', 'OWN_LAB_SPREAD', 'OWN_VITAL_SPREAD', 'INCHES',
-           'INCHES_SPREAD', 'BMI_OBESE', 'BMI_OTHER', 'BMI_LIMITS', 'AGE_MEAN', 'AGE_SPREAD', 'AGE_LIMITS', 'DATES',
-           'FIRST_HOURS', 'places', 'choices', 'chronic_conditions', 'home_medicines', 'own_labs', 'own_vitals',
-           'build', 'background', 'patients']
+           'INCHES_SPREAD', 'BMI', 'BMI_OBESE', 'BMI_SPREAD', 'BMI_SPREAD_OBESE', 'BMI_LIMITS', 'AGE_MEAN',
+           'AGE_SPREAD', 'AGE_LIMITS', 'DATES', 'FIRST_HOURS', 'places', 'choices', 'chronic_conditions',
+           'home_medicines', 'own_labs', 'own_vitals', 'build', 'background', 'patients']
 
 # %% ../../nbs/03_hospital/05_patients.ipynb #4d9a02d0
 import numpy as np
 
 from .conditions import VITALS, Library, read_library
+from .draws import Draws
 from .odds import DAY_HOURS, sigmoid
 
 # %% ../../nbs/03_hospital/05_patients.ipynb #75ddc8b1
@@ -35,22 +36,24 @@ YEAR_GROUPS = {
 
 # %% ../../nbs/03_hospital/05_patients.ipynb #25db9214
 def places(
-    rng,          # a numpy generator
+    draws:Draws,  # of the patients
+    what:str,     # what is chosen, the name of the draw
     weights:dict, # name -> weight
     n:int         # how many
 )->np.ndarray: # index into the names, one a patient
     "Choices by their weights."
     share = np.array(list(weights.values()))/sum(weights.values())
-    return rng.choice(len(weights), n, p=share)
+    return draws.generator(what).choice(len(weights), n, p=share)
 
 # %% ../../nbs/03_hospital/05_patients.ipynb #43ca865e
 def choices(
-    rng,          # a numpy generator
+    draws:Draws,  # of the patients
+    what:str,     # what is chosen, the name of the draw
     weights:dict, # name -> weight
     n:int         # how many
 )->np.ndarray: # names, one a patient
     "Names by their weights."
-    return np.array(list(weights))[places(rng, weights, n)]
+    return np.array(list(weights))[places(draws, what, weights, n)]
 
 # %% ../../nbs/03_hospital/05_patients.ipynb #15175757
 FRAILTY_TO_CHRONIC = .35 # log-odds of every chronic condition, a standard deviation of frailty; our choice
@@ -58,7 +61,7 @@ FRAILTY_TO_CHRONIC = .35 # log-odds of every chronic condition, a standard devia
 
 def chronic_conditions(
     lib:Library,       # the condition library
-    rng,               # a numpy generator
+    draws:Draws,       # of the patients
     sex:np.ndarray,    # F or M, one a patient
     age:np.ndarray,    # years
     frail:np.ndarray   # standard normal
@@ -68,18 +71,17 @@ def chronic_conditions(
     odds = at_60 + in_ten_years*(age[:, None] - 60)/10 + FRAILTY_TO_CHRONIC*frail[:, None]
     only = lib.arrays['chronic_sex']
     possible = (only == '') | (only == sex[:, None])
-    return (rng.random(odds.shape) < sigmoid(odds)) & possible
+    return draws.chance('chronic conditions', sigmoid(odds)) & possible
 
 # %% ../../nbs/03_hospital/05_patients.ipynb #e79736f2
 def home_medicines(
     lib:Library,    # the condition library
-    rng,            # a numpy generator
+    draws:Draws,    # of the patients
     has:np.ndarray  # patients x chronic conditions
 )->np.ndarray: # yes or no, patients x drugs
     "Which drugs patients take at home."
     log_without = np.log1p(-lib.arrays['home'].clip(0, .99)) # chronic conditions x drugs
-    chance = 1 - np.exp(has@log_without)
-    return rng.random(chance.shape) < chance
+    return draws.chance('home medicines', 1 - np.exp(has@log_without))
 
 # %% ../../nbs/03_hospital/05_patients.ipynb #6df3b3b1
 FRAIL_LABS = dict(albumin=-.9, red_cells=-.5, rdw=.8) # family of tests -> spreads, a standard deviation of frailty
@@ -89,12 +91,12 @@ OWN_VITAL_SPREAD = [5, 1, .6, 8, .15]                 # between people, in the o
 # %% ../../nbs/03_hospital/05_patients.ipynb #e7aa079a
 def own_labs(
     lib:Library,      # the condition library
-    rng,              # a numpy generator
+    draws:Draws,      # of the patients
     has:np.ndarray,   # patients x chronic conditions
     frail:np.ndarray  # standard normal, one a patient
 )->np.ndarray: # spreads from the typical value, patients x tests
     "Levels of the tests of patients who are well."
-    of_families = rng.normal(0, OWN_LAB_SPREAD, (len(has), len(lib.labs)))
+    of_families = OWN_LAB_SPREAD*draws.normal('own tests', (len(has), len(lib.labs)))
     personal = of_families[:, lib.family]
     of_frailty = np.array([FRAIL_LABS.get(family, 0) for family in lib.labs['family']])
     return has@lib.arrays['chronic_labs'] + personal + frail[:, None]*of_frailty
@@ -102,47 +104,50 @@ def own_labs(
 # %% ../../nbs/03_hospital/05_patients.ipynb #16c337b2
 def own_vitals(
     lib:Library,   # the condition library
-    rng,           # a numpy generator
+    draws:Draws,   # of the patients
     has:np.ndarray # patients x chronic conditions
 )->np.ndarray: # from the normal value, in its unit, patients x 5
     "Vital signs of patients who are well."
-    personal = rng.normal(0, 1, (len(has), len(VITALS)))*OWN_VITAL_SPREAD
+    personal = draws.normal('own vital signs', (len(has), len(VITALS)))*OWN_VITAL_SPREAD
     return has@lib.arrays['chronic_vitals'] + personal
 
 # %% ../../nbs/03_hospital/05_patients.ipynb #1d7fffea
 INCHES = {'F': 63.5, 'M': 69.2}
 INCHES_SPREAD = 2.7
-BMI_OBESE, BMI_OTHER, BMI_LIMITS = (38, 5), (26.5, 4), (16, 62) # mean and standard deviation; smallest and largest
+BMI, BMI_OBESE = 26.5, 38                # means, without and with obesity
+BMI_SPREAD, BMI_SPREAD_OBESE = 4, 5      # standard deviations
+BMI_LIMITS = (16, 62)                    # the smallest and the largest
 
 
 def build(
-    rng,             # a numpy generator
+    draws:Draws,     # of the patients
     sex:np.ndarray,  # F or M, one a patient
     obese:np.ndarray # yes or no
 )->dict[str, np.ndarray]: # height in inches, bmi, weight in pounds
     "Height and weight."
     n = len(sex)
     mean_height = np.where(sex == 'F', INCHES['F'], INCHES['M'])
-    height = np.round(mean_height + rng.normal(0, INCHES_SPREAD, n)).astype(int)
-    if_obese, if_not = rng.normal(*BMI_OBESE, n), rng.normal(*BMI_OTHER, n)
-    bmi = np.where(obese, if_obese, if_not).clip(*BMI_LIMITS)
+    height = np.round(mean_height + INCHES_SPREAD*draws.normal('height', n)).astype(int)
+    mean_bmi, spread = np.where(obese, BMI_OBESE, BMI), np.where(obese, BMI_SPREAD_OBESE, BMI_SPREAD)
+    bmi = (mean_bmi + spread*draws.normal('body mass index', n)).clip(*BMI_LIMITS)
     weight = np.round(bmi*height**2/703, 1)
     return dict(height=height, bmi=bmi, weight=weight)
 
 # %% ../../nbs/03_hospital/05_patients.ipynb #dce403a2
 def background(
-    rng,           # a numpy generator
+    draws:Draws,   # of the patients
     age:np.ndarray # years, one a patient
 )->dict[str, np.ndarray]: # race, allergy, language, marital, insurance
     "What the admission desk and the ward write down."
     n = len(age)
     about = dict(
-        race=choices(rng, RACES, n),
-        allergy=choices(rng, ALLERGIES, n),
-        language=choices(rng, LANGUAGES, n),
-        marital=choices(rng, MARITAL_STATUS, n),
+        race=choices(draws, 'race', RACES, n),
+        allergy=choices(draws, 'allergy', ALLERGIES, n),
+        language=choices(draws, 'language', LANGUAGES, n),
+        marital=choices(draws, 'marital status', MARITAL_STATUS, n),
     )
-    from_65, before_65 = choices(rng, INSURANCE_FROM_65, n), choices(rng, INSURANCE_BEFORE_65, n)
+    from_65 = choices(draws, 'insurance from 65', INSURANCE_FROM_65, n)
+    before_65 = choices(draws, 'insurance before 65', INSURANCE_BEFORE_65, n)
     return about | dict(insurance=np.where(age >= 65, from_65, before_65))
 
 # %% ../../nbs/03_hospital/05_patients.ipynb #3a0e16ce
@@ -153,23 +158,24 @@ FIRST_HOURS = (8, 14)                               # of the day: the earliest, 
 # %% ../../nbs/03_hospital/05_patients.ipynb #14d41a17
 def patients(
     lib:Library, # the condition library
-    rng,         # a numpy generator
+    draws:Draws, # of the patients
     n:int        # how many
 )->dict[str, np.ndarray]: # one row a patient, keys as in the table above
     "Draw patients."
-    sex = choices(rng, SEXES, n)
-    age = rng.normal(AGE_MEAN, AGE_SPREAD, n).clip(*AGE_LIMITS).astype(int)
-    frail = rng.normal(0, 1, n)
-    has = chronic_conditions(lib, rng, sex, age, frail)
+    sex = choices(draws, 'sex', SEXES, n)
+    age = AGE_MEAN + AGE_SPREAD*draws.normal('age', n)
+    age = age.clip(*AGE_LIMITS).astype(int)
+    frail = draws.normal('frailty', n)
+    has = chronic_conditions(lib, draws, sex, age, frail)
     about = dict(sex=sex, age=age, frail=frail, has=has)
     about['burden'] = has@lib.arrays['burden']
-    about['home'] = home_medicines(lib, rng, has)
-    about['labs'] = own_labs(lib, rng, has, frail)
-    about['vitals'] = own_vitals(lib, rng, has)
-    about |= build(rng, sex, obese=has[:, lib.chronic_at('obesity')])
-    about |= background(rng, age)
-    about['group'] = places(rng, YEAR_GROUPS, n)
-    day = rng.integers(0, DATES, n)
+    about['home'] = home_medicines(lib, draws, has)
+    about['labs'] = own_labs(lib, draws, has, frail)
+    about['vitals'] = own_vitals(lib, draws, has)
+    about |= build(draws, sex, obese=has[:, lib.chronic_at('obesity')])
+    about |= background(draws, age)
+    about['group'] = places(draws, 'years', YEAR_GROUPS, n)
+    day = draws.integers('first day', 0, DATES, n)
     earliest, span = FIRST_HOURS
-    about['start'] = day*DAY_HOURS + earliest + span*rng.random(n)
+    about['start'] = day*DAY_HOURS + earliest + span*draws('first hour', n)
     return about

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from .conditions import Library, read_library
+from .draws import Draws
 from ehr_r1.hospital.illness import (
     EARLY_GAP,
     EARLY_MEAN,

@@ -14,7 +14,6 @@ from enum import IntEnum
 import numpy as np
 
 from .block import Block, new_block
-from .draws import named_columns
 from .rows import HOUR, seconds, stack, take, when, words
 
 
@@ -186,7 +185,7 @@ def segments(
     b:Block # with `units` and `icu`
 )->dict: # rows: visit, j, kind, unit, a, z; by visit and j
     "Where each patient was from when to when."
-    draws = named_columns(b.rng, b.n, TRANSFER_DRAWS)
+    draws = b.random.of('transfers').columns(TRANSFER_DRAWS, b.n)
     emergency, unit = np.flatnonzero(b.v['ed']), b.units.index(EMERGENCY)
     parts = [
         places_of(emergency, 0, Event.ED, unit, b.t[emergency], b.out[emergency]),

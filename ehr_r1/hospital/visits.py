@@ -13,7 +13,6 @@ import numpy as np
 import polars as pl
 
 from .block import BLOCK, PROVIDERS, Block, new_block
-from .draws import named_columns
 from .odds import sigmoid
 from .patients import YEAR_GROUPS
 from .rows import HOUR, date, seconds, when, which, words
@@ -171,7 +170,7 @@ def admissions(
     "The admissions table."
     visit, people, died = b.adm, b.p, b.v['died'][b.adm]
     who, ed = b.who[visit], b.v['ed'][visit]
-    draws = named_columns(b.rng, len(visit), ADMISSION_DRAWS)
+    draws = b.random.of('admissions').columns(ADMISSION_DRAWS, len(visit))
     b.outside = from_outside(b, draws)
     b.home = np.full(b.n, -1)
     b.home[visit] = homes(b, draws)
@@ -204,7 +203,7 @@ def services(
 )->dict: # columns
     "The services table: the condition's service, sometimes only after a first one."
     visit, medicine = b.adm, SERVICES.index('MED')
-    draws = named_columns(b.rng, len(visit), SERVICE_DRAWS)
+    draws = b.random.of('services').columns(SERVICE_DRAWS, len(visit))
     own = b.of_condition(lambda entry: SERVICES.index(entry['service']))[visit]
     oncology = b.has('cancer')[visit] & (own == medicine) & (draws['oncology'] < ONCOLOGY)
     own = np.where(oncology, SERVICES.index('OMED'), own)
