@@ -47,6 +47,10 @@ class Draws:
         "Whole numbers from `low` to `high - 1`, all equally likely."
         return self.generator(name).integers(low, high, shape)
 
+    def columns(self, names:tuple, n:int)->dict[str, np.ndarray]:
+        "Uniform numbers of several names, one for each of `n` rows."
+        return {name: self(name, n) for name in names}
+
     def chance(self, name:str, probability)->np.ndarray:
         "Whether something happens: an array of yes and no in the shape of `probability`."
         return self(name, np.shape(probability)) < probability
