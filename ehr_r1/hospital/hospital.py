@@ -21,7 +21,7 @@ from joblib import Parallel, delayed
 from tqdm import tqdm
 
 from ..data.schema import TABLES
-from .block import BLOCK, PROVIDERS, Block, new_block
+from .block import BLOCK_SIZE, PROVIDERS, Block, new_block
 from .conditions import read_library
 from .emergency import chart_emergency
 from .intensive import chart_intensive
@@ -74,7 +74,7 @@ def truth(
 def block_tables(
     seed:int,      # of the hospital
     number:int,    # of the block
-    keep:int=BLOCK # patients to keep, the first of the block
+    keep:int=BLOCK_SIZE # patients to keep, the first of the block
 )->tuple[dict[str, pl.DataFrame], pl.DataFrame]: # tables by name; truth
     "Every row of a block."
     b = new_block(seed, number)
@@ -240,8 +240,8 @@ def write_hospital(
     for name, book in code_books().items():
         writer.whole(name, book)
         counts[name] = len(book)
-    blocks = -(-patients//BLOCK) # rounded up
-    sizes = [min(BLOCK, patients - i*BLOCK) for i in range(blocks)]
+    blocks = -(-patients//BLOCK_SIZE) # rounded up
+    sizes = [min(BLOCK_SIZE, patients - i*BLOCK_SIZE) for i in range(blocks)]
     jobs = (delayed(block_files)(seed, i, size, fmt) for i, size in enumerate(sizes))
     done = Parallel(n_jobs=min(workers, blocks), return_as='generator')(jobs)
     for rows, parts, risk in tqdm(done, total=blocks, unit='block', desc='hospital', disable=not progress):

@@ -34,7 +34,6 @@ from ehr_r1.hospital.odds import (
     hours_between,
     lognormal,
     second_icu_hours,
-    sigmoid,  # noqa: F401, for modules that have not been told where it now lives
     weighted,
 )
 from .patients import patients

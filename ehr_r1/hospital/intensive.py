@@ -8,10 +8,13 @@ __all__ = ['RHYTHMS', 'RUNNING', 'PUSHED', 'ANTIBIOTICS', 'INGREDIENTS', 'keys',
            'procedureevents', 'datetimeevents', 'chart_intensive']
 
 # %% ../../nbs/03_hospital/25_intensive.ipynb #84e31c29
-import numpy as np, polars as pl
-from .illness import sigmoid
+import numpy as np
+import polars as pl
+
+from .block import Block
 from .emergency import vital_signs
-from .visits import DAYS, HOUR, Block, gaps, repeat, same, shown, stack, take, when, words
+from .odds import sigmoid
+from .rows import DAYS, HOUR, as_printed, gaps, repeat, same, stack, take, when, words
 
 # %% ../../nbs/03_hospital/25_intensive.ipynb #145dc77f
 def keys(b:Block, stay)->dict: # columns
@@ -105,7 +108,7 @@ def chartevents(b:Block)->dict: # columns
         parts.append(dict(i=i, item=np.full(len(i), int(item(b, name))), value=np.asarray(value, float)[i], text=text[i]))
     c = stack(parts); c = take(c, np.lexsort((c['item'], c['i'])))
     i = c['i']
-    value = pl.DataFrame(dict(t=words(texts, c['text']), v=shown(c['value']))).select(pl.coalesce('t', 'v'))['t']
+    value = pl.DataFrame(dict(t=words(texts, c['text']), v=as_printed(c['value']))).select(pl.coalesce('t', 'v'))['t']
     warning = ((c['item'] == item(b, 'o2sat')) & (c['value'] < 88)) | ((c['item'] == item(b, 'heartrate')) & (c['value'] > 140))
     late = b.rng.integers(1, 40, len(g['t']))*60
     return dict(**keys(b, g['stay'][i]), charttime=when(g['t'][i]), storetime=when((g['t'] + late)[i]),

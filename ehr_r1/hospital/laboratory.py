@@ -8,11 +8,27 @@ __all__ = ['AGAIN', 'HOME', 'WARD', 'ICU', 'MEASURES', 'DILUTIONS', 'arrival_cha
            'chart_laboratory']
 
 # %% ../../nbs/03_hospital/17_laboratory.ipynb #e538593a
-import numpy as np, polars as pl
+import numpy as np
+import polars as pl
+
+from .block import PROVIDERS, Block
 from .conditions import matrix
-from .illness import sigmoid
-from .visits import (
-    DAYS, HOUR, PROVIDERS, Block, date, gaps, nullable, repeat, same, seconds, shown, stack, take, when, words)
+from .odds import sigmoid
+from ehr_r1.hospital.rows import (
+    DAYS,
+    HOUR,
+    as_printed,
+    date,
+    gaps,
+    nullable,
+    repeat,
+    same,
+    seconds,
+    stack,
+    take,
+    when,
+    words,
+)
 
 # %% ../../nbs/03_hospital/17_laboratory.ipynb #8048e933
 AGAIN = ('troponin', 'lactate', 'gas')          # panels that are repeated within hours
@@ -126,7 +142,7 @@ def omr(b:Block)->dict: # columns
     weight = np.round(p['weight'][who] + rng.normal(0, 3, len(r)), 1)
     values = np.select([j == 0, j == 2, j == 3], [weight, np.round(weight*703/p['height'][who]**2, 1), p['height'][who]], np.nan)
     col = pl.col
-    text = pl.DataFrame(dict(v=shown(values), s=systolic, d=diastolic)).select(pl.coalesce('v',
+    text = pl.DataFrame(dict(v=as_printed(values), s=systolic, d=diastolic)).select(pl.coalesce('v',
         pl.concat_str([col('s').cast(pl.String), col('d').cast(pl.String)], separator='/')))['v']
     return dict(subject_id=b.subject[who], chartdate=date(c['day'][r]), seq_num=np.ones(len(r), int),
                 result_name=words(MEASURES, j), result_value=text)
@@ -166,7 +182,7 @@ def labevents(b:Block, d:dict)->dict: # columns
     return dict(labevent_id=b.first_id + np.arange(len(row)), subject_id=b.subject[who],
                 hadm_id=nullable(np.where(visit >= 0, b.hadm[visit], -1)), specimen_id=b.first_id + row*4 + tube,
                 itemid=column('itemid'), order_provider_id=words(PROVIDERS, np.where(visit >= 0, b.provider[visit], -1)),
-                charttime=when(t), storetime=when(store), value=shown(number), valuenum=number,
+                charttime=when(t), storetime=when(store), value=as_printed(number), valuenum=number,
                 valueuom=words(labs['unit'].to_list(), lab), ref_range_lower=gaps(low), ref_range_upper=gaps(high),
                 flag=words(['abnormal'], np.where(off, 0, -1)), priority=words(['ROUTINE', 'STAT'], hurry),
                 comments=words(['IF FASTING, 70-100 NORMAL, >125 PROVISIONAL DIABETES.'],

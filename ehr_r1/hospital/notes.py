@@ -7,9 +7,13 @@ __all__ = ['TECHNIQUES', 'PEOPLE', 'SHOWN', 'SERVICE', 'OFTEN', 'SUMMARY', 'said
            'lab_blocks', 'culture_lines', 'medicines', 'titles', 'course_of', 'discharge', 'chart_notes']
 
 # %% ../../nbs/03_hospital/27_notes.ipynb #625dc4d4
-import numpy as np, polars as pl
-from .orders import ILLNESS, FROM_HOME, SWITCH, modality
-from .visits import DAYS, HOMES, HOUR, Block, joined, nullable, same, when, within, words
+import numpy as np
+import polars as pl
+
+from .block import Block
+from .orders import FROM_HOME, ILLNESS, SWITCH, modality
+from .rows import DAYS, HOUR, joined, nullable, same, when, within, words
+from .visits import DISCHARGE_LOCATIONS
 
 # %% ../../nbs/03_hospital/27_notes.ipynb #54cb96d9
 TECHNIQUES = dict(ct='Multidetector CT with multiplanar reformats.', mri='Multiplanar multisequence imaging.',
@@ -216,7 +220,7 @@ def discharge(b:Block)->dict: # columns by table
             labs=labs[i], cultures=cultures[i],
             images='\n'.join(images[i]) or 'None', course=course_of(b, i, c, treated[i]),
             home=numbered(home[w]), leaving='None' if died else numbered(leaving[i]),
-            disposition='Expired' if died else HOMES[b.home[i]].title(), diagnoses='\n'.join(coded[i]),
+            disposition='Expired' if died else DISCHARGE_LOCATIONS[b.home[i]].title(), diagnoses='\n'.join(coded[i]),
             condition='Expired' if died else 'Mental Status: Clear and coherent.\nActivity Status: ' + (
                 'Out of Bed with assistance.' if b.home[i] in (2, 3, 6) else 'Ambulatory - Independent.')))
     who = b.who[a]; subject, number = b.subject[who], within(who) + 1

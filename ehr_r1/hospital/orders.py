@@ -9,12 +9,25 @@ __all__ = ['HABITS', 'HELD', 'ORAL', 'ILLNESS', 'FROM_HOME', 'HABIT', 'SWITCH', 
            'administrations', 'chart_orders']
 
 # %% ../../nbs/03_hospital/22_orders.ipynb #44746330
-import numpy as np, polars as pl
-from .illness import sigmoid
+import numpy as np
+import polars as pl
+
+from .block import PROVIDERS, Block
 from .laboratory import WARD
-from ehr_r1.hospital.visits import (
-    BLOCK, DAYS, HOUR, PROVIDERS, Block, gaps, joined, nullable, planned, repeat, same, shown, stack, take, when,
-    within, words)
+from ehr_r1.hospital.rows import (
+    DAYS,
+    HOUR,
+    as_printed,
+    joined,
+    nullable,
+    repeat,
+    same,
+    stack,
+    take,
+    when,
+    within,
+    words,
+)
 
 # %% ../../nbs/03_hospital/22_orders.ipynb #a84849d1
 def imaging(b:Block)->dict: # rows: visit, exam, t, store
@@ -242,7 +255,7 @@ def dispensing(b:Block)->dict: # columns by table
                     expiration_unit=words(['Days', 'Hours'], kind == 1), expirationdate=when((o['start']//DAYS + 30)*DAYS),
                     dispensation=words([x for _, x in PREPARED.values()], kind), fill_quantity=same('', n))
     units = np.where((kind == 0) & (per_day > 0) & (rng.random(n) < .2), 2, 1)
-    b.dose = shown(drugs['dose'].to_numpy()[d]*units)
+    b.dose = as_printed(drugs['dose'].to_numpy()[d]*units)
     prescriptions = dict(**same_, poe_seq=b.order_number, order_provider_id=words(PROVIDERS, b.provider[o['visit']]),
                          starttime=when(o['start']), stoptime=when(o['stop']), drug_type=same('MAIN', n), drug=column('name'),
                          formulary_drug_cd=words([f"{x.upper()[:6]}{y:g}" for x, y in zip(drugs['drug'], drugs['dose'])], d),

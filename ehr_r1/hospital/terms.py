@@ -9,11 +9,13 @@ __all__ = ['KINDS_OF', 'GROUPS', 'SAME', 'SAID', 'CHARTED', 'KEYWORDS', 'Terms',
 # %% ../../nbs/03_hospital/29_terms.ipynb #a9b9a61a
 import re
 from pathlib import Path
+
 import polars as pl
+
 from ..data.rrf import write_rrf
 from .conditions import LIBRARY, read_library
 from .orders import SURGICAL, TYPES
-from .visits import KINDS
+from .visits import ADMISSION_TYPES
 
 # %% ../../nbs/03_hospital/29_terms.ipynb #b1e1b797
 KINDS_OF = dict(disease=('T047', 'Disease or Syndrome'), symptom=('T184', 'Sign or Symptom'), finding=('T033', 'Finding'),
@@ -123,7 +125,7 @@ def library_concepts(t:Terms, lib):
     for name, s in lib.specimens.items(): t.link(t.concept(s['test'][1], 'test', key=f'culture.{name}'), 'isa', 'Lab')
     for name in lib.organisms: t.concept(name, 'organism')
     for x in dict.fromkeys(kind for kind, _ in TYPES.values()): t.concept(x, 'care')
-    for x in KINDS: t.link(t.concept(x, 'care'), 'isa', t.concept('Patient admission', 'care'))
+    for x in ADMISSION_TYPES: t.link(t.concept(x, 'care'), 'isa', t.concept('Patient admission', 'care'))
 
 # %% ../../nbs/03_hospital/29_terms.ipynb #590c68df
 def read_relations(folder:Path # where relations.csv is
@@ -166,7 +168,7 @@ def condition_relations(t:Terms, lib,
         planned = ('ELECTIVE', 'SURGICAL SAME DAY ADMISSION')[:1 + (c['service'] in SURGICAL)]
         if c['planned'] <= c['weight']: planned = ()
         urgent = ('EW EMER.', 'URGENT', 'DIRECT EMER.') if c['weight'] > 0 and c['admit'] > 0 else ()
-        t.link(me, 'associated_with', *planned, *urgent, *(x for x in KINDS if 'OBSERVATION' in x and c['admit'] < 0))
+        t.link(me, 'associated_with', *planned, *urgent, *(x for x in ADMISSION_TYPES if 'OBSERVATION' in x and c['admit'] < 0))
         if c['service'] in SURGICAL: t.link(me, 'has_manifestation', 'Pain'); t.link('PACU', 'location_of', me)
         for m in c['weigh']: t.link(t.concept(m, 'measure'), 'evaluation_of', me)
         for v in c['vitals']:
