@@ -9,16 +9,16 @@ from sklearn.metrics import roc_auc_score
 
 from ehr_r1.data.schema import TABLES
 from ehr_r1.hospital import hospital
-from ehr_r1.hospital.block import new_block
+from ehr_r1.hospital.block import BLOCK_SIZE, new_block
 from ehr_r1.hospital.conditions import matrix, read_library
 from ehr_r1.hospital.draws import Draws
-from ehr_r1.hospital.hospital import BLOCK, CHARTING, FORMATS, block_tables, build_hospital
+from ehr_r1.hospital.hospital import CHARTING, FORMATS, block_tables, build_hospital
 from ehr_r1.hospital.illness import draw_visits
 from ehr_r1.hospital.patients import patients
 from ehr_r1.hospital.risks import true_risks
 from ehr_r1.hospital.visits import chart_visits
 
-PATIENTS = BLOCK + 20 # two blocks, the second cut short
+PATIENTS = BLOCK_SIZE + 20 # two blocks, the second cut short
 DAY = 86400 # seconds
 
 

@@ -3,13 +3,14 @@ import polars as pl
 import pytest
 
 from ehr_r1.hospital import infusions, intensive, order_entry, pharmacy
+from ehr_r1.hospital.block import new_block
 from ehr_r1.hospital.emergency import chart_emergency
 from ehr_r1.hospital.intensive import chart_intensive
 from ehr_r1.hospital.laboratory import chart_laboratory
 from ehr_r1.hospital.notes import chart_notes
 from ehr_r1.hospital.order_entry import CARE_RULES, CareRule
 from ehr_r1.hospital.orders import chart_orders
-from ehr_r1.hospital.visits import chart_visits, new_block
+from ehr_r1.hospital.visits import chart_visits
 
 STEPS = (chart_visits, chart_emergency, chart_laboratory, chart_orders, chart_intensive, chart_notes)
 

@@ -12,9 +12,10 @@ from enum import IntEnum
 
 import numpy as np
 
+from .block import Block
 from .chances import at_least, by_severity, each_chance, to_minute
-from .illness import sigmoid
-from .visits import DAYS, HOUR, Block, repeat, stack, take
+from .odds import sigmoid
+from .rows import DAYS, HOUR, repeat, stack, take
 
 # %% ../../nbs/03_hospital/15_blood_draws.ipynb #d89e6b8b
 class Site(IntEnum):

@@ -9,9 +9,10 @@ __all__ = ['CLINIC_SHARE', 'CLINIC_MEASURES', 'time_left', 'clinics', 'measured'
 import numpy as np
 import polars as pl
 
+from .block import Block
 from .chances import each_chance
 from .conditions import matrix
-from .visits import DAYS, Block, date, seconds, shown, words
+from .rows import DAYS, as_printed, date, seconds, words
 
 # %% ../../nbs/03_hospital/14_clinics.ipynb #16edfcae
 def time_left(
@@ -93,7 +94,7 @@ def omr(
     weight = np.round(b.p['weight'][patient] + clothes, 1)
     bmi = np.round(weight*703/height**2, 1)
     is_number = [name == x for x in ('Weight (Lbs)', 'BMI (kg/m2)', 'Height (Inches)')]
-    number = shown(np.select(is_number, [weight, bmi, height], np.nan))
+    number = as_printed(np.select(is_number, [weight, bmi, height], np.nan))
     return dict(
         subject_id=b.subject[patient],
         chartdate=date(b.clinics['day'][row]),

@@ -13,9 +13,10 @@ from typing import NamedTuple
 import numpy as np
 import polars as pl
 
+from .block import PROVIDERS, Block
 from .chances import by_severity, each_chance, to_minute
 from .conditions import matrix
-from .visits import HOUR, PROVIDERS, Block, date, gaps, nullable, repeat, same, stack, take, when, words
+from .rows import HOUR, date, gaps, nullable, repeat, same, stack, take, when, words
 
 # %% ../../nbs/03_hospital/16_cultures.ipynb #154d5750
 def culture_chances(

@@ -14,8 +14,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+from .block import Block
 from .chances import at_least, by_severity, each_chance
-from .visits import DAYS, HOUR, Block, repeat, stack, take
+from .rows import DAYS, HOUR, repeat, stack, take
 
 # %% ../../nbs/03_hospital/19_drug_plan.ipynb #c8ff3c31
 class DrugSource(IntEnum):

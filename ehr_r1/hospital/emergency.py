@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['NORMAL', 'SICK', 'NOISE', 'LOWEST', 'HIGHEST', 'PAINFUL', 'TRANSPORTS', 'DISPOSITIONS', 'NOT_ADMITTED',
-           'UNKNOWN_TRANSPORT', 'STAY_DRAWS', 'RHYTHMS', 'RHYTHM_NOTED', 'STEP', 'STEP_SICK', 'SICK_FROM', 'RECONCILED',
-           'GIVEN_TWICE', 'TWICE_FROM', 'SURE', 'BOTH', 'CHRONIC_NAMED', 'DIAGNOSIS_DRAWS', 'stay_ids', 'vital_signs',
-           'vital_columns', 'pain', 'chief_complaints', 'edstays', 'triage_acuity', 'stays', 'rhythms', 'vitalsign',
-           'medrecon', 'drugs_given', 'pyxis', 'ed_diagnosis_rows', 'ed_diagnosis', 'chart_emergency']
+           'UNKNOWN_TRANSPORT', 'EDSTAY_DRAWS', 'RHYTHMS', 'RHYTHM_NOTED', 'STEP', 'STEP_SICK', 'SICK_FROM',
+           'RECONCILED', 'GIVEN_TWICE', 'TWICE_FROM', 'SURE', 'BOTH', 'CHRONIC_NAMED', 'DIAGNOSIS_DRAWS', 'stay_ids',
+           'vital_signs', 'vital_columns', 'pain', 'chief_complaints', 'edstays', 'triage_acuity', 'stays', 'rhythms',
+           'vitalsign', 'medrecon', 'drugs_given', 'pyxis', 'ed_diagnosis_rows', 'ed_diagnosis', 'chart_emergency']
 
 # %% ../../nbs/03_hospital/12_emergency.ipynb #fc4b2c2d
 import numpy as np
@@ -101,7 +101,7 @@ TRANSPORTS = ['AMBULANCE', 'WALK IN', 'UNKNOWN']
 DISPOSITIONS = ['ADMITTED', 'HOME', 'LEFT WITHOUT BEING SEEN', 'ELOPED', 'TRANSFER']
 NOT_ADMITTED = {'HOME': .93, 'LEFT WITHOUT BEING SEEN': .03, 'ELOPED': .02, 'TRANSFER': .02} # shares, our choice
 UNKNOWN_TRANSPORT = .03 # share of those who did not come by ambulance
-STAY_DRAWS = ('complaint', 'transport', 'disposition')
+EDSTAY_DRAWS = ('complaint', 'transport', 'disposition')
 
 # %% ../../nbs/03_hospital/12_emergency.ipynb #b59930d3
 def chief_complaints(
@@ -125,7 +125,7 @@ def chief_complaints(
 def edstays(
     b:Block,              # the block
     emergency:np.ndarray, # visits with an emergency stay
-    draws:dict            # by `STAY_DRAWS`, one an emergency stay
+    draws:dict            # by `EDSTAY_DRAWS`, one an emergency stay
 )->dict: # columns
     "The edstays table. The sicker and older come by ambulance."
     who = b.who[emergency]
@@ -164,7 +164,7 @@ def stays(
     "edstays and triage."
     emergency = np.flatnonzero(b.v['ed'])
     n, random = len(emergency), b.random.of('triage')
-    draws = b.random.of('edstays').columns(STAY_DRAWS, n)
+    draws = b.random.of('edstays').columns(EDSTAY_DRAWS, n)
     signs = vital_signs(b, emergency, fade=np.ones(n), random=random)
     triage = dict(
         **stay_ids(b, emergency),

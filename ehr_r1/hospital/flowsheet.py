@@ -14,9 +14,10 @@ from typing import NamedTuple
 import numpy as np
 import polars as pl
 
+from .block import Block
 from .emergency import vital_signs
-from .illness import sigmoid
-from .visits import DAYS, HOUR, Block, gaps, repeat, shown, stack, take, when, words
+from .odds import sigmoid
+from .rows import DAYS, HOUR, as_printed, gaps, repeat, stack, take, when, words
 
 # %% ../../nbs/03_hospital/23_flowsheet.ipynb #61948ebc
 def icu_keys(
@@ -335,7 +336,7 @@ def chartevents(
         charttime=when(hours['t'][i]),
         storetime=when((hours['t'] + late)[i]),
         itemid=item_ids(b, item),
-        value=words(texts, rows['text']).fill_null(shown(rows['value'])),
+        value=words(texts, rows['text']).fill_null(as_printed(rows['value'])),
         valuenum=gaps(rows['value']),
         valueuom=words(b.lib.items['unit'].to_list(), item),
         warning=warnings(b, rows),

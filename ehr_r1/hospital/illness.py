@@ -26,7 +26,7 @@ from ehr_r1.hospital.odds import (
     LOG_WARD_DAYS,
     OBSERVATION_DAYS,
     WARD_SPREAD,
-    Case,
+    IllPatients,
     case_of,
     chance,
     death_hour,
@@ -34,7 +34,6 @@ from ehr_r1.hospital.odds import (
     hours_between,
     lognormal,
     second_icu_hours,
-    sigmoid,  # noqa: F401, for modules that have not been told where it now lives
     weighted,
 )
 from .patients import patients
@@ -175,7 +174,7 @@ def icu_start(
 # %% ../../nbs/03_hospital/06_illness.ipynb #17d2e4ca
 def kind_of_stay(
     visits:dict, # from `arrive`
-    case:Case,   # the same visits
+    case:IllPatients,   # the same visits
     draws:dict   # from `visit_draws`, one a visit
 )->dict: # further columns: icu, short, again, p_again, mu_w, mu_i, scale
     "What kind of stay an admission is."

@@ -10,8 +10,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+from .block import Block
 from .chances import by_severity, to_minute
-from .visits import HOUR, Block, repeat, stack, take
+from .rows import HOUR, repeat, stack, take
 
 # %% ../../nbs/03_hospital/18_imaging.ipynb #a878f0e0
 class Exam(NamedTuple):

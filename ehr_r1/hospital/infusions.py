@@ -14,9 +14,10 @@ from dataclasses import dataclass
 import numpy as np
 import polars as pl
 
+from .block import Block
 from .draws import Draws
 from .flowsheet import body_weight, icu_keys, item_ids, item_place
-from .visits import HOUR, Block, gaps, repeat, same, stack, take, when, words
+from .rows import HOUR, gaps, repeat, same, stack, take, when, words
 
 # %% ../../nbs/03_hospital/24_infusions.ipynb #85d7db15
 @dataclass(frozen=True)

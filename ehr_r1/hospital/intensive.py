@@ -13,9 +13,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from .block import Block
 from .flowsheet import body_weight, chartevents, icu_keys, icustays, item_ids, item_place
 from .infusions import first_hour, inputs, stay_hours, text_column
-from .visits import DAYS, HOUR, Block, repeat, same, stack, take, when, words
+from .rows import DAYS, HOUR, repeat, same, stack, take, when, words
 
 # %% ../../nbs/03_hospital/25_intensive.ipynb #145dc77f
 def had_culture(

@@ -9,10 +9,11 @@ __all__ = ['FASTING', 'run_tests', 'lab_column', 'illness_shift', 'test_results'
 # %% ../../nbs/03_hospital/17_laboratory.ipynb #e33521f2
 import numpy as np
 
+from .block import PROVIDERS, Block
 from .blood_draws import Site, blood_draws
 from .clinics import clinics, omr
 from .cultures import microbiologyevents, specimens
-from .visits import DAYS, PROVIDERS, Block, gaps, nullable, shown, when, words
+from .rows import DAYS, as_printed, gaps, nullable, when, words
 
 # %% ../../nbs/03_hospital/17_laboratory.ipynb #8048e933
 def run_tests(
@@ -123,7 +124,7 @@ def result_columns(
     glucose = lab_column(b, 'lab', lab) == 'glucose'
     return dict(
         itemid=lab_column(b, 'itemid', lab),
-        value=shown(number),
+        value=as_printed(number),
         valuenum=number,
         valueuom=words(labs['unit'].to_list(), lab),
         ref_range_lower=gaps(lab_column(b, 'low', lab)),

@@ -13,10 +13,12 @@ __all__ = ['SUMMARY_LABS', 'FREQUENCIES', 'NOT_AT_HOME', 'LASTING', 'SUMMARY', '
 import numpy as np
 import polars as pl
 
+from .block import Block
 from .chances import to_minute
 from .drug_plan import DrugSource
 from .radiology import PERSONS, chief_complaint, radiology
-from .visits import DAYS, HOMES, HOUR, Block, joined, same, take, when, within
+from .rows import DAYS, HOUR, joined, same, take, when, within
+from .visits import DISCHARGE_LOCATIONS
 
 # %% ../../nbs/03_hospital/27_notes.ipynb #625dc4d4
 def rows_by_visit(
@@ -329,7 +331,7 @@ def examination_parts(
     )
 
 # %% ../../nbs/03_hospital/27_notes.ipynb #7bbbfc00
-NEEDS_CARE = ('SKILLED NURSING FACILITY', 'REHAB', 'CHRONIC/LONG TERM ACUTE CARE')  # of HOMES
+NEEDS_CARE = ('SKILLED NURSING FACILITY', 'REHAB', 'CHRONIC/LONG TERM ACUTE CARE')  # of DISCHARGE_LOCATIONS
 
 def leaving_parts(
     b:Block,       # a block with its visits
@@ -339,7 +341,7 @@ def leaving_parts(
     "Where the patient goes, how, and with what medicines."
     if b.v['died'][visit]:
         return dict(leaving='None', disposition='Expired', condition='Expired')
-    home = HOMES[b.home[visit]]
+    home = DISCHARGE_LOCATIONS[b.home[visit]]
     activity = 'Out of Bed with assistance.' if home in NEEDS_CARE else 'Ambulatory - Independent.'
     condition = f'Mental Status: Clear and coherent.\nActivity Status: {activity}'
     return dict(leaving=numbered_list(medicines), disposition=home.title(), condition=condition)

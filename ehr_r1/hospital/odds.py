@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['DAY_HOURS', 'HAZARD_KNOTS', 'HAZARD_LEVELS', 'HAZARD_SUMS', 'WARD_SPREAD', 'ICU_SPREAD', 'AGAIN_SPREAD', 'AFTER_ICU',
            'SECOND_ICU', 'OBSERVATION_DAYS', 'LOG_ODDS', 'LOG_HAZARD', 'LOG_WARD_DAYS', 'LOG_ICU_DAYS', 'sigmoid',
-           'alive', 'death_hour', 'lognormal', 'longer', 'second_icu_hours', 'hours_between', 'Case', 'case_of',
+           'alive', 'death_hour', 'lognormal', 'longer', 'second_icu_hours', 'hours_between', 'IllPatients', 'case_of',
            'weighted', 'chance', 'hazard']
 
 # %% ../../nbs/03_hospital/04_odds.ipynb #413e3169
@@ -88,7 +88,7 @@ def hours_between(
 
 # %% ../../nbs/03_hospital/04_odds.ipynb #79b174d1
 @dataclass(frozen=True)
-class Case:
+class IllPatients:
     "Patients who are ill, as arrays that broadcast."
     lib:Library
     age:np.ndarray       # years
@@ -115,15 +115,15 @@ def case_of(
     who:np.ndarray,   # rows of `patients`
     condition,        # row of the library's arrays, broadcasts with `who`
     severity          # broadcasts with `who`
-)->Case: # one for each of `who`
+)->IllPatients: # one for each of `who`
     "These patients, ill."
     age, frailty, burden = (patients[name][who] for name in ('age', 'frail', 'burden'))
-    return Case(lib, age, frailty, burden, condition, severity)
+    return IllPatients(lib, age, frailty, burden, condition, severity)
 
 # %% ../../nbs/03_hospital/04_odds.ipynb #af45e2a0
 def weighted(
     weights:dict, # term -> coefficient
-    case:Case,    # patients who are ill
+    case:IllPatients,    # patients who are ill
     **known       # terms that are not the case's own, name -> array
 )->np.ndarray: # one for each case
     "Sum of coefficient times term, in the order of the coefficients."
@@ -149,7 +149,7 @@ LOG_ODDS = {
 # %% ../../nbs/03_hospital/04_odds.ipynb #f6d117d1
 def chance(
     what:str,  # a key of `LOG_ODDS`
-    case:Case, # patients who are ill
+    case:IllPatients, # patients who are ill
     **known    # terms that are not the case's own, name -> array
 )->np.ndarray: # probability, one for each case
     "Probability that it happens."
@@ -162,7 +162,7 @@ LOG_ICU_DAYS = dict(log_icu_days=1., severity=.6, constant=-.72, burden=.05)
 
 # %% ../../nbs/03_hospital/04_odds.ipynb #9e6b2d83
 def hazard(
-    case:Case, # patients who are ill
+    case:IllPatients, # patients who are ill
     in_icu     # whether with intensive care, broadcasts with the case
 )->np.ndarray: # factor on `HAZARD_LEVELS`, one for each case
     "Scale of the hazard of death, within what keeps the integrals finite."

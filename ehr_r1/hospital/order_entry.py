@@ -15,10 +15,11 @@ from typing import NamedTuple
 import numpy as np
 import polars as pl
 
+from .block import PROVIDERS, Block
 from .blood_draws import Site
 from .chances import to_minute
 from .imaging import modality
-from .visits import DAYS, HOUR, PROVIDERS, Block, joined, repeat, same, stack, take, when, within, words
+from .rows import DAYS, HOUR, joined, repeat, same, stack, take, when, within, words
 
 # %% ../../nbs/03_hospital/20_order_entry.ipynb #4634b9d8
 class OrderType(NamedTuple):

@@ -6,11 +6,11 @@
 __all__ = ['chart_orders']
 
 # %% ../../nbs/03_hospital/22_orders.ipynb #a8e56347
+from .block import Block
 from .drug_plan import drug_plan
 from .imaging import imaging
 from .order_entry import order_entry
 from .pharmacy import administrations, dispensing
-from .visits import Block
 
 # %% ../../nbs/03_hospital/22_orders.ipynb #a32e6ef7
 def chart_orders(

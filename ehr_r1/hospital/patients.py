@@ -7,12 +7,12 @@ __all__ = ['SEXES', 'RACES', 'ALLERGIES', 'LANGUAGES', 'MARITAL_STATUS', 'INSURA
            'YEAR_GROUPS', 'FRAILTY_TO_CHRONIC', 'FRAIL_LABS', 'OWN_LAB_SPREAD', 'OWN_VITAL_SPREAD', 'INCHES',
            'INCHES_SPREAD', 'BMI', 'BMI_OBESE', 'BMI_SPREAD', 'BMI_SPREAD_OBESE', 'BMI_LIMITS', 'AGE_MEAN',
            'AGE_SPREAD', 'AGE_LIMITS', 'DATES', 'FIRST_HOURS', 'places', 'choices', 'chronic_conditions',
-           'home_medicines', 'own_labs', 'own_vitals', 'build', 'background', 'patients']
+           'home_medicines', 'own_labs', 'own_vitals', 'height_and_weight', 'background', 'patients']
 
 # %% ../../nbs/03_hospital/05_patients.ipynb #4d9a02d0
 import numpy as np
 
-from .conditions import VITALS, Library, read_library
+from .conditions import VITAL_SIGNS, Library, read_library
 from .draws import Draws
 from .odds import DAY_HOURS, sigmoid
 
@@ -86,7 +86,7 @@ def home_medicines(
 # %% ../../nbs/03_hospital/05_patients.ipynb #6df3b3b1
 FRAIL_LABS = dict(albumin=-.9, red_cells=-.5, rdw=.8) # family of tests -> spreads, a standard deviation of frailty
 OWN_LAB_SPREAD = .5                                   # between people, in spreads of the test
-OWN_VITAL_SPREAD = [5, 1, .6, 8, .15]                 # between people, in the order and the units of `VITALS`
+OWN_VITAL_SPREAD = [5, 1, .6, 8, .15]                 # between people, in the order and the units of `VITAL_SIGNS`
 
 # %% ../../nbs/03_hospital/05_patients.ipynb #e7aa079a
 def own_labs(
@@ -108,7 +108,7 @@ def own_vitals(
     has:np.ndarray # patients x chronic conditions
 )->np.ndarray: # from the normal value, in its unit, patients x 5
     "Vital signs of patients who are well."
-    personal = draws.normal('own vital signs', (len(has), len(VITALS)))*OWN_VITAL_SPREAD
+    personal = draws.normal('own vital signs', (len(has), len(VITAL_SIGNS)))*OWN_VITAL_SPREAD
     return has@lib.arrays['chronic_vitals'] + personal
 
 # %% ../../nbs/03_hospital/05_patients.ipynb #1d7fffea
@@ -119,7 +119,7 @@ BMI_SPREAD, BMI_SPREAD_OBESE = 4, 5      # standard deviations
 BMI_LIMITS = (16, 62)                    # the smallest and the largest
 
 
-def build(
+def height_and_weight(
     draws:Draws,     # of the patients
     sex:np.ndarray,  # F or M, one a patient
     obese:np.ndarray # yes or no
@@ -172,7 +172,7 @@ def patients(
     about['home'] = home_medicines(lib, draws, has)
     about['labs'] = own_labs(lib, draws, has, frail)
     about['vitals'] = own_vitals(lib, draws, has)
-    about |= build(draws, sex, obese=has[:, lib.chronic_at('obesity')])
+    about |= height_and_weight(draws, sex, obese=has[:, lib.chronic_at('obesity')])
     about |= background(draws, age)
     about['group'] = places(draws, 'years', YEAR_GROUPS, n)
     day = draws.integers('first day', 0, DATES, n)

@@ -17,19 +17,18 @@ import numpy as np
 import polars as pl
 
 from ..data.schema import TABLES
+from .block import PROVIDERS, Block
 from .chances import by_severity
 from .draws import Draws
 from .drug_plan import PerDay
-from ehr_r1.hospital.visits import (
+from ehr_r1.hospital.rows import (
     DAYS,
     HOUR,
-    PROVIDERS,
-    Block,
+    as_printed,
     joined,
     nullable,
     repeat,
     same,
-    shown,
     stack,
     take,
     when,
@@ -207,7 +206,7 @@ def prescriptions_table(
         ndc=drug_column(b, 'ndc', drug),
         prod_strength=drug_column(b, 'strength', drug),
         form_rx=same('', n),
-        dose_val_rx=shown(drugs['dose'].to_numpy()[drug]*units),
+        dose_val_rx=as_printed(drugs['dose'].to_numpy()[drug]*units),
         dose_unit_rx=drug_column(b, 'unit', drug),
         form_val_disp=units.astype(str),
         form_unit_disp=drug_column(b, 'form', drug),

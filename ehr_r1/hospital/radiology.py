@@ -9,8 +9,9 @@ __all__ = ['PERSONS', 'TECHNIQUES', 'REPORT', 'chief_complaint', 'report_text', 
 import numpy as np
 import polars as pl
 
+from .block import Block
 from .imaging import modality
-from .visits import Block, joined, nullable, same, when, within, words
+from .rows import joined, nullable, same, when, within, words
 
 # %% ../../nbs/03_hospital/26_radiology.ipynb #ce933331
 PERSONS = dict(F='woman', M='man')

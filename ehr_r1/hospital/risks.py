@@ -46,7 +46,7 @@ from ehr_r1.hospital.odds import (
     OBSERVATION_DAYS,
     SECOND_ICU,
     WARD_SPREAD,
-    Case,
+    IllPatients,
     alive,
     case_of,
     chance,
@@ -98,7 +98,7 @@ def hours_until_ward(
 
 # %% ../../nbs/03_hospital/07_risks.ipynb #c4d87206
 def ward_mortality(
-    case:Case,   # patients at the end of an emergency stay
+    case:IllPatients,   # patients at the end of an emergency stay
     points:dict  # from `quadrature`
 )->np.ndarray: # probability, one a patient
     "Death in hospital for an admission without intensive care, an observation stay or not."
@@ -114,7 +114,7 @@ def ward_mortality(
 
 # %% ../../nbs/03_hospital/07_risks.ipynb #4f509ea6
 def icu_mortality(
-    case:Case,   # patients at the end of an emergency stay
+    case:IllPatients,   # patients at the end of an emergency stay
     points:dict  # from `quadrature`
 )->np.ndarray: # probability, one a patient
     "Death in hospital for an admission with intensive care."
@@ -128,7 +128,7 @@ def icu_mortality(
 
 # %% ../../nbs/03_hospital/07_risks.ipynb #c9744dc5
 def emergency_risks(
-    case:Case # patients at the end of an emergency stay
+    case:IllPatients # patients at the end of an emergency stay
 )->dict[str, np.ndarray]: # question -> probability, one a patient
     "Risks before the decision to admit."
     points = quadrature()

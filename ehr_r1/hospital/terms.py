@@ -18,7 +18,7 @@ from ..data.rrf import write_rrf
 from .concepts import Concepts, Name, find, kind_frame, link, name_frame, relation_frame
 from .conditions import LIBRARY, Library, read_library
 from .order_entry import ORDER_TYPES, SURGICAL_SERVICES
-from .visits import KINDS
+from .visits import ADMISSION_TYPES
 
 # %% ../../nbs/03_hospital/29_terms.ipynb #139b8ef2
 def dotted(
@@ -141,7 +141,7 @@ def add_care(
         known.concept(organism, 'organism')
     for kind in ORDER_TYPES.values():
         known.concept(kind.type, 'care')
-    for kind in KINDS:
+    for kind in ADMISSION_TYPES:
         admission = known.concept(kind, 'care')
         link(known, admission, 'isa', known.concept('Patient admission', 'care'))
 
@@ -238,7 +238,7 @@ def link_work_up(
 # %% ../../nbs/03_hospital/29_terms.ipynb #c89e9939
 def admission_types(
     c:dict # acute condition
-)->list[str]: # of KINDS
+)->list[str]: # of ADMISSION_TYPES
     "Types of admission that go with a condition."
     types = []
     if c['planned'] > c['weight']:
@@ -248,7 +248,7 @@ def admission_types(
     if c['weight'] > 0 and c['admit'] > 0:
         types += ['EW EMER.', 'URGENT', 'DIRECT EMER.']
     if c['admit'] < 0:
-        types += [kind for kind in KINDS if 'OBSERVATION' in kind]
+        types += [kind for kind in ADMISSION_TYPES if 'OBSERVATION' in kind]
     return types
 
 # %% ../../nbs/03_hospital/29_terms.ipynb #4f94dfe4
