@@ -1,90 +1,211 @@
 "Under `strict` nothing after the prediction time may change a prompt."
 import re
 from datetime import timedelta
-import numpy as np, polars as pl, pytest
-from hypothesis import given, settings, strategies as st
+
+import numpy as np
+import polars as pl
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from records import at, merged, random_rows, row, store
+
+from ehr_r1.data.index import index_rows
 from ehr_r1.data.samples import Record
-from ehr_r1.data.tasks import TASKS, index_rows
-from records import random_rows, row, store, at, merged
 
-def strict(rows):
-    events = store(rows, 'strict')
-    return events, index_rows(events, 'strict')
+SEEDS = st.integers(0, 10**6)
+PATIENT = row('patients', cells=['60.0', 'F'])
 
-def prompt(events, s, style='official'):
-    return Record(events.filter(pl.col('subject_id') == s['subject_id']), style).prompt(s, 0)[0]
 
-def trigger(events, s): return events.filter(pl.col('event') == s['trigger'])['table'][0] # of the only patient
+def record_of(events, sample):
+    return Record(events.filter(pl.col('subject_id') == sample['subject_id']), 'official')
 
-def delete(rows, s, rng): return rows.filter(~later(s))
-def change(rows, s, rng): return rows.with_columns(cells=pl.when(later(s)).then(pl.lit('changed')).otherwise(pl.col('cells')), time=pl.when(later(s)).then(pl.col('time') + pl.duration(hours=int(rng.integers(0, 99)))).otherwise(pl.col('time')))
-def add(rows, s, rng):
-    new = [row(t, s['prediction_time'] + timedelta(seconds=int(rng.integers(1, 90_000))), s['hadm_id'], ['added'], subject=s['subject_id'], n=k, stay=s['stay_id']) for k, t in enumerate(('labevents', 'poe', 'vitalsign', 'services', 'radiology', 'pharmacy'))]
+
+def prompt(events, sample):
+    return record_of(events, sample).prompt(sample, 0)[0]
+
+
+def indexed(rows, protocol='strict'):
+    "The store of some rows, and its index."
+    events = store(rows, protocol)
+    return events, index_rows(events, protocol)
+
+
+# the future is changed
+
+def later(sample):
+    "Rows of the patient after the prediction time."
+    of_patient = pl.col('subject_id') == sample['subject_id']
+    return of_patient & (pl.col('time') > sample['prediction_time']).fill_null(False)
+
+
+def delete(rows, sample, rng):
+    return rows.filter(~later(sample))
+
+
+def change(rows, sample, rng):
+    moved = pl.col('time') + pl.duration(hours=int(rng.integers(0, 99)))
+    return rows.with_columns(
+        cells=pl.when(later(sample)).then(pl.lit('changed')).otherwise(pl.col('cells')),
+        time=pl.when(later(sample)).then(moved).otherwise(pl.col('time')))
+
+
+def add(rows, sample, rng):
+    tables = ('labevents', 'poe', 'vitalsign', 'services', 'radiology', 'pharmacy')
+    new = []
+    for n, table in enumerate(tables):
+        time = sample['prediction_time'] + timedelta(seconds=int(rng.integers(1, 90_000)))
+        new.append(row(table, time, sample['hadm_id'], ['added'], subject=sample['subject_id'], n=n, stay=sample['stay_id']))
     return pl.concat([rows, merged(new)])
-def later(s): return (pl.col('subject_id') == s['subject_id']) & (pl.col('time') > s['prediction_time']).fill_null(False)
+
+
+def trigger(events, sample):
+    "The table of the trigger; there is one patient only."
+    return events.filter(pl.col('event') == sample['trigger'])['table'][0]
+
+
+def same_question(index, sample):
+    "Index rows that ask the same; positions may shift, because rows without a time move."
+    what = ('task', 'prediction_time', 'hadm_id', 'stay_id')
+    return index.filter(*(pl.col(c).eq_missing(pl.lit(sample[c], dtype=index.schema[c])) for c in what))
+
+
+def may_vanish(sample, edit):
+    "A risk may no longer be asked; diagnoses have no time and move behind rows added to their admission."
+    of_diagnoses = sample['task'].startswith('diagnoses') or sample['label'] == ['diagnoses_icd']
+    return sample['family'] == 'risk' or edit is add and of_diagnoses
+
 
 @settings(max_examples=15, deadline=None)
-@given(seed=st.integers(0, 10**6), edit=st.sampled_from([delete, change, add]))
-def test_future_changes_no_byte(seed, edit):
+@given(seed=SEEDS, edit=st.sampled_from([delete, change, add]))
+def test_the_future_changes_no_byte(seed, edit):
     rng, rows = np.random.default_rng(seed), random_rows(seed, subjects=1)
-    events, index = strict(rows)
-    for s in index.sample(min(3, len(index)), seed=seed).iter_rows(named=True):
-        after, there = strict(edit(rows, s, rng))
-        # positions in the event list may shift, because rows without a time move; the question does not
-        same = there.filter(*(pl.col(c).eq_missing(pl.lit(s[c], dtype=there.schema[c])) for c in ('task', 'prediction_time', 'hadm_id', 'stay_id')))
-        texts = [prompt(after, x) for x in same.iter_rows(named=True) if trigger(after, x) == trigger(events, s)]
-        if texts: assert prompt(events, s) in texts, (edit.__name__, s)
-        else: # a risk may no longer be asked; diagnoses have no time of their own and move behind rows that are added to their admission
-            assert s['family'] == 'risk' or edit is add and (s['task'].startswith('diagnoses') or s['label'] == ['diagnoses_icd']), (edit.__name__, s)
+    events, index = indexed(rows)
+    for sample in index.sample(min(3, len(index)), seed=seed).iter_rows(named=True):
+        edited, edited_index = indexed(edit(rows, sample, rng))
+        found = same_question(edited_index, sample).iter_rows(named=True)
+        texts = [prompt(edited, other) for other in found if trigger(edited, other) == trigger(events, sample)]
+        if texts:
+            assert prompt(events, sample) in texts, sample
+        else:
+            assert may_vanish(sample, edit), sample
 
-def stamped(seed): return random_rows(seed, subjects=2).with_columns(cells=pl.when(pl.col('time').is_not_null()).then(pl.col('time').dt.to_string('AT%Y%m%d%H%M%S')).otherwise(pl.lit('ALWAYS')))
-def late(text, s): return [m for m in re.findall(r'AT(\d{14})', text) if m > s['prediction_time'].strftime('%Y%m%d%H%M%S')]
+
+# every row says when it was
+
+def stamped(seed):
+    "Random rows whose cells hold their time."
+    time = pl.col('time').dt.to_string('AT%Y%m%d%H%M%S')
+    cells = pl.when(pl.col('time').is_not_null()).then(time).otherwise(pl.lit('ALWAYS'))
+    return random_rows(seed, subjects=2).with_columns(cells=cells)
+
+
+def shown_late(events, sample):
+    "Times in the prompt that come after the prediction time."
+    now = sample['prediction_time'].strftime('%Y%m%d%H%M%S')
+    return [time for time in re.findall(r'AT(\d{14})', prompt(events, sample)) if time > now]
+
 
 @settings(max_examples=5, deadline=None)
-@given(seed=st.integers(0, 10**6))
+@given(seed=SEEDS)
 def test_nothing_shown_is_later_than_the_prediction_time(seed):
-    events, index = strict(stamped(seed))
-    for s in index.sample(min(60, len(index)), seed=seed).iter_rows(named=True): assert not late(prompt(events, s), s), s
+    events, index = indexed(stamped(seed))
+    for sample in index.sample(min(60, len(index)), seed=seed).iter_rows(named=True):
+        assert not shown_late(events, sample), sample
 
-def test_the_test_can_fail():
-    "The official protocol does look ahead, and this very check sees it."
-    def leaks(seed):
-        events = store(stamped(seed), 'official')
-        return any(late(prompt(events, s), s) for s in index_rows(events, 'official').filter(pl.col('family') == 'risk').iter_rows(named=True))
-    assert any(leaks(seed) for seed in range(10))
+
+def test_the_official_protocol_looks_ahead_and_the_check_sees_it():
+    found = []
+    for seed in range(10):
+        events, index = indexed(stamped(seed), 'official')
+        risks = index.filter(pl.col('family') == 'risk').iter_rows(named=True)
+        found.append(any(shown_late(events, sample) for sample in risks))
+    assert any(found)
+
 
 @settings(max_examples=8, deadline=None)
-@given(seed=st.integers(0, 10**6))
+@given(seed=SEEDS)
 def test_row_order_does_not_matter_under_strict(seed):
-    rows = random_rows(seed).with_columns(order=pl.col('order') - pl.col('order') % 2**30) # strict has no row numbers
-    assert store(rows, 'strict').equals(store(rows.sample(fraction=1, shuffle=True, seed=seed), 'strict'))
+    rows = random_rows(seed).with_columns(order=pl.col('order') - pl.col('order') % 2**30)  # strict has no row numbers
+    shuffled = rows.sample(fraction=1, shuffle=True, seed=seed)
+    assert store(rows, 'strict').equals(store(shuffled, 'strict'))
+
+
+# which tables a window shows
 
 def window_tables(rows, task, protocol='strict'):
-    events = store(rows, protocol); out = []
-    for s in index_rows(events, protocol).filter(pl.col('task') == task).iter_rows(named=True):
-        r = Record(events.filter(pl.col('subject_id') == s['subject_id']), 'official')
-        out.append([r.table[i] for i, _ in r.window(s)])
-    return out
+    "The tables of the window of every sample of a task."
+    events, index = indexed(rows, protocol)
+    found = []
+    for sample in index.filter(pl.col('task') == task).iter_rows(named=True):
+        record = record_of(events, sample)
+        found.append([record.table[event] for event, _ in record.window(sample)])
+    return found
 
-ED = [row('patients', cells=['60.0', 'F']), row('edstays', at(1, 8), 7, ['F', 'WHITE'], until=at(1, 16), stay=5), row('labevents', at(1, 9), 7, ['Sodium']), row('poe', at(1, 10), 7, ['Medications']),
-      row('services', at(1, 12), 7, ['MED']), row('transfers', at(1, 13), 7, ['admit', 'Medicine']), row('admissions', at(1, 12), 7, ['EW EMER.'], until=at(5, 8)), row('labevents', at(1, 20), 7, ['Sodium'])]
 
-def test_ed_windows_lose_rows_of_the_coming_admission():
-    assert window_tables(ED, 'ED_Hospitalization', 'official') == [['edstays', 'labevents', 'poe', 'services', 'transfers']]
-    assert window_tables(ED, 'ED_Hospitalization') == [['edstays', 'labevents']]
+ED = [
+    PATIENT,
+    row('edstays', at(1, 8), 7, ['F', 'WHITE'], until=at(1, 16), stay=5),
+    row('labevents', at(1, 9), 7, ['Sodium']),
+    row('poe', at(1, 10), 7, ['Medications']),
+    row('services', at(1, 12), 7, ['MED']),
+    row('transfers', at(1, 13), 7, ['admit', 'Medicine']),
+    row('admissions', at(1, 12), 7, ['EW EMER.'], until=at(5, 8)),
+    row('labevents', at(1, 20), 7, ['Sodium']),
+]
 
-def test_pharmacy_is_masked_for_prescriptions():
-    rows = [row('patients', cells=['60.0', 'F']), row('admissions', at(1), 7, until=at(5)), row('labevents', at(1, 1), 7, ['Sodium']), row('pharmacy', at(1, 2), 7, ['Aspirin', 'Unit Dose']), row('prescriptions', at(1, 3), 7, ['Aspirin'])]
-    assert window_tables(rows, 'prescriptions', 'official') == [['labevents', 'pharmacy']] and window_tables(rows, 'prescriptions') == [['labevents']]
 
-def test_discharge_notes_are_hidden_from_diagnosis_tasks():
-    rows = [row('patients', cells=['60.0', 'F']), row('admissions', at(1), 7, until=at(2)), row('labevents', at(1, 1), 7, ['Sodium']), row('discharge', at(1, 20), 7, ['DS', 'Diagnosis: sepsis']), row('diagnoses_icd', None, 7, ['Sepsis'])]
-    for protocol in ('official', 'strict'): assert window_tables(rows, 'diagnoses_icd', protocol) == [['labevents']]
+@pytest.mark.parametrize('protocol, shown', [
+    ('official', ['edstays', 'labevents', 'poe', 'services', 'transfers']),
+    ('strict', ['edstays', 'labevents']),
+])
+def test_ed_windows_lose_rows_of_the_coming_admission(protocol, shown):
+    assert window_tables(ED, 'ED_Hospitalization', protocol) == [shown]
+
+
+@pytest.mark.parametrize('protocol, shown', [('official', ['labevents', 'pharmacy']), ('strict', ['labevents'])])
+def test_pharmacy_is_masked_for_prescriptions(protocol, shown):
+    rows = [
+        PATIENT,
+        row('admissions', at(1), 7, until=at(5)),
+        row('labevents', at(1, 1), 7, ['Sodium']),
+        row('pharmacy', at(1, 2), 7, ['Aspirin', 'Unit Dose']),
+        row('prescriptions', at(1, 3), 7, ['Aspirin']),
+    ]
+    assert window_tables(rows, 'prescriptions', protocol) == [shown]
+
+
+@pytest.mark.parametrize('protocol', ['official', 'strict'])
+def test_discharge_notes_are_hidden_from_diagnosis_tasks(protocol):
+    rows = [
+        PATIENT,
+        row('admissions', at(1), 7, until=at(2)),
+        row('labevents', at(1, 1), 7, ['Sodium']),
+        row('discharge', at(1, 20), 7, ['DS', 'Diagnosis: sepsis']),
+        row('diagnoses_icd', None, 7, ['Sepsis']),
+    ]
+    assert window_tables(rows, 'diagnoses_icd', protocol) == [['labevents']]
+
 
 def test_rows_of_another_admission_are_not_shown():
-    rows = [row('patients', cells=['60.0', 'F']), row('labevents', at(1, 1), 7, ['Sodium']), row('labevents', at(1, 2), 8, ['Lactate']), row('poe', at(1, 3), 7, ['Lab']), row('services', at(1, 4), 7, ['MED'])]
-    assert window_tables(rows, 'services') == [['labevents', 'poe']] and len(window_tables(rows, 'services', 'official')[0]) == 2
+    rows = [
+        PATIENT,
+        row('labevents', at(1, 1), 7, ['Sodium']),
+        row('labevents', at(1, 2), 8, ['Lactate']),
+        row('poe', at(1, 3), 7, ['Lab']),
+        row('services', at(1, 4), 7, ['MED']),
+    ]
+    assert window_tables(rows, 'services') == [['labevents', 'poe']]
+    assert len(window_tables(rows, 'services', 'official')[0]) == 2
+
 
 def test_a_days_procedures_show_from_the_next_day_on():
-    rows = [row('patients', cells=['60.0', 'F']), row('admissions', at(1), 7, until=at(5)), row('procedures_icd', at(2), 7, ['Appendectomy']), row('labevents', at(2, 9), 7, ['Sodium']), row('poe', at(2, 10), 7, ['Lab']), row('services', at(2, 20), 7, ['MED'])]
-    assert window_tables(rows, 'services') == [['labevents', 'poe']] and 'procedures_icd' in window_tables(rows, 'services', 'official')[0]
+    rows = [
+        PATIENT,
+        row('admissions', at(1), 7, until=at(5)),
+        row('procedures_icd', at(2), 7, ['Appendectomy']),
+        row('labevents', at(2, 9), 7, ['Sodium']),
+        row('poe', at(2, 10), 7, ['Lab']),
+        row('services', at(2, 20), 7, ['MED']),
+    ]
+    assert window_tables(rows, 'services') == [['labevents', 'poe']]
+    assert 'procedures_icd' in window_tables(rows, 'services', 'official')[0]
