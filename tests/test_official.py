@@ -38,9 +38,21 @@ def of_patient(**columns):
 
 
 LAB = of_patient(
-    labevent_id='318', hadm_id=f'{HADM}.0', specimen_id='1953111', itemid='50912', order_provider_id='nan',
-    charttime='2180-05-07 05:05:00', storetime='2180-05-07 06:15:00', value='0.3', valuenum='0.3', valueuom='mg/dL',
-    ref_range_lower='0.4', ref_range_upper='1.1', flag='abnormal', priority='ROUTINE', comments='nan',
+    labevent_id='318',
+    hadm_id=f'{HADM}.0',
+    specimen_id='1953111',
+    itemid='50912',
+    order_provider_id='nan',
+    charttime='2180-05-07 05:05:00',
+    storetime='2180-05-07 06:15:00',
+    value='0.3',
+    valuenum='0.3',
+    valueuom='mg/dL',
+    ref_range_lower='0.4',
+    ref_range_upper='1.1',
+    flag='abnormal',
+    priority='ROUTINE',
+    comments='nan',
     file_name='labevents')
 
 
@@ -50,34 +62,74 @@ def lab(**changes):
 
 def event(table, rows, start=None, hadm=HADM, end=None):
     "An event as the published program writes it."
-    return dict(file_name=table, starttime=start, endtime=end or start, hadm_id=hadm, items=rows)
+    return dict(
+        file_name=table, starttime=start, endtime=end or start,
+        hadm_id=hadm, items=rows)
 
 
 ADMISSION = of_patient(
-    hadm_id=HADM, admittime='2180-05-06 22:23:00', dischtime='2180-05-07 17:15:00', deathtime='None',
-    admission_type='URGENT', admission_location='TRANSFER FROM HOSPITAL')
+    hadm_id=HADM,
+    admittime='2180-05-06 22:23:00',
+    dischtime='2180-05-07 17:15:00',
+    deathtime='None',
+    admission_type='URGENT',
+    admission_location='TRANSFER FROM HOSPITAL')
+DIAGNOSIS = of_patient(
+    hadm_id=HADM,
+    seq_num='1',
+    icd_code='5723',
+    icd_version='9')
 EVENTS = [
     event('patients', hadm=None, rows=[of_patient(
-        gender='F', anchor_age='52', anchor_year='2180', anchor_year_group='2014 - 2016', dod='2180-09-09')]),
+        gender='F',
+        anchor_age='52',
+        anchor_year='2180',
+        anchor_year_group='2014 - 2016',
+        dod='2180-09-09')]),
     event('edstays', start='2180-05-06 19:17:00', rows=[of_patient(
-        hadm_id=f'{HADM}.0', stay_id='33258284', intime='2180-05-06 19:17:00', outtime='2180-05-06 23:30:00',
-        gender='F', race='WHITE')]),
+        hadm_id=f'{HADM}.0',
+        stay_id='33258284',
+        intime='2180-05-06 19:17:00',
+        outtime='2180-05-06 23:30:00',
+        gender='F',
+        race='WHITE')]),
     event('triage', start='2180-05-06 19:17:01', hadm='None', rows=[of_patient(
-        stay_id='33258284', charttime='2180-05-06 19:17:01', temperature='98.4', heartrate='70.0', resprate='16.0',
-        o2sat='97.0', sbp='106.0', dbp='63.0', pain='0', acuity='3.0',
+        stay_id='33258284',
+        charttime='2180-05-06 19:17:01',
+        temperature='98.4',
+        heartrate='70.0',
+        resprate='16.0',
+        o2sat='97.0',
+        sbp='106.0',
+        dbp='63.0',
+        pain='0',
+        acuity='3.0',
         chiefcomplaint='Abd pain, Abdominal distention')]),
     event('admissions', start='2180-05-06 22:23:00', rows=[ADMISSION]),
     event('labevents', start='2180-05-07 05:05:00', end='2180-05-07 05:06:00', rows=[
-        lab(), lab(itemid='51006.0', charttime='2180-05-07 05:06:00', valuenum='nan', hadm_id='nan')]),
+        lab(),
+        lab(itemid='51006.0', charttime='2180-05-07 05:06:00', valuenum='nan', hadm_id='nan')]),
     event('omr', start='2180-05-08 00:00:00', hadm=None, rows=[of_patient(
-        chartdate='2180-05-08', seq_num='1', result_name='BMI (kg/m2)', result_value='19.2')]),
+        chartdate='2180-05-08',
+        seq_num='1',
+        result_name='BMI (kg/m2)',
+        result_value='19.2')]),
     event('prescriptions', rows=[of_patient(
-        hadm_id=HADM, starttime='nan', drug='None', ndc='904201561.0', prod_strength='10 mL Syringe',
-        dose_val_rx='3', dose_unit_rx='mL')]),
+        hadm_id=HADM,
+        starttime='nan',
+        drug='None',
+        ndc='904201561.0',
+        prod_strength='10 mL Syringe',
+        dose_val_rx='3',
+        dose_unit_rx='mL')]),
     event('radiology', start='2180-05-07 09:55:00', rows=[of_patient(
-        note_id='10000032-RR-16', hadm_id=HADM, note_type='RR', note_seq='16', charttime='2180-05-07 09:55:00',
+        note_id='10000032-RR-16',
+        hadm_id=HADM,
+        note_type='RR',
+        note_seq='16',
+        charttime='2180-05-07 09:55:00',
         text='INDICATION:  ___ "HCV"\nFINDINGS: ascites.')]),
-    event('diagnoses_icd', rows=[of_patient(hadm_id=HADM, seq_num='1', icd_code='5723', icd_version='9')]),
+    event('diagnoses_icd', rows=[DIAGNOSIS]),
     event('drgcodes', rows=[of_patient(hadm_id=HADM, drg_type='APR', drg_code='283')]),
 ]
 LOOKUPS = {
@@ -93,15 +145,20 @@ def patient_file(folder, events=EVENTS, name=PATIENT):
     "Write a patient as the published program does: pandas records, every value a string, items as JSON."
     written = []
     for one in events:
-        items = one['items'] if isinstance(one['items'], str) else json.dumps(one['items'])
+        items = one['items']
+        if not isinstance(items, str):
+            items = json.dumps(items)
         written.append(one | dict(items=items))
-    pl.DataFrame(written, schema=dict.fromkeys(PATIENT_COLUMNS, pl.String)).write_parquet(folder/f'{name}.parquet')
-    return folder/f'{name}.parquet'
+    path = folder/f'{name}.parquet'
+    frame = pl.DataFrame(written, schema=dict.fromkeys(PATIENT_COLUMNS, pl.String))
+    frame.write_parquet(path)
+    return path
 
 
 def cells(frame, number):
     "The cells of the rows of one event."
-    return [row.split('\x1f') for row in frame.filter(pl.col('event') == number)['cells']]
+    rows = frame.filter(pl.col('event') == number)
+    return [row.split('\x1f') for row in rows['cells']]
 
 
 # patients
@@ -113,7 +170,7 @@ def patient(tmp_path):
 
 def test_a_patient_becomes_rows_of_the_store(patient):
     assert patient.schema == STORE
-    assert patient['event'].to_list() == [0, 1, 2, 3, 4, 4, 5, 6, 7, 8, 9]
+    assert patient['event'].to_list() == [*range(5), *range(4, 10)]  # event 4 has two rows
     assert patient['subject_id'].unique().to_list() == [10000032]
 
 
@@ -139,15 +196,27 @@ def may(*moment):
 
 def test_times_of_rows_and_events(patient):
     assert patient['time'].to_list() == [
-        None, may(6, 19, 17), may(6, 19, 17, 1), may(6, 22, 23), may(7, 5, 5), may(7, 5, 6), may(8), None,
-        may(7, 9, 55), None, None]
+        None,               # patients
+        may(6, 19, 17),     # edstays
+        may(6, 19, 17, 1),  # triage
+        may(6, 22, 23),     # admissions
+        may(7, 5, 5),       # labevents
+        may(7, 5, 6),
+        may(8),             # omr
+        None,               # prescriptions
+        may(7, 9, 55),      # radiology
+        None,               # diagnoses_icd
+        None,               # drgcodes
+    ]
     assert patient['end'][4] == may(7, 5, 6)
     assert patient['start'][5] == may(7, 5, 5)
 
 
 def test_admissions_and_stays_of_rows(patient):
-    hadm = int(HADM)
-    assert patient['hadm_id'].to_list() == [None, hadm, None, hadm, hadm, None, None, hadm, hadm, hadm, hadm]
+    numbered = patient.with_row_index('row')
+    with_admission = numbered.filter(pl.col('hadm_id').is_not_null())
+    assert with_admission['row'].to_list() == [1, 3, 4, *range(7, 11)]
+    assert set(with_admission['hadm_id']) == {int(HADM)}
     assert patient['stay_id'].to_list()[:3] == [None, 33258284, 33258284]
 
 
@@ -159,17 +228,22 @@ def test_ends_of_stays_and_death(patient):
 
 
 def test_a_row_without_time_takes_that_of_its_event(tmp_path):
-    events = [EVENTS[0], event('labevents', [lab(charttime='nan')], '2180-05-07 05:05:00', hadm=None)]
-    assert read_patient_file(patient_file(tmp_path, events))['time'].to_list() == [None, may(7, 5, 5)]
+    untimed = event('labevents', [lab(charttime='nan')], '2180-05-07 05:05:00', hadm=None)
+    frame = read_patient_file(patient_file(tmp_path, [untimed]))
+    assert frame['time'].to_list() == [may(7, 5, 5)]
 
 
 def test_a_failed_lookup_is_empty_and_tables_may_have_their_own(tmp_path):
     code = of_patient(icd_code='5723', icd_version='9')
+    dated = code | dict(chartdate='2180-05-07')
     events = [
         event('diagnoses_icd', [code], hadm=None),
-        event('procedures_icd', [code | dict(chartdate='2180-05-07')], hadm=None),
+        event('procedures_icd', [dated], hadm=None),
     ]
-    names = {'CCS Type': {('9', '5723'): 'disease'}, ('procedures_icd', 'CCS Type'): {('9', '5723'): 'operation'}}
+    names = {
+        'CCS Type': {('9', '5723'): 'disease'},
+        ('procedures_icd', 'CCS Type'): {('9', '5723'): 'operation'},
+    }
     frame = read_patient_file(patient_file(tmp_path, events), names)
     assert cells(frame, 0) == [['', 'disease']]
     assert cells(frame, 1) == [['', 'operation']]
@@ -177,8 +251,10 @@ def test_a_failed_lookup_is_empty_and_tables_may_have_their_own(tmp_path):
 
 def test_admission_info_is_kept_where_the_file_has_it(tmp_path):
     said = 'Chief Complaint:\nascites'
-    events = [event('admissions', [ADMISSION | dict(admission_info=said)], '2180-05-06 22:23:00')]
-    assert cells(read_patient_file(patient_file(tmp_path, events)), 0)[0][-1] == said
+    with_info = ADMISSION | dict(admission_info=said)
+    events = [event('admissions', [with_info], '2180-05-06 22:23:00')]
+    frame = read_patient_file(patient_file(tmp_path, events))
+    assert cells(frame, 0)[0][-1] == said
 
 
 WITHOUT_FLAG = {key: value for key, value in LAB.items() if key != 'flag'}
@@ -198,7 +274,8 @@ WITHOUT_FLAG = {key: value for key, value in LAB.items() if key != 'flag'}
     (dict(items=[WITHOUT_FLAG]), 'row 0: table labevents lacks the column flag'),
 ])
 def test_a_broken_patient_is_named(tmp_path, changes, words):
-    broken = event('labevents', [lab()], '2180-05-07', hadm=None) | dict(endtime=None) | changes
+    whole = event('labevents', [lab()], '2180-05-07', hadm=None)
+    broken = whole | dict(endtime=None) | changes
     with pytest.raises(OfficialError, match='10000032.parquet.*' + words):
         read_patient_file(patient_file(tmp_path, [broken]))
 
@@ -231,7 +308,10 @@ def three_patients(tmp_path):
     source = tmp_path/'patients_ehr'
     source.mkdir()
     for number in ('9', '100', '20'):
-        events = [one | dict(items=[row | dict(subject_id=number) for row in one['items']]) for one in EVENTS]
+        events = []
+        for one in EVENTS:
+            rows = [row | dict(subject_id=number) for row in one['items']]
+            events.append(one | dict(items=rows))
         patient_file(source, events, number)
     (source/'notes.txt').write_text('not a patient')
     return source
@@ -246,8 +326,8 @@ def stored(three_patients, tmp_path):
 
 
 def test_patients_are_in_the_shard_of_their_number(stored):
-    shards = [pl.read_parquet(file)['subject_id'].unique().to_list() for file in store_files(stored.trajectories)]
-    assert shards == [[20, 100], [9]]
+    shards = [pl.read_parquet(file) for file in store_files(stored.trajectories)]
+    assert [set(shard['subject_id']) for shard in shards] == [{20, 100}, {9}]
 
 
 def test_the_store_holds_what_the_files_hold(stored, three_patients):
@@ -257,7 +337,8 @@ def test_the_store_holds_what_the_files_hold(stored, three_patients):
 
 def test_the_manifest_of_the_store(stored):
     counts = read_manifest(stored.trajectories)['counts']
-    assert (counts['access'], counts['rows'], counts['patients']) == ('credentialed', 33, 3)
+    assert counts['access'] == 'credentialed'
+    assert (counts['rows'], counts['patients']) == (33, 3)
 
 
 def test_the_store_is_made_again_for_other_lookups_only(stored, three_patients):
@@ -285,7 +366,8 @@ def test_names_come_from_the_tables(demo, tmp_path):
     assert names['labevents', 'item_name']['50912'] == 'Creatinine'
     assert names['diagnoses_icd', 'diagnoses']['9', '5723'] == 'Portal hypertension'
     events = [event('labevents', [lab(itemid='50912.0')], '2180-05-07', hadm=None)]
-    assert cells(read_patient_file(patient_file(tmp_path, events), names), 0)[0][0] == 'Creatinine'
+    frame = read_patient_file(patient_file(tmp_path, events), names)
+    assert cells(frame, 0)[0][0] == 'Creatinine'
 
 
 # index
@@ -310,7 +392,13 @@ def index(tmp_path):
 
 
 @pytest.mark.parametrize('column, expected', [
-    ('label', [['Sodium', 'Potassium'], ['Crohns', "Hodgkin's"], ['labevents'], ['yes'], ['no']]),
+    ('label', [
+        ['Sodium', 'Potassium'],
+        ['Crohns', "Hodgkin's"],
+        ['labevents'],
+        ['yes'],
+        ['no'],
+    ]),
     ('hadm_id', [22595853, 22595853, None, None, 22595853]),
     ('admissions_event', [1, 1, None, None, 1]),
     ('discharge_event', [None, 12, None, None, None]),
@@ -418,19 +506,40 @@ def test_a_text_that_looks_like_code_is_only_text(text):
 # samples
 
 DECISION = dict(
-    idx=0, instruction='Please give the next Labotary Test Events suggestion for the patients.',
-    input='## Patient Demographics [None]\n- Anchor_Age: 52\n- Gender: F', output='Sodium\nPotassium',
+    idx=0,
+    instruction='Please give the next Labotary Test Events suggestion for the patients.',
+    input='## Patient Demographics [None]\n- Anchor_Age: 52\n- Gender: F',
+    output='Sodium\nPotassium',
     candidates=['Potassium', 'Lactate', 'Sodium'],
     task_info=dict(
-        target_key='item_name', event='labevents', metric='em', bid_event=[], task_type='decision_making',
-        task='labevents', target="['Sodium', 'Potassium']", label=['Sodium', 'Potassium']))
+        target_key='item_name',
+        event='labevents',
+        metric='em',
+        bid_event=[],
+        task_type='decision_making',
+        task='labevents',
+        target="['Sodium', 'Potassium']",
+        label=['Sodium', 'Potassium']))
 RISK = dict(
-    idx=1, instruction='Will the patient die?', input='## Patient Demographics [None]', output='no',
+    idx=1,
+    instruction='Will the patient die?',
+    input='## Patient Demographics [None]',
+    output='no',
     candidates=['yes', 'no'],
     task_info=dict(
-        target_key=None, event='admissions', metric='aucroc', task_type='risk_prediction', task='Inpatient_Mortality',
-        subject_id=PATIENT, hadm_id=HADM, period_begin=3, period_end=40, admissions_id=float('nan'),
-        last_discharge_id='', target='no', label='no'))
+        target_key=None,
+        event='admissions',
+        metric='aucroc',
+        task_type='risk_prediction',
+        task='Inpatient_Mortality',
+        subject_id=PATIENT,
+        hadm_id=HADM,
+        period_begin=3,
+        period_end=40,
+        admissions_id=float('nan'),
+        last_discharge_id='',
+        target='no',
+        label='no'))
 
 
 def with_info(record, **changes):
@@ -438,9 +547,12 @@ def with_info(record, **changes):
 
 
 def lines_file(folder, *records, name='ehr_bench.jsonl'):
-    lines = [record if isinstance(record, str) else json.dumps(record) for record in records]
-    (folder/name).write_text('\n'.join([*lines, '']))
-    return folder/name
+    path = folder/name
+    with path.open('w') as file:
+        for record in records:
+            line = record if isinstance(record, str) else json.dumps(record)
+            file.write(f'{line}\n')
+    return path
 
 
 def read_lines_file(folder, *records, split='train'):
@@ -457,12 +569,15 @@ def test_a_decision_as_published(tmp_path):
     assert sample['label'] == ['Sodium', 'Potassium']
     assert sample['candidates'] == DECISION['candidates']
     assert sample['family'] == 'decision'
-    assert [sample[column] for column in ('subject_id', 'trigger', 'chain')] == [None, None, None]
+    for column in ('subject_id', 'trigger', 'chain'):
+        assert sample[column] is None
 
 
 def test_a_risk_with_its_window(tmp_path):
-    sample = read_lines_file(tmp_path, DECISION, RISK, split='held_out').row(1, named=True)
-    assert (sample['family'], sample['label'], sample['split']) == ('risk', ['no'], 'held_out')
+    found = read_lines_file(tmp_path, DECISION, RISK, split='held_out')
+    sample = found.row(1, named=True)
+    assert (sample['family'], sample['split']) == ('risk', 'held_out')
+    assert sample['label'] == ['no']
     where = ('subject_id', 'hadm_id', 'begin', 'end', 'trigger', 'admissions_event')
     assert [sample[column] for column in where] == [10000032, 22595853, 3, 40, 3, None]
 
@@ -494,13 +609,15 @@ WITHOUT_LABEL = {key: value for key, value in DECISION['task_info'].items() if k
 
 @pytest.mark.parametrize('info', [WITHOUT_LABEL, dict(task='labevents')])
 def test_labels_come_from_target_or_answer_where_label_is_missing(tmp_path, info):
-    sample = read_lines_file(tmp_path, DECISION | dict(task_info=info)).row(0, named=True)
+    found = read_lines_file(tmp_path, DECISION | dict(task_info=info))
+    sample = found.row(0, named=True)
     assert sample['label'] == ['Sodium', 'Potassium']
     assert sample['family'] == 'decision'
 
 
 def test_the_task_says_what_is_a_risk_and_candidates_may_be_missing(tmp_path):
-    found = read_lines_file(tmp_path, RISK | dict(task_info=dict(task='ICU_Readmission'), candidates=None))
+    bare = RISK | dict(task_info=dict(task='ICU_Readmission'), candidates=None)
+    found = read_lines_file(tmp_path, bare)
     assert found.select('family', 'label', 'candidates').rows() == [('risk', ['no'], [])]
 
 
@@ -582,13 +699,21 @@ def index_row(task, hadm):
     else:
         trigger = 19 if task.trigger == 'discharge' else 3
     return dict(
-        sample_id=f'7-{task.id}-{trigger}', subject_id=7, hadm_id=hadm, task=task.name, family=task.family,
-        protocol='official', begin=3, end=20, admissions_event=2, trigger=trigger,
+        sample_id=f'7-{task.id}-{trigger}',
+        subject_id=7,
+        hadm_id=hadm,
+        task=task.name,
+        family=task.family,
+        protocol='official',
+        begin=3,
+        end=20,
+        admissions_event=2,
+        trigger=trigger,
         label=['yes'] if task.family == 'risk' else ['a, "b"', "c's"])
 
 
 def test_every_task_comes_back(tmp_path):
-    rows = [index_row(task, 70 + number) for number, task in enumerate(TASKS.values())]
+    rows = [index_row(task, hadm) for hadm, task in enumerate(TASKS.values(), 70)]
     index = pl.DataFrame(rows, schema=INDEX)
     write_index(index, tmp_path/'index.csv')
     assert len(index) == 45

@@ -7,12 +7,18 @@ from ehr_r1.data.sampling import Candidates, choose, split_of
 from ehr_r1.profiles import profile
 
 
-def index(n=4000, task='services', label=lambda i: ['MED'], seed=0, **columns):
+def index(n=4000, task='services', label=lambda i: ['MED'], **columns):
     "Index rows of 500 patients, with some columns replaced."
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
     rows = dict(
-        subject_id=rng.integers(0, 500, n), trigger=np.arange(n), task=[task]*n, label=[label(i) for i in range(n)],
-        begin=[1]*n, end=[30]*n, admissions_event=[1]*n, patient_events=[99]*n)
+        subject_id=rng.integers(0, 500, n),
+        trigger=np.arange(n),
+        task=task,
+        label=[label(i) for i in range(n)],
+        begin=1,
+        end=30,
+        admissions_event=1,
+        patient_events=99)
     return pl.DataFrame(rows | columns, schema_overrides=dict(trigger=pl.Int32))
 
 
@@ -29,7 +35,8 @@ def patients():
 
 def test_the_split_of_a_patient_depends_on_no_other(patients):
     whole = split_of(patients, 42)
-    assert (split_of(patients[::-1], 42)[::-1] == whole).all()
+    backwards = split_of(patients[::-1], 42)
+    assert (backwards[::-1] == whole).all()
     assert (split_of(patients[:7], 42) == whole[:7]).all()
 
 
@@ -37,21 +44,29 @@ def test_the_split_depends_on_the_seed(patients):
     assert (split_of(patients, 43) != split_of(patients, 42)).any()
 
 
-@pytest.mark.parametrize('split, share', [('train', .8), ('tuning', .1), ('held_out', .1)])
+@pytest.mark.parametrize('split, share', [
+    ('train', .8),
+    ('tuning', .1),
+    ('held_out', .1),
+])
 def test_the_shares_of_the_splits(patients, split, share):
-    assert abs((split_of(patients, 42) == split).mean() - share) < .01
+    found = (split_of(patients, 42) == split).mean()
+    assert abs(found - share) < .01
 
 
 def test_no_patient_is_in_two_splits_or_sets():
-    chosen = pl.concat([choose(index(task=task), profile('smoke'))[0] for task in ('services', 'poe')])
-    places = chosen.group_by('subject_id').agg(pl.col('split', 'set').n_unique())
+    services, _ = choose(index(task='services'), profile('smoke'))
+    orders, _ = choose(index(task='poe'), profile('smoke'))
+    by_patient = pl.concat([services, orders]).group_by('subject_id')
+    places = by_patient.agg(pl.col('split', 'set').n_unique())
     assert places['split'].max() == 1
     assert places['set'].max() == 1
 
 
 def test_the_benchmark_is_held_out():
     chosen, _ = choose(index(), profile('smoke'))
-    assert set(chosen.filter(pl.col('set') == 'ehr_bench')['split']) == {'held_out'}
+    bench = chosen.filter(pl.col('set') == 'ehr_bench')
+    assert set(bench['split']) == {'held_out'}
 
 
 # draw and caps
@@ -59,7 +74,8 @@ def test_the_benchmark_is_held_out():
 def test_who_is_chosen_does_not_depend_on_order():
     rows = index()
     shuffled = rows.sample(fraction=1, shuffle=True, seed=3)
-    first, second = (choose(some, profile('smoke'))[0] for some in (rows, shuffled))
+    first, _ = choose(rows, profile('smoke'))
+    second, _ = choose(shuffled, profile('smoke'))
     assert set(first['trigger']) == set(second['trigger'])
 
 
@@ -96,7 +112,9 @@ def test_rare_labels_are_preferred():
 @pytest.fixture
 def three_bad_rows():
     "A short window, a long one, a patient of many events; and three rows without fault."
-    return index(n=6, end=[5, 30, 200, 30, 30, 30], patient_events=[99, 99, 99, 5000, 99, 99])
+    end = [5, 30, 200, 30, 30, 30]
+    patient_events = [99, 99, 99, 5000, 99, 99]
+    return index(n=6, end=end, patient_events=patient_events)
 
 
 def test_filters_are_counted(three_bad_rows):
@@ -110,15 +128,21 @@ def test_without_caps_there_are_no_filters(three_bad_rows):
     assert counts['eligible'] == 6
 
 
-@pytest.mark.parametrize('protocol, eligible', [('strict', 2), ('official', 1)])
+@pytest.mark.parametrize('protocol, eligible', [
+    ('strict', 2),
+    ('official', 1),
+])
 def test_windows_of_diagnoses_reach_back_to_the_admission(protocol, eligible):
-    rows = index(n=3, task='diagnoses_icd', begin=[1, 2, 3], admissions_event=[2, 2, 2])
-    assert choose(rows, profile('smoke', protocol=protocol))[1]['eligible'] == eligible
+    rows = index(n=3, task='diagnoses_icd', begin=[1, 2, 3], admissions_event=2)
+    _, counts = choose(rows, profile('smoke', protocol=protocol))
+    assert counts['eligible'] == eligible
 
 
 def test_chart_events_have_fewer_than_10_labels():
-    rows = index(n=2, task='chartevents', label=lambda i: [f'x{k}' for k in range(9 + i)])
-    assert choose(rows, profile('smoke'))[1]['eligible'] == 1
+    ten = [f'x{k}' for k in range(10)]
+    rows = index(n=2, task='chartevents', label=lambda i: ten[i:])
+    _, counts = choose(rows, profile('smoke'))
+    assert counts['eligible'] == 1
 
 
 # candidates
@@ -147,8 +171,10 @@ def test_candidates_look_alike(many):
 
 
 def test_candidates_of_a_risk():
-    assert Candidates([], 'ED_Hospitalization', 42)('x', ['yes']) == ['yes', 'no']
+    candidates = Candidates([], 'ED_Hospitalization', 42)
+    assert candidates('x', ['yes']) == ['yes', 'no']
 
 
 def test_a_small_label_set_is_shown_whole_with_the_answers():
-    assert sorted(Candidates(['A', 'B'], 'services', 42)('x', ['C'])) == ['A', 'B', 'C']
+    few = Candidates(['A', 'B'], 'services', 42)
+    assert sorted(few('x', ['C'])) == ['A', 'B', 'C']

@@ -84,17 +84,22 @@ class Events:
         self.rows = rows.with_columns(j=new.cast(pl.Int64).cum_sum() - 1)  # j: number of the event in the shard
         self.frame = rows.filter(new).with_columns(pl.col('table').cast(pl.String))
         self.n = len(self.frame)
-        self.table, self.event, self.subject = (self.frame[c].to_numpy() for c in ('table', 'event', 'subject_id'))
-        self.start, self.end, self.until, self.died = map(self._seconds, ('start', 'end', 'until', 'died'))
-        self.hadm, self.stay = (self.frame[c].fill_null(-1).to_numpy() for c in ('hadm_id', 'stay_id'))
+        self.table, self.event = self.frame['table'].to_numpy(), self.frame['event'].to_numpy()
+        self.start, self.end = self._seconds('start'), self._seconds('end')
+        self.until, self.died = self._seconds('until'), self._seconds('died')
+        self.subject, self.hadm, self.stay = map(self._number, ('subject_id', 'hadm_id', 'stay_id'))
         self.patient = np.unique(self.subject, return_inverse=True)[1]
-        self.admission = np.unique(np.where(self.hadm < 0, -self.subject, self.hadm), return_inverse=True)[1]
+        own = np.where(self.hadm < 0, -self.subject, self.hadm)
+        self.admission = np.unique(own, return_inverse=True)[1]
         self.events_of_patient = np.bincount(self.patient)[self.patient] if self.n else np.zeros(0, int)
         timed = ~np.isnan(self.start)
         self.origin = np.nanmin(self.start) if timed.any() else 0.
         self.latest_of = {}  # table -> see `latest`
         self.by_patient = self.sorted(self.patient, timed)
         self.by_admission = self.sorted(self.admission, timed)
+
+    def _number(self, column):
+        return self.frame[column].fill_null(-1).to_numpy()
 
     def _seconds(self, column):
         return self.frame[column].dt.epoch('s').cast(pl.Float64).to_numpy()
@@ -134,7 +139,8 @@ def latest(
         places = np.where(events.table == table, np.arange(events.n), -1)
         events.latest_of[table] = np.maximum.accumulate(places) if events.n else places
     found = events.latest_of[table][asked]
-    return np.where((found >= 0) & (events.patient[found] == events.patient[asked]), found, -1)
+    same = events.patient[found] == events.patient[asked]
+    return np.where((found >= 0) & same, found, -1)
 
 # %% ../../nbs/02_data/07_events.ipynb #6cc630ee
 INDEX = pl.Schema(dict(
@@ -155,14 +161,16 @@ def head_events(
     hadm = events.hadm[asked]
     current = (admission >= 0) & (events.hadm[admission] == hadm) & (hadm >= 0)
     earlier = (note >= 0) & ((events.hadm[note] != hadm) | (hadm < 0))
-    return np.where(current, events.event[admission], -1), np.where(earlier, events.event[note], -1)
+    position = events.event
+    return np.where(current, position[admission], -1), np.where(earlier, position[note], -1)
 
 # %% ../../nbs/02_data/07_events.ipynb #9912625e
 def yes_or_no(
     yes:np.ndarray # booleans
 )->pl.Series: # lists of one text
     "Answers of a risk, as labels."
-    return pl.Series(np.where(yes, 'yes', 'no'), dtype=pl.String).reshape((len(yes), 1)).cast(pl.List(pl.String))
+    answers = pl.Series(np.where(yes, 'yes', 'no'), dtype=pl.String)
+    return answers.reshape((len(yes), 1)).cast(pl.List(pl.String))
 
 # %% ../../nbs/02_data/07_events.ipynb #265b22d2
 def sample_rows(
@@ -188,7 +196,10 @@ def sample_rows(
     ))
     values = dict(
         sample_id=pl.format('{}-{}-{}', 'subject_id', pl.lit(task.id), 'trigger'),
-        task=pl.lit(task.name), family=pl.lit(task.family), protocol=pl.lit(protocol))
+        task=pl.lit(task.name),
+        family=pl.lit(task.family),
+        protocol=pl.lit(protocol))
     for column in ('hadm_id', 'stay_id', 'admissions_event', 'discharge_event'):
         values[column] = pl.when(pl.col(column) >= 0).then(pl.col(column))
-    return frame.select('key', *(values.get(c, pl.col(c)).cast(kind).alias(c) for c, kind in INDEX.items()))
+    columns = [values.get(column, pl.col(column)).cast(kind).alias(column) for column, kind in INDEX.items()]
+    return frame.select('key', *columns)

@@ -56,7 +56,8 @@ def count_index(
     "How many samples there are."
     answer = pl.col('label').list.first()
     shards = pl.scan_parquet(sorted(folder.glob('shard-*.parquet')))
-    counted = shards.group_by('task').agg(rows=pl.len(), yes=(answer == 'yes').sum()).collect(engine='streaming')
+    counted = shards.group_by('task').agg(rows=pl.len(), yes=(answer == 'yes').sum())
+    counted = counted.collect(engine='streaming')
     found = {row.pop('task'): row for row in counted.iter_rows(named=True)}
     tasks = {}
     for task in TASKS.values():

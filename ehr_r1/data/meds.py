@@ -39,7 +39,8 @@ def icd_parents()->dict: # dictionary -> expression of its columns
 
     def dotted(after):
         long = digits.str.len_chars() > after
-        return pl.when(long).then(digits.str.head(after) + '.' + digits.str.slice(after)).otherwise(digits)
+        with_dot = digits.str.head(after) + '.' + digits.str.slice(after)
+        return pl.when(long).then(with_dot).otherwise(digits)
 
     external_cause = old & digits.str.starts_with('E')  # E8490 is E849.0, all other codes have three places
     diagnosis = pl.when(external_cause).then(dotted(4)).otherwise(dotted(3))
@@ -88,9 +89,10 @@ def code_table(
     "Descriptions and parents of codes."
     tables = {number: line.table for number, line in enumerate(LINES)}
     table = pl.col('line').replace_strict(tables, return_dtype=pl.String)
-    found = found.unique().with_columns(table=table).join(parents, on=['table', 'name'], how='left')
-    codes = found.group_by('code').agg(
-        pl.col('line').min(), parent_codes=pl.col('parent').drop_nulls().unique().sort()).sort('code')
+    found = found.unique().with_columns(table=table)
+    found = found.join(parents, on=['table', 'name'], how='left')
+    known = pl.col('parent').drop_nulls().unique().sort()
+    codes = found.group_by('code').agg(pl.col('line').min(), parent_codes=known).sort('code')
     said = [describe_code(code, number) for code, number in codes.select('code', 'line').rows()]
     return codes.select('code', description=pl.Series(said, dtype=pl.String), parent_codes='parent_codes')
 
@@ -102,7 +104,8 @@ def label_rows(
     "The MEDS labels of some samples."
     who = ['subject_id', 'prediction_time']
     if task.family == 'risk':
-        return samples.select(*who, boolean_value=pl.col('label').list.first() == 'yes').sort(*who)
+        yes = pl.col('label').list.first() == 'yes'
+        return samples.select(*who, boolean_value=yes).sort(*who)
     before = pl.col('prediction_time') - pl.duration(microseconds=1)
     rows = samples.select('subject_id', before, categorical_value='label')
     return rows.explode('categorical_value').unique().sort(*who, 'categorical_value')
@@ -136,7 +139,8 @@ def with_split(
     seed:int            # the run's seed
 )->pl.DataFrame: # with split
     "Rows and the split of their subject."
-    return frame.with_columns(split=pl.Series(split_of(frame['subject_id'].to_numpy(), seed), dtype=pl.String))
+    split = split_of(frame['subject_id'].to_numpy(), seed)
+    return frame.with_columns(split=pl.Series(split, dtype=pl.String))
 
 # %% ../../nbs/02_data/15_meds.ipynb #7bd412ad
 def birth_times(
@@ -233,12 +237,13 @@ def build_meds(
         born = birth_times(source)
         of_shard = (born.filter(pl.col('subject_id') % shards == shard) for shard in range(shards))
         files = store_files(run.trajectories)
-        work = (delayed(write_data)(file, out, part, times, s.seed) for file, part in zip(files, of_shard))
+        work = (delayed(write_data)(file, out, part, times, s.seed)
+                for file, part in zip(files, of_shard))
         written = Parallel(p.workers, return_as='generator')(work)
         written = list(tqdm(written, desc='meds', unit='shard', total=shards))
         codes = write_metadata(out, source, born, s.seed, store)
-        asked = TASKS.values() if labelled else ()
-        labels = {task.name: write_labels(run, task, out) for task in tqdm(asked, desc='labels', unit='task')}
+        asked = tqdm(TASKS.values() if labelled else (), desc='labels', unit='task')
+        labels = {task.name: write_labels(run, task, out) for task in asked}
         shutil.rmtree(out/'parts')
         tables = {table: sum(counts.get(table, 0) for counts in written) for table in DISPLAY}
         return dict(

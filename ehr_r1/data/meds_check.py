@@ -167,5 +167,6 @@ def check_meds(
         check_data_file(seen, file)
     for file in sorted((root/'tasks').rglob('*.parquet')):
         check_label_file(seen, file)
-    return dict(files=len(files), rows=seen.rows, subjects=len(seen.subjects), codes=len(seen.codes),
-                labels=dict(seen.labels))
+    return dict(
+        files=len(files), rows=seen.rows,
+        subjects=len(seen.subjects), codes=len(seen.codes), labels=dict(seen.labels))

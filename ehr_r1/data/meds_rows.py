@@ -102,10 +102,11 @@ def known_times(
     dated = pl.lit(times == 'available') & pl.col('table').is_in(DATE_ONLY)
     rows = rows.with_columns(pl.col('table').cast(pl.String))
     rows = rows.join(born, on='subject_id', how='left', maintain_order='left')
+    day_after = pl.col('time') + pl.duration(days=1)
     rows = rows.with_columns(
         row=pl.int_range(pl.len(), dtype=pl.Int32).over('subject_id'),
         store_time=pl.col('time'),
-        time=pl.when(dated).then(pl.col('time') + pl.duration(days=1)).otherwise('time'))
+        time=pl.when(dated).then(day_after).otherwise('time'))
     left, last = pl.col('until').filter(of_admissions).max(), pl.col('time').max()
     admission_over = pl.max_horizontal(left, last).over('subject_id', 'hadm_id')
     known = pl.coalesce(
@@ -113,14 +114,16 @@ def known_times(
         pl.when(pl.col('hadm_id').is_not_null()).then(admission_over),
         last.over('subject_id'))
     exact = pl.col('died').filter(of_admissions).min()
-    end_of_day = pl.col('died').filter(of_patients).max() + pl.duration(days=1, seconds=-1)
+    day = pl.col('died').filter(of_patients).max()
+    end_of_day = day + pl.duration(days=1, seconds=-1)
     return rows.with_columns(
         time=pl.when(~of_patients).then(known),
         died_at=pl.coalesce(exact, end_of_day).over('subject_id'))
 
 # %% ../../nbs/02_data/13_meds_rows.ipynb #145de23f
 CARRIED = dict(  # columns of the first line of a table only
-    row=pa.int32(), event=pa.int32(), store_time=pa.timestamp('us'), cells=pa.large_string(),
+    row=pa.int32(), event=pa.int32(),
+    store_time=pa.timestamp('us'), cells=pa.large_string(),
     until=pa.timestamp('us'), died=pa.timestamp('us'))
 DATA = pa.schema([
     *meds.DataSchema.schema(),
@@ -150,7 +153,8 @@ def code_expression(
     for place, piece in enumerate(re.split(r'{(\w+)}', line.code)):
         if place % 2:  # the name of a column
             value = meds_cell(line.table, piece)
-            pieces.append(pl.when(value == '').then(pl.lit('UNK')).otherwise(value.str.replace_all(ITEM, ' + ')))
+            said = value.str.replace_all(ITEM, ' + ')
+            pieces.append(pl.when(value == '').then(pl.lit('UNK')).otherwise(said))
         elif piece:
             pieces.append(pl.lit(piece))
     return pl.concat_str(pieces)
@@ -228,12 +232,15 @@ def restore_rows(
 )->pl.DataFrame: # `STORE` rows; a `TableError` where rows are missing
     "The rows of the trajectory store that some MEDS rows were made from."
     rows = frame.filter(pl.col('row').is_not_null()).sort('subject_id', 'row')
-    gap = rows.filter(pl.col('row') != pl.int_range(pl.len(), dtype=pl.Int32).over('subject_id'))
+    expected = pl.int_range(pl.len(), dtype=pl.Int32).over('subject_id')
+    gap = rows.filter(pl.col('row') != expected)
     if len(gap):
         raise fault(file, f"subject {gap['subject_id'][0]} has lost or doubled rows before its row {gap['row'][0]}",
                     'Restore from the data set as it was written', column='row')
-    text = pl.when(pl.col('table').is_in(_NOTES)).then(pl.col('text_value').fill_null('')).otherwise(pl.lit(''))
-    rows = rows.with_columns(pl.col('table').cast(TABLE), time=pl.col('store_time'), cells=pl.col('cells') + text)
+    is_note, note = pl.col('table').is_in(_NOTES), pl.col('text_value').fill_null('')
+    text = pl.when(is_note).then(note).otherwise(pl.lit(''))
+    rows = rows.with_columns(
+        pl.col('table').cast(TABLE), time=pl.col('store_time'), cells=pl.col('cells') + text)
     event = ['subject_id', 'event']
     return rows.with_columns(
         start=pl.col('time').min().over(event),

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PATIENT_COLUMNS', 'digits_of', 'lookup_key', 'official_names', 'display_cell', 'store_row', 'event_rows',
-           'read_events', 'read_patient_file', 'patient_files', 'digest_lines', 'store_inputs', 'write_store']
+           'read_patient_events', 'read_patient_file', 'patient_files', 'digest_lines', 'store_inputs', 'write_store']
 
 # %% ../../nbs/02_data/17_official_patients.ipynb #eb967646
 import hashlib
@@ -60,7 +60,8 @@ def official_names(
         for names, keys, column in dictionaries(source, table, 'official'):
             texts = [pl.col(key).cast(pl.String).str.strip_chars() for key in keys]
             rows = names.select(*texts, column).drop_nulls().collect().rows()
-            lookups[table, column] = {row[0] if len(keys) == 1 else row[:-1]: row[-1] for row in rows}
+            one = len(keys) == 1  # a key of its own, else a tuple
+            lookups[table, column] = {row[0] if one else row[:-1]: row[-1] for row in rows}
     return lookups
 
 # %% ../../nbs/02_data/17_official_patients.ipynb #94c84cba
@@ -99,7 +100,8 @@ def store_row(
     time = start if own is None else moment_value(own, place, '/'.join(_TIME_COLUMNS[table]))
     hadm, stay = (whole_number(row.get(column), place, column) for column in ('hadm_id', 'stay_id'))
     cells = FIELD.join(display_cell(column, row, table, lookups, place) for column in DISPLAY[table].columns)
-    until, died = (moment_value(row.get(of.get(table)), place, of.get(table)) for of in (UNTIL, DIED))
+    ends = (UNTIL.get(table), DIED.get(table))
+    until, died = (moment_value(row.get(column), place, column) for column in ends)
     return table, time, start, end, hadm, stay, cells, until, died
 
 # %% ../../nbs/02_data/17_official_patients.ipynb #36d8ac06
@@ -131,7 +133,7 @@ def event_rows(
     return found
 
 # %% ../../nbs/02_data/17_official_patients.ipynb #59696f53
-def read_events(
+def read_patient_events(
     path:Path
 )->pl.DataFrame: # `PATIENT_COLUMNS`
     "The events of a patient file."
@@ -155,7 +157,7 @@ def read_patient_file(
 )->pl.DataFrame: # the patient's rows, as the trajectory store has them; an `OfficialError` where it cannot be read
     "One patient of the published `patients_ehr` folder."
     path, rows = Path(path), []
-    for position, event in enumerate(read_events(path).iter_rows(named=True)):
+    for position, event in enumerate(read_patient_events(path).iter_rows(named=True)):
         rows += event_rows(event, position, lookups or {}, path.name)
     patients = {row[0] for row in rows}
     wanted = int(path.stem) if path.stem.isdecimal() else min(patients, default=None)
@@ -193,7 +195,7 @@ def store_inputs(
     "What the patient files and the look-ups are known by."
     stats = ((file, file.stat()) for file in files)
     patients = digest_lines(f'{file.name} {about.st_size} {about.st_mtime_ns}' for file, about in stats)
-    names = sorted((str(key), sorted(map(str, of.items()))) for key, of in lookups.items())
+    names = sorted((str(key), sorted(map(str, names.items()))) for key, names in lookups.items())
     return dict(patients_ehr=patients, lookups=digest_lines([repr(names)]))
 
 # %% ../../nbs/02_data/17_official_patients.ipynb #7dca3058

@@ -41,8 +41,9 @@ class Moment:
             return []
         position = self.events.event
         return [sample_rows(
-            self.events, TASKS[name], self.protocol, trigger=self.trigger[k], begin=position[self.begin[k]],
-            end=position[self.last[k]] + 1, time=self.now[k], label=yes_or_no(yes[k]))]
+            self.events, TASKS[name], self.protocol, trigger=self.trigger[k],
+            begin=position[self.begin[k]], end=position[self.last[k]] + 1,
+            time=self.now[k], label=yes_or_no(yes[k]))]
 
 # %% ../../nbs/02_data/09_risks.ipynb #e0a307e7
 def dates_of_death(

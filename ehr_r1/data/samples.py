@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SYSTEM', 'SAMPLES', 'FACTS', 'known_rows', 'Record', 'strict_window', 'render_sample', 'by_patient', 'render',
-           'write_shard', 'label_set', 'choose_all', 'spread', 'build_samples', 'scan_samples', 'read_samples',
-           'row_ranges', 'shown_rows', 'window_facts']
+           'write_sample_shard', 'label_set', 'choose_all', 'spread_by_shard', 'build_samples', 'scan_samples',
+           'read_samples', 'row_ranges', 'shown_rows', 'window_facts']
 
 # %% ../../nbs/02_data/12_samples.ipynb #8ee571b6
 import gzip
@@ -138,7 +138,8 @@ def by_patient(
     rows:pl.DataFrame # with subject_id
 )->dict: # subject_id -> its rows, in the order of first appearance
     "Rows, patient by patient."
-    return {key[0]: part for key, part in rows.partition_by('subject_id', as_dict=True, maintain_order=True).items()}
+    parts = rows.partition_by('subject_id', as_dict=True, maintain_order=True)
+    return {subject: part for (subject,), part in parts.items()}
 
 # %% ../../nbs/02_data/12_samples.ipynb #6c366841
 def render(
@@ -171,7 +172,7 @@ def render(
         yield joined()
 
 # %% ../../nbs/02_data/12_samples.ipynb #2737210d
-def write_shard(
+def write_sample_shard(
     file:Path,         # of the trajectory store
     out:Path,          # folder of the samples; chosen/ holds what was chosen
     s:SimpleNamespace, # style, caps, token_budget
@@ -225,13 +226,15 @@ def choose_all(
         candidates[task] = Candidates(label_set(training), task, s.seed, label_set(chosen))
         counts[task]['labels'] = len(candidates[task].labels)
         kept.append(chosen)
-    empty = pl.DataFrame(schema=dict(INDEX) | dict(split=pl.String, set=pl.String, weight=pl.Float64))
-    number = pl.col('task').replace_strict({task: i for i, task in enumerate(TASKS)}, return_dtype=pl.Int32)
+    added = dict(split=pl.String, set=pl.String, weight=pl.Float64)
+    empty = pl.DataFrame(schema=dict(INDEX) | added)
+    order = {task: number for number, task in enumerate(TASKS)}
+    number = pl.col('task').replace_strict(order, return_dtype=pl.Int32)
     chosen = pl.concat(kept) if kept else empty
     return chosen.sort('subject_id', 'trigger', number, maintain_order=True), counts, candidates
 
 # %% ../../nbs/02_data/12_samples.ipynb #cfe10041
-def spread(
+def spread_by_shard(
     chosen:pl.DataFrame, # chosen rows of all patients
     files:list,          # shards of the trajectory store; a patient is in the shard of its number modulo their count
     folder:Path          # gets a file a shard, of the same name
@@ -257,8 +260,8 @@ def build_samples(
     def make(out):
         chosen, counts, candidates = choose_all(sorted(run.index.glob('shard-*.parquet')), s)
         files = store_files(run.trajectories)
-        spread(chosen, files, out/'chosen')
-        work = partial(write_shard, out=out, s=s, integers=store['integers'], candidates=candidates)
+        spread_by_shard(chosen, files, out/'chosen')
+        work = partial(write_sample_shard, out=out, s=s, integers=store['integers'], candidates=candidates)
         done = Parallel(p.workers, return_as='generator')(delayed(work)(file) for file in files)
         for _ in tqdm(done, desc='samples', unit='shard', total=len(files)):
             pass
@@ -268,7 +271,8 @@ def build_samples(
         totals = {name: sum(count[name] for count in counts.values()) for name in SETS}
         return dict(tasks=counts, access=store['access'], **totals)
 
-    return build(run.samples, make, dict(trajectories=run.trajectories, index=run.index), vars(s), 'data.samples')
+    inputs = dict(trajectories=run.trajectories, index=run.index)
+    return build(run.samples, make, inputs, vars(s), 'data.samples')
 
 # %% ../../nbs/02_data/12_samples.ipynb #0b517abb
 def scan_samples(
@@ -315,13 +319,18 @@ def shown_rows(
         window = list(record.window(sample))[sample['dropped_events']:]
         for event, some in head + window:
             first, n = ranges[sample['subject_id'], event]
-            runs += [(number, first, n)] if some is None else [(number, first + place, 1) for place in some]
+            if some is None:
+                runs.append((number, first, n))
+            else:
+                runs += [(number, first + place, 1) for place in some]
     number, first, n = np.array(runs, np.int64).reshape(-1, 3).T
     row = np.repeat(first - n.cumsum() + n, n) + np.arange(n.sum())
-    return pl.DataFrame(dict(sample=np.repeat(number, n), row=row), schema=dict(sample=pl.UInt32, row=pl.UInt32))
+    schema = dict(sample=pl.UInt32, row=pl.UInt32)
+    return pl.DataFrame(dict(sample=np.repeat(number, n), row=row), schema=schema)
 
 # %% ../../nbs/02_data/12_samples.ipynb #a2ac2184
-FACTS = pl.Schema(dict(sample_id=pl.String, table=pl.String, time=pl.Datetime('us'), cells=pl.String))
+FACTS = pl.Schema(dict(
+    sample_id=pl.String, table=pl.String, time=pl.Datetime('us'), cells=pl.String))
 
 def window_facts(
     run:Run,             # the run
