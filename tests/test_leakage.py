@@ -9,35 +9,41 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from records import at, merged, random_rows, row, store
 
+from ehr_r1.data.index import index_rows
 from ehr_r1.data.samples import Record
-from ehr_r1.data.tasks import index_rows
 
 SEEDS = st.integers(0, 10**6)
-QUESTION = ('task', 'prediction_time', 'hadm_id', 'stay_id')  # what makes a sample the same question
-ADDED = ('labevents', 'poe', 'vitalsign', 'services', 'radiology', 'pharmacy')
+PATIENT = row('patients', cells=['60.0', 'F'])
 
 
-def strict(rows):
-    "The store's rows and the index of all samples."
-    events = store(rows, 'strict')
-    return events, index_rows(events, 'strict')
+def record_of(events, sample):
+    rows = events.filter(pl.col('subject_id') == sample['subject_id'])
+    return Record(rows, 'official')
 
 
 def prompt(events, sample):
-    own = events.filter(pl.col('subject_id') == sample['subject_id'])
-    text, *_ = Record(own, 'official').prompt(sample, 0)
-    return text
+    return record_of(events, sample).prompt(sample, 0)[0]
 
 
-def trigger(events, sample):
-    "The table of the event that makes somebody ask, of the only patient."
-    return events.filter(pl.col('event') == sample['trigger'])['table'][0]
+def indexed(rows, protocol='strict'):
+    "The store of some rows, and its index."
+    events = store(rows, protocol)
+    return events, index_rows(events, protocol)
 
+
+def drawn(index, n, seed):
+    "Some index rows."
+    some = index.sample(min(n, len(index)), seed=seed)
+    return some.iter_rows(named=True)
+
+
+# the future is changed
 
 def later(sample):
-    "The sample's patient after the prediction time."
-    is_later = (pl.col('time') > sample['prediction_time']).fill_null(False)
-    return (pl.col('subject_id') == sample['subject_id']) & is_later
+    "Rows of the patient after the prediction time."
+    of_patient = pl.col('subject_id') == sample['subject_id']
+    after = pl.col('time') > sample['prediction_time']
+    return of_patient & after.fill_null(False)
 
 
 def delete(rows, sample, rng):
@@ -45,95 +51,126 @@ def delete(rows, sample, rng):
 
 
 def change(rows, sample, rng):
-    is_later, delay = later(sample), pl.duration(hours=int(rng.integers(0, 99)))
+    hours = int(rng.integers(0, 99))
+    moved = pl.col('time') + pl.duration(hours=hours)
+    changed = pl.when(later(sample))
     return rows.with_columns(
-        cells=pl.when(is_later).then(pl.lit('changed')).otherwise(pl.col('cells')),
-        time=pl.when(is_later).then(pl.col('time') + delay).otherwise(pl.col('time')),
-    )
+        cells=changed.then(pl.lit('changed')).otherwise(pl.col('cells')),
+        time=changed.then(moved).otherwise(pl.col('time')))
 
 
 def add(rows, sample, rng):
+    tables = ('labevents', 'poe', 'vitalsign', 'services', 'radiology', 'pharmacy')
     new = []
-    for n, table in enumerate(ADDED):
-        time = sample['prediction_time'] + timedelta(seconds=int(rng.integers(1, 90_000)))
-        ids = dict(subject=sample['subject_id'], stay=sample['stay_id'])
-        new.append(row(table, time, sample['hadm_id'], ['added'], n=n, **ids))
+    for n, table in enumerate(tables):
+        seconds = int(rng.integers(1, 90_000))
+        time = sample['prediction_time'] + timedelta(seconds=seconds)
+        new.append(row(
+            table, time, sample['hadm_id'], ['added'], n=n,
+            subject=sample['subject_id'], stay=sample['stay_id']))
     return pl.concat([rows, merged(new)])
 
 
+def trigger(events, sample):
+    "The table of the trigger; there is one patient only."
+    rows = events.filter(pl.col('event') == sample['trigger'])
+    return rows['table'][0]
+
+
 def same_question(index, sample):
-    "The samples of an index that ask what a sample asks."
-    wanted = [pl.col(c).eq_missing(pl.lit(sample[c], dtype=index.schema[c])) for c in QUESTION]
-    return index.filter(*wanted).rows(named=True)
+    "Index rows that ask the same; positions may shift, because rows without a time move."
+    for column in ('task', 'prediction_time', 'hadm_id', 'stay_id'):
+        value = pl.lit(sample[column], dtype=index.schema[column])
+        index = index.filter(pl.col(column).eq_missing(value))
+    return index
 
 
 def may_vanish(sample, edit):
-    "A risk may no longer be asked; diagnoses, which have no time, move behind rows that are added to their admission."
-    is_diagnoses = sample['task'].startswith('diagnoses') or sample['label'] == ['diagnoses_icd']
-    return sample['family'] == 'risk' or edit is add and is_diagnoses
+    "A risk may no longer be asked; diagnoses have no time and move behind rows added to their admission."
+    if sample['family'] == 'risk':
+        return True
+    of_diagnoses = sample['task'].startswith('diagnoses')
+    return edit is add and (of_diagnoses or sample['label'] == ['diagnoses_icd'])
 
 
 @settings(max_examples=15, deadline=None)
 @given(seed=SEEDS, edit=st.sampled_from([delete, change, add]))
-def test_future_changes_no_byte(seed, edit):
-    rng, rows = np.random.default_rng(seed), random_rows(seed, subjects=1)
-    before, index = strict(rows)
-    for sample in index.sample(min(3, len(index)), seed=seed).iter_rows(named=True):
-        after, new_index = strict(edit(rows, sample, rng))
-        # positions in the event list may shift, because rows without a time move; the question does not
-        same = same_question(new_index, sample)
-        texts = [prompt(after, s) for s in same if trigger(after, s) == trigger(before, sample)]
+def test_the_future_changes_no_byte(seed, edit):
+    rng = np.random.default_rng(seed)
+    rows = random_rows(seed, subjects=1)
+    events, index = indexed(rows)
+    for sample in drawn(index, 3, seed):
+        edited, edited_index = indexed(edit(rows, sample, rng))
+        found = same_question(edited_index, sample).iter_rows(named=True)
+        table = trigger(events, sample)
+        texts = [prompt(edited, other) for other in found if trigger(edited, other) == table]
         if texts:
-            assert prompt(before, sample) in texts, (edit.__name__, sample)
+            assert prompt(events, sample) in texts, sample
         else:
-            assert may_vanish(sample, edit), (edit.__name__, sample)
+            assert may_vanish(sample, edit), sample
 
+
+# every row says when it was
 
 def stamped(seed):
-    "Patients whose every row shows its own time."
-    stamp = pl.col('time').dt.to_string('AT%Y%m%d%H%M%S').fill_null('ALWAYS')
-    return random_rows(seed, subjects=2).with_columns(cells=stamp)
+    "Random rows whose cells hold their time."
+    time = pl.col('time').dt.to_string('AT%Y%m%d%H%M%S')
+    cells = time.fill_null('ALWAYS')
+    return random_rows(seed, subjects=2).with_columns(cells=cells)
 
 
-def late_stamps(text, sample):
-    "Times in a prompt that lie after the prediction time."
-    asked = f"{sample['prediction_time']:%Y%m%d%H%M%S}"
-    return [stamp for stamp in re.findall(r'AT(\d{14})', text) if stamp > asked]
+def shown_late(events, sample):
+    "Times in the prompt that come after the prediction time."
+    now = sample['prediction_time'].strftime('%Y%m%d%H%M%S')
+    times = re.findall(r'AT(\d{14})', prompt(events, sample))
+    return [time for time in times if time > now]
 
 
 @settings(max_examples=5, deadline=None)
 @given(seed=SEEDS)
 def test_nothing_shown_is_later_than_the_prediction_time(seed):
-    events, index = strict(stamped(seed))
-    for sample in index.sample(min(60, len(index)), seed=seed).iter_rows(named=True):
-        assert not late_stamps(prompt(events, sample), sample), sample
+    events, index = indexed(stamped(seed))
+    for sample in drawn(index, 60, seed):
+        assert not shown_late(events, sample), sample
 
 
-def test_the_test_can_fail():
-    "The official protocol does look ahead, and this very check sees it."
-    def leaks(seed):
-        events = store(stamped(seed), 'official')
-        risks = index_rows(events, 'official').filter(pl.col('family') == 'risk')
-        return any(late_stamps(prompt(events, sample), sample) for sample in risks.iter_rows(named=True))
+def test_the_official_protocol_looks_ahead_and_the_check_sees_it():
+    found = []
+    for seed in range(10):
+        events, index = indexed(stamped(seed), 'official')
+        risks = index.filter(pl.col('family') == 'risk')
+        for sample in risks.iter_rows(named=True):
+            found.append(shown_late(events, sample))
+    assert any(found)
 
-    assert any(leaks(seed) for seed in range(10))
 
 
 @settings(max_examples=8, deadline=None)
 @given(seed=SEEDS)
 def test_row_order_does_not_matter_under_strict(seed):
-    without_row_numbers = pl.col('order') - pl.col('order') % 2**30  # as strict has it
-    rows = random_rows(seed).with_columns(order=without_row_numbers)
+    number = pl.col('order') % 2**30  # strict has no row numbers
+    rows = random_rows(seed).with_columns(order=pl.col('order') - number)
     shuffled = rows.sample(fraction=1, shuffle=True, seed=seed)
     assert store(rows, 'strict').equals(store(shuffled, 'strict'))
 
 
-# -- what each window hides --------------------------------------------------------------------------------------------
+# which tables a window shows
 
-PATIENT = row('patients', cells=['60.0', 'F'])
+def window_tables(rows, task, protocol='strict'):
+    "The tables of the window of every sample of a task."
+    events, index = indexed(rows, protocol)
+    found = []
+    samples = index.filter(pl.col('task') == task)
+    for sample in samples.iter_rows(named=True):
+        record = record_of(events, sample)
+        shown = [record.table[event] for event, _ in record.window(sample)]
+        found.append(shown)
+    return found
+
+
 ED = [
     PATIENT,
-    row('edstays', at(1, 8), 7, ['F', 'WHITE'], until=at(1, 16), stay=5),
+    row('edstays', at(1, 8), 7, until=at(1, 16), stay=5),
     row('labevents', at(1, 9), 7, ['Sodium']),
     row('poe', at(1, 10), 7, ['Medications']),
     row('services', at(1, 12), 7, ['MED']),
@@ -141,72 +178,63 @@ ED = [
     row('admissions', at(1, 12), 7, ['EW EMER.'], until=at(5, 8)),
     row('labevents', at(1, 20), 7, ['Sodium']),
 ]
-PHARMACY = [
-    PATIENT,
-    row('admissions', at(1), 7, until=at(5)),
-    row('labevents', at(1, 1), 7, ['Sodium']),
-    row('pharmacy', at(1, 2), 7, ['Aspirin', 'Unit Dose']),
-    row('prescriptions', at(1, 3), 7, ['Aspirin']),
-]
-DISCHARGE = [
-    PATIENT,
-    row('admissions', at(1), 7, until=at(2)),
-    row('labevents', at(1, 1), 7, ['Sodium']),
-    row('discharge', at(1, 20), 7, ['DS', 'Diagnosis: sepsis']),
-    row('diagnoses_icd', None, 7, ['Sepsis']),
-]
-OTHER_ADMISSION = [
-    PATIENT,
-    row('labevents', at(1, 1), 7, ['Sodium']),
-    row('labevents', at(1, 2), 8, ['Lactate']),
-    row('poe', at(1, 3), 7, ['Lab']),
-    row('services', at(1, 4), 7, ['MED']),
-]
-PROCEDURES = [
-    PATIENT,
-    row('admissions', at(1), 7, until=at(5)),
-    row('procedures_icd', at(2), 7, ['Appendectomy']),
-    row('labevents', at(2, 9), 7, ['Sodium']),
-    row('poe', at(2, 10), 7, ['Lab']),
-    row('services', at(2, 20), 7, ['MED']),
-]
 
 
-def window_tables(rows, task, protocol):
-    "The tables that the windows of a task's samples show."
-    events = store(rows, protocol)
-    shown = []
-    for sample in index_rows(events, protocol).filter(pl.col('task') == task).iter_rows(named=True):
-        record = Record(events.filter(pl.col('subject_id') == sample['subject_id']), 'official')
-        shown.append([record.table[i] for i, _ in record.window(sample)])
-    return shown
-
-
-@pytest.mark.parametrize('protocol, tables', [
+@pytest.mark.parametrize('protocol, shown', [
     ('official', ['edstays', 'labevents', 'poe', 'services', 'transfers']),
     ('strict', ['edstays', 'labevents']),
 ])
-def test_ed_windows_lose_rows_of_the_coming_admission(protocol, tables):
-    assert window_tables(ED, 'ED_Hospitalization', protocol) == [tables]
+def test_ed_windows_lose_rows_of_the_coming_admission(protocol, shown):
+    assert window_tables(ED, 'ED_Hospitalization', protocol) == [shown]
 
 
-@pytest.mark.parametrize('protocol, tables', [('official', ['labevents', 'pharmacy']), ('strict', ['labevents'])])
-def test_pharmacy_is_masked_for_prescriptions(protocol, tables):
-    assert window_tables(PHARMACY, 'prescriptions', protocol) == [tables]
+@pytest.mark.parametrize('protocol, shown', [
+    ('official', ['labevents', 'pharmacy']),
+    ('strict', ['labevents']),
+])
+def test_pharmacy_is_masked_for_prescriptions(protocol, shown):
+    rows = [
+        PATIENT,
+        row('admissions', at(1), 7, until=at(5)),
+        row('labevents', at(1, 1), 7, ['Sodium']),
+        row('pharmacy', at(1, 2), 7, ['Aspirin', 'Unit Dose']),
+        row('prescriptions', at(1, 3), 7, ['Aspirin']),
+    ]
+    assert window_tables(rows, 'prescriptions', protocol) == [shown]
 
 
 @pytest.mark.parametrize('protocol', ['official', 'strict'])
 def test_discharge_notes_are_hidden_from_diagnosis_tasks(protocol):
-    assert window_tables(DISCHARGE, 'diagnoses_icd', protocol) == [['labevents']]
+    rows = [
+        PATIENT,
+        row('admissions', at(1), 7, until=at(2)),
+        row('labevents', at(1, 1), 7, ['Sodium']),
+        row('discharge', at(1, 20), 7, ['DS', 'Diagnosis: sepsis']),
+        row('diagnoses_icd', None, 7, ['Sepsis']),
+    ]
+    assert window_tables(rows, 'diagnoses_icd', protocol) == [['labevents']]
 
 
 def test_rows_of_another_admission_are_not_shown():
-    assert window_tables(OTHER_ADMISSION, 'services', 'strict') == [['labevents', 'poe']]
-    [official] = window_tables(OTHER_ADMISSION, 'services', 'official')
-    assert len(official) == 2
+    rows = [
+        PATIENT,
+        row('labevents', at(1, 1), 7, ['Sodium']),
+        row('labevents', at(1, 2), 8, ['Lactate']),
+        row('poe', at(1, 3), 7, ['Lab']),
+        row('services', at(1, 4), 7, ['MED']),
+    ]
+    assert window_tables(rows, 'services') == [['labevents', 'poe']]
+    assert len(window_tables(rows, 'services', 'official')[0]) == 2
 
 
 def test_a_days_procedures_show_from_the_next_day_on():
-    assert window_tables(PROCEDURES, 'services', 'strict') == [['labevents', 'poe']]
-    official = window_tables(PROCEDURES, 'services', 'official')[0]
-    assert 'procedures_icd' in official
+    rows = [
+        PATIENT,
+        row('admissions', at(1), 7, until=at(5)),
+        row('procedures_icd', at(2), 7, ['Appendectomy']),
+        row('labevents', at(2, 9), 7, ['Sodium']),
+        row('poe', at(2, 10), 7, ['Lab']),
+        row('services', at(2, 20), 7, ['MED']),
+    ]
+    assert window_tables(rows, 'services') == [['labevents', 'poe']]
+    assert 'procedures_icd' in window_tables(rows, 'services', 'official')[0]

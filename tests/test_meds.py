@@ -1,265 +1,694 @@
 "MEDS: valid by the package's own schemas, nothing lost on the way back, nothing known too early, bad files named."
-import hashlib, json, os, shutil
+import hashlib
+import json
+import os
+import shutil
 from dataclasses import replace
 from datetime import datetime, timedelta
-import numpy as np, polars as pl, pyarrow as pa, pyarrow.parquet as pq, pytest
+
 import meds
-from hypothesis import given, settings, strategies as st
-from records import at, merged, random_rows, row, store
+import numpy as np
+import polars as pl
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from records import at, random_rows, row, store
+
 import ehr_r1.data.meds as module
 from ehr_r1.config import Run
+from ehr_r1.data.index import build_index, index_rows
+from ehr_r1.data.meds import build_meds, hidden_tables, label_rows, restore_store
+from ehr_r1.data.meds_check import check_meds
+from ehr_r1.data.meds_rows import DATA, meds_rows, restore_rows
+from ehr_r1.data.samples import build_samples, scan_samples
+from ehr_r1.data.sampling import SETS, split_of
+from ehr_r1.data.tables import TableError, open_source
+from ehr_r1.data.tasks import BEFORE_ADMISSION, DATE_ONLY, TASKS
+from ehr_r1.data.trajectories import DISPLAY, FIELD, build_trajectories, store_files
+from ehr_r1.hospital.hospital import build_hospital
 from ehr_r1.profiles import profile
 from ehr_r1.stages import read_manifest
-from ehr_r1.hospital.hospital import build_hospital
-from ehr_r1.data.meds import DATA, build_meds, check_meds, hidden_tables, label_rows, meds_rows, restore_rows, restore_store
-from ehr_r1.data.samples import SETS, build_samples, scan_samples, split_of
-from ehr_r1.data.table_files import TableError
-from ehr_r1.data.tables import open_source
-from ehr_r1.data.tasks import BEFORE_ADMISSION, DATE_ONLY, TASKS, build_index, index_rows
-from ehr_r1.data.events import DISPLAY, FIELD
-from ehr_r1.data.trajectories import build_trajectories, store_files
 
-def born(rows): return rows.select('subject_id', born=pl.lit(datetime(2080, 1, 1))).unique()
-def convert(rows, times='available'): return meds_rows(rows, born(rows), times)
+SEEDS = st.integers(0, 10**6)
+BORN = datetime(2080, 1, 1)
+MICROSECOND = timedelta(microseconds=1)
+PATIENT = row('patients', cells=['60.0', 'F'])
+
+
+def convert(rows, times='available'):
+    "MEDS rows of patients who were all born in 2080."
+    born = rows.select('subject_id', born=pl.lit(BORN)).unique()
+    return meds_rows(rows, born, times)
+
 
 # rows there and back
 
+PROTOCOLS = st.sampled_from(['strict', 'official'])
+TIMES = st.sampled_from(['available', 'charttime'])
+CELLS = st.lists(st.text(max_size=30), max_size=9)
+
+
 @settings(max_examples=12, deadline=None)
-@given(st.integers(0, 10**6), st.sampled_from(['strict', 'official']), st.sampled_from(['available', 'charttime']))
+@given(SEEDS, PROTOCOLS, TIMES)
 def test_rows_come_back_exactly(seed, protocol, times):
     rows = store(random_rows(seed), protocol)
     made = convert(rows, times)
+    assert made['row'].count() == len(rows)
+    shuffled = made.sample(fraction=1, shuffle=True, seed=seed % 999)
     assert restore_rows(made).equals(rows)
-    assert restore_rows(made.sample(fraction=1, shuffle=True, seed=seed % 999)).equals(rows)
-    assert made['subject_id'].is_sorted() and made['row'].count() == len(rows)
-    order = made.select(same=pl.col('subject_id') == pl.col('subject_id').shift(1), ok=pl.col('time').is_null() & pl.col('time').shift(1).is_null()
-                        | pl.col('time').shift(1).is_null() | (pl.col('time') >= pl.col('time').shift(1)))
-    assert order.filter('same')['ok'].all()
+    assert restore_rows(shuffled).equals(rows)
+
+
+@settings(max_examples=12, deadline=None)
+@given(SEEDS, PROTOCOLS, TIMES)
+def test_rows_are_in_order_of_subject_and_time(seed, protocol, times):
+    made = convert(store(random_rows(seed), protocol), times)
+    assert made['subject_id'].is_sorted()
+    for _, patient in made.group_by('subject_id', maintain_order=True):
+        assert patient['time'].is_sorted()  # with rows without a time first
+
 
 @settings(max_examples=40, deadline=None)
-@given(st.sampled_from(sorted(DISPLAY)), st.lists(st.text(max_size=30), max_size=9))
+@given(st.sampled_from(sorted(DISPLAY)), CELLS)
 def test_whatever_a_cell_holds_comes_back(table, cells):
-    rows = store([row('patients'), row(table, at(1), 7) | dict(cells=FIELD.join(cells))] if table != 'patients' else [row(table) | dict(cells=FIELD.join(cells))], 'strict')
-    made = convert(rows)
-    assert restore_rows(made).equals(rows) and made['code'].null_count() == 0 and made['numeric_value'].drop_nulls().is_finite().all()
+    cells = dict(cells=FIELD.join(cells))
+    rows = [row('patients'), row(table, at(1), 7) | cells]
+    if table == 'patients':
+        rows = [row(table) | cells]
+    stored = store(rows, 'strict')
+    made = convert(stored)
+    assert restore_rows(made).equals(stored)
+    assert made['code'].null_count() == 0
+    assert made['numeric_value'].drop_nulls().is_finite().all()
+
 
 def test_a_note_stands_in_the_file_once():
-    made = convert(store([row('patients'), row('discharge', at(2), 7, ['DS', f'He left.{FIELD}And came back.'])], 'strict')).filter(pl.col('table') == 'discharge')
-    assert made['text_value'].to_list() == [f'He left.{FIELD}And came back.'] and made['cells'].to_list() == ['DS' + FIELD]
+    text = f'He left.{FIELD}And came back.'
+    note = row('discharge', at(2), 7, ['DS', text])
+    rows = [row('patients'), note]
+    made = convert(store(rows, 'strict'))
+    note = made.filter(pl.col('table') == 'discharge')
+    assert note['text_value'].to_list() == [text]
+    assert note['cells'].to_list() == ['DS' + FIELD]
 
-def test_lost_and_doubled_rows_are_noticed():
-    made = convert(store(random_rows(3), 'strict'))
-    inner = made.with_row_index('i').filter(pl.col('row') == 2)['i'][0]
-    for spoilt in (made.filter(pl.int_range(pl.len()) != inner), pl.concat([made, made[inner]])):
-        with pytest.raises(TableError, match='x.parquet, column row: subject 1 has lost or doubled rows'): restore_rows(spoilt, 'x.parquet')
 
-# what a row says and when
+@pytest.fixture(scope='module')
+def some_rows():
+    return convert(store(random_rows(3), 'strict')).with_row_index('place')
 
-def codes_of(rows, *columns): return convert(store([row('patients', cells=['60.0', 'F']), *rows], 'strict')).filter(pl.col('table') != 'patients').select('code', *columns).rows()
 
-def test_codes_and_values():
-    lab = dict(item_name='Creatinine', valuenum='1.3', valueuom='mg/dL', comments='hemolysed')
-    assert codes_of([row('labevents', at(1), 7, lab)], 'numeric_value', 'text_value') == [('LAB//RESULT//Creatinine//mg/dL', pytest.approx(1.3), 'hemolysed')]
-    assert codes_of([row('labevents', at(1), 7, dict(item_name='Culture', comments='no growth'))], 'numeric_value', 'text_value') == [('LAB//RESULT//Culture//UNK', None, 'no growth')]
-    assert codes_of([row('omr', at(1), None, ['BMI (kg/m2)', '24.5'])], 'numeric_value', 'text_value') == [('BMI (kg/m2)', 24.5, None)]
-    assert codes_of([row('omr', at(1), None, ['Blood Pressure', '120/80'])], 'numeric_value', 'text_value') == [('Blood Pressure', None, '120/80')]
-    assert codes_of([row('radiology', at(1), 7, ['RR', 'CHEST (PA AND LAT)\x1eKNEE', 'Clear.'])]) == [('NOTE//RADIOLOGY//CHEST (PA AND LAT) + KNEE',)]
-    for odd in ('nan', 'inf', '1e999', '-inf'): assert codes_of([row('outputevents', at(1), 7, ['Urine', odd, 'mL'])], 'numeric_value')[0][1] is None
+def lose(made, place):
+    return made.filter(pl.col('place') != place)
+
+
+def double(made, place):
+    return pl.concat([made, made.filter(pl.col('place') == place)])
+
+
+@pytest.mark.parametrize('spoil', [lose, double])
+def test_lost_and_doubled_rows_are_noticed(some_rows, spoil):
+    inner = some_rows.filter(pl.col('row') == 2)['place'][0]
+    spoilt = spoil(some_rows, inner)
+    with pytest.raises(TableError, match='x.parquet, column row: subject 1 has lost or doubled rows'):
+        restore_rows(spoilt, 'x.parquet')
+
+
+# what a row says
+
+def said(rows, *columns):
+    "Some columns of the MEDS rows of some events."
+    made = convert(store([PATIENT, *rows], 'strict'))
+    return made.filter(pl.col('table') != 'patients').select(*columns).rows()
+
+
+@pytest.mark.parametrize('table, cells, expected', [
+    ('labevents',
+     dict(item_name='Creatinine', valuenum='1.3', valueuom='mg/dL', comments='hemolysed'),
+     ('LAB//RESULT//Creatinine//mg/dL', pytest.approx(1.3), 'hemolysed')),
+    ('labevents',
+     dict(item_name='Culture', comments='no growth'),
+     ('LAB//RESULT//Culture//UNK', None, 'no growth')),
+    ('omr', ['BMI (kg/m2)', '24.5'], ('BMI (kg/m2)', 24.5, None)),
+    ('omr', ['Blood Pressure', '120/80'], ('Blood Pressure', None, '120/80')),
+    ('radiology', ['RR', 'CHEST (PA AND LAT)\x1eKNEE', 'Clear.'],
+     ('NOTE//RADIOLOGY//CHEST (PA AND LAT) + KNEE', None, 'Clear.')),
+])
+def test_codes_and_values(table, cells, expected):
+    hadm = None if table == 'omr' else 7
+    event = row(table, at(1), hadm, cells)
+    assert said([event], 'code', 'numeric_value', 'text_value') == [expected]
+
+
+@pytest.mark.parametrize('odd', ['nan', 'inf', '1e999', '-inf'])
+def test_what_is_no_finite_number_is_none(odd):
+    urine = row('outputevents', at(1), 7, ['Urine', odd, 'mL'])
+    assert said([urine], 'numeric_value') == [(None,)]
+
 
 def test_vital_signs_are_rows_of_their_own():
-    got = codes_of([row('vitalsign', at(1), None, dict(temperature='98.6', pain='ua', rhythm='Sinus'), stay=3)], 'numeric_value', 'text_value', 'row')
-    assert got == [('ED_VITALSIGN', None, 'Sinus', 1), ('VITALS//temperature', pytest.approx(98.6), None, None), ('VITALS//pain', None, 'ua', None)]
+    signs = dict(temperature='98.6', pain='ua', rhythm='Sinus')
+    taken = row('vitalsign', at(1), None, signs, stay=3)
+    found = said([taken], 'code', 'numeric_value', 'text_value', 'row')
+    assert found == [
+        ('ED_VITALSIGN', None, 'Sinus', 1),
+        ('VITALS//temperature', pytest.approx(98.6), None, None),
+        ('VITALS//pain', None, 'ua', None),
+    ]
 
-def test_stays_have_an_end_and_patients_a_birth_and_one_death():
-    rows = [row('patients', cells=['60.0', 'F'], died=at(9)), row('admissions', at(1, 9), 7, ['URGENT', 'ED'], until=at(3)), row('icustays', at(2), 7, until=at(2, 12), stay=4)]
-    made = convert(store(rows, 'strict'))
-    assert made.select('code', 'time').rows() == [
-        ('GENDER//F', None), ('MEDS_BIRTH', datetime(2080, 1, 1)), ('HOSPITAL_ADMISSION//URGENT//ED', at(1, 9)), ('ICU_ADMISSION//UNK', at(2)),
-        ('ICU_DISCHARGE//UNK', at(2, 12)), ('HOSPITAL_DISCHARGE//UNK', at(3)), ('MEDS_DEATH', at(9, 23, 59) + timedelta(seconds=59))]
-    rows[1]['died'] = at(3)
-    assert convert(store(rows, 'strict')).filter(pl.col('code') == 'MEDS_DEATH')['time'].to_list() == [at(3)]
-    unknown = meds_rows(store(rows, 'strict'), pl.DataFrame(schema=dict(subject_id=pl.Int64, born=pl.Datetime('us'))), 'available')
-    assert 'MEDS_BIRTH' not in unknown['code'] and restore_rows(unknown).equals(store(rows, 'strict'))
+
+def stays(deathtime=None):
+    "A patient with an admission and an ICU stay, dead on the ninth day or at deathtime."
+    return store([
+        row('patients', cells=['60.0', 'F'], died=at(9)),
+        row('admissions', at(1, 9), 7, ['URGENT', 'ED'],
+            until=at(3), died=deathtime),
+        row('icustays', at(2), 7, until=at(2, 12), stay=4),
+    ], 'strict')
+
+
+def test_stays_have_an_end_and_patients_a_birth_and_a_death():
+    assert convert(stays()).select('code', 'time').rows() == [
+        ('GENDER//F', None),
+        ('MEDS_BIRTH', BORN),
+        ('HOSPITAL_ADMISSION//URGENT//ED', at(1, 9)),
+        ('ICU_ADMISSION//UNK', at(2)),
+        ('ICU_DISCHARGE//UNK', at(2, 12)),
+        ('HOSPITAL_DISCHARGE//UNK', at(3)),
+        ('MEDS_DEATH', at(10) - timedelta(seconds=1)),
+    ]
+
+
+def test_a_death_has_the_time_of_the_admission_where_it_is_known():
+    made = convert(stays(deathtime=at(3)))
+    deaths = made.filter(pl.col('code') == 'MEDS_DEATH')
+    assert deaths['time'].to_list() == [at(3)]
+
+
+def test_a_patient_without_a_year_of_birth():
+    nobody = pl.DataFrame(dict(subject_id=[2], born=[BORN]))
+    made = meds_rows(stays(), nobody, 'available')
+    assert 'MEDS_BIRTH' not in made['code']
+    assert restore_rows(made).equals(stays())
+
+
+# when a row is known
+
+DATED = pl.col('table').is_in(DATE_ONLY)
+
+
+def carried(rows, times='available'):
+    "The MEDS rows that stand for a row of the store."
+    return convert(rows, times).filter(pl.col('row').is_not_null())
+
 
 @settings(max_examples=10, deadline=None)
-@given(st.integers(0, 10**6))
-def test_no_row_is_known_before_it_was(seed):
-    rows = store(random_rows(seed), 'strict')
-    made = convert(rows).filter(pl.col('row').is_not_null())
-    dated, untimed = made.filter(pl.col('table').is_in(DATE_ONLY)), made.filter(pl.col('store_time').is_null(), pl.col('table') != 'patients')
+@given(SEEDS)
+def test_a_day_is_known_when_it_is_over(seed):
+    dated = carried(store(random_rows(seed), 'strict')).filter(DATED)
     assert (dated['time'] - dated['store_time'] == timedelta(days=1)).all()
-    left = rows.filter(pl.col('table') == 'admissions').select('hadm_id', left='until')
-    assert untimed.join(left, on='hadm_id').select((pl.col('time') >= pl.col('left')).all()).item() and untimed['time'].null_count() == 0
-    rest = made.filter(~pl.col('table').is_in(DATE_ONLY), pl.col('store_time').is_not_null())
+
+
+@settings(max_examples=10, deadline=None)
+@given(SEEDS)
+def test_a_row_without_time_is_known_when_its_admission_is_over(seed):
+    rows = store(random_rows(seed), 'strict')
+    made = carried(rows).filter(pl.col('table') != 'patients')
+    untimed = made.filter(pl.col('store_time').is_null())
+    assert untimed['time'].null_count() == 0
+    admissions = rows.filter(pl.col('table') == 'admissions')
+    left = admissions.select('hadm_id', left='until')
+    both = untimed.join(left, on='hadm_id')
+    assert (both['time'] >= both['left']).all()
+
+
+@settings(max_examples=10, deadline=None)
+@given(SEEDS)
+def test_all_other_rows_keep_their_time(seed):
+    made = carried(store(random_rows(seed), 'strict'))
+    rest = made.filter(~DATED, pl.col('store_time').is_not_null())
     assert rest['time'].equals(rest['store_time'].alias('time'))
-    plain = convert(rows, 'charttime').filter(pl.col('table').is_in(DATE_ONLY), pl.col('row').is_not_null())
-    assert plain['time'].equals(plain['store_time'].alias('time'))
+
+
+@settings(max_examples=10, deadline=None)
+@given(SEEDS)
+def test_under_charttime_a_day_keeps_its_time(seed):
+    made = carried(store(random_rows(seed), 'strict'), 'charttime').filter(DATED)
+    assert made['time'].equals(made['store_time'].alias('time'))
+
 
 # labels
 
+def known_rows(samples, task, made):
+    "MEDS rows that a task may use, of every label."
+    allowed = ~pl.col('table').is_in(hidden_tables(task, 'strict'))
+    return label_rows(samples, task).join(made, on='subject_id').filter(
+        pl.col('time') <= pl.col('prediction_time'), allowed)
+
+
+def check_task(task, samples, known):
+    "No known row gives the answer away."
+    who = ['subject_id', 'prediction_time', 'hadm_id']
+    of_stay = known.join(samples, on=who, how='semi')
+    if task.family == 'decision':  # no row of the trigger
+        before = pl.col('prediction_time') - MICROSECOND
+        trigger = samples.select('subject_id', before, event='trigger')
+        who = ['subject_id', 'prediction_time', 'event']
+        assert not len(known.join(trigger, on=who, how='semi'))
+    elif 'Mortality' in task.name:
+        assert 'MEDS_DEATH' not in known['code']
+    elif task.name.startswith('LengthOfStay'):
+        assert not of_stay['code'].str.starts_with('HOSPITAL_DISCHARGE').any()
+    elif task.name == 'ED_Hospitalization':
+        assert set(of_stay['table']) <= {'patients', *BEFORE_ADMISSION}
+
+
 @settings(max_examples=6, deadline=None)
-@given(st.integers(0, 10**6))
+@given(SEEDS)
 def test_no_answer_is_there_at_its_prediction_time(seed):
     rows = store(random_rows(seed), 'strict')
-    index, made = index_rows(rows, 'strict'), convert(rows)
-    for (name,), some in index.partition_by('task', as_dict=True).items():
-        task = TASKS[name]; labels = label_rows(some, task)
-        known = labels.join(made, on='subject_id').filter(pl.col('time') <= pl.col('prediction_time'), ~pl.col('table').is_in(hidden_tables(task, 'strict')))
-        if task.family == 'decision': # no row of the trigger
-            trigger = some.select('subject_id', 'prediction_time', event='trigger').with_columns(pl.col('prediction_time') - timedelta(microseconds=1))
-            assert not len(known.join(trigger, on=['subject_id', 'prediction_time', 'event'], how='semi'))
-        elif 'Mortality' in name: assert 'MEDS_DEATH' not in known['code']
-        elif name.startswith('LengthOfStay'): # this stay's discharge
-            this = known.join(some.select('subject_id', 'prediction_time', 'hadm_id'), on=['subject_id', 'prediction_time', 'hadm_id'], how='semi')
-            assert not this['code'].str.starts_with('HOSPITAL_DISCHARGE').any()
-        elif name == 'ED_Hospitalization': # nothing of the hospital stay
-            this = known.join(some.select('subject_id', 'prediction_time', 'hadm_id'), on=['subject_id', 'prediction_time', 'hadm_id'], how='semi')
-            assert set(this['table']) <= {'patients', *BEFORE_ADMISSION}
+    made = convert(rows)
+    index = index_rows(rows, 'strict')
+    for (name,), samples in index.partition_by('task', as_dict=True).items():
+        task = TASKS[name]
+        check_task(task, samples, known_rows(samples, task, made))
 
-def test_labels_say_what_the_samples_say():
-    some = pl.DataFrame(dict(subject_id=[2, 1, 1], prediction_time=[at(3), at(2), at(2)], label=[['yes'], ['no'], ['no']]))
-    risk = label_rows(some, TASKS['Inpatient_Mortality'])
-    assert risk.rows() == [(1, at(2), False), (1, at(2), False), (2, at(3), True)]
-    many = label_rows(some.with_columns(label=pl.Series([['b', 'a'], ['c'], ['c']])), TASKS['labevents'])
-    before = timedelta(microseconds=1)
-    assert many.rows() == [(1, at(2) - before, 'c'), (2, at(3) - before, 'a'), (2, at(3) - before, 'b')]
+
+def labelled(*labels):
+    times = [at(3), at(2), at(2)]
+    return pl.DataFrame(dict(subject_id=[2, 1, 1], prediction_time=times, label=labels))
+
+
+def test_labels_of_a_risk():
+    samples = labelled(['yes'], ['no'], ['no'])
+    found = label_rows(samples, TASKS['Inpatient_Mortality'])
+    assert found.rows() == [
+        (1, at(2), False),
+        (1, at(2), False),
+        (2, at(3), True),
+    ]
+
+
+def test_labels_of_a_decision_are_a_row_an_answer_just_before_the_trigger():
+    samples = labelled(['b', 'a'], ['c'], ['c'])
+    found = label_rows(samples, TASKS['labevents'])
+    assert found.rows() == [
+        (1, at(2) - MICROSECOND, 'c'),
+        (2, at(3) - MICROSECOND, 'a'),
+        (2, at(3) - MICROSECOND, 'b'),
+    ]
+
 
 # the stage
 
 @pytest.fixture(scope='module')
-def made(tmp_path_factory):
+def small(tmp_path_factory):
+    "Twelve synthetic patients: run, profile, tables."
     home = tmp_path_factory.mktemp('meds')
     build_hospital(home/'tables', 12, 7, workers=1, progress=False)
-    run, p, source = Run('small', home), profile('smoke', workers=1, shard_patients=4), open_source(home/'tables')
-    build_trajectories(source, run, p); build_index(run, p); build_samples(run, p)
-    assert build_meds(run, p, source) and not build_meds(run, p, source)
+    run, source = Run('small', home), open_source(home/'tables')
+    p = profile('smoke', workers=1, shard_patients=4)
+    build_trajectories(source, run, p)
+    build_index(run, p)
+    build_samples(run, p)
+    assert build_meds(run, p, source)
     return run, p, source
 
-def content(folder): return {str(f.relative_to(folder)): hashlib.sha256(f.read_bytes()).hexdigest() for f in sorted(folder.rglob('*')) if f.is_file() and f.name != 'measured.json'}
 
-def test_the_data_set_is_valid_and_whole(made):
-    run, p, source = made; root = run.folder/'meds'
-    found, counts, store_counts = check_meds(root), read_manifest(root)['counts'], read_manifest(run.trajectories)['counts']
-    assert found['subjects'] == 12 and found['rows'] == counts['rows'] and found['codes'] == counts['codes'] == len(pq.read_table(root/'metadata/codes.parquet'))
-    assert counts['tables'] == {t: c['rows'] for t, c in store_counts['tables'].items()} and counts['without_year_of_birth'] == 0
-    for f in (root/'data').rglob('*.parquet'): meds.DataSchema.validate(pq.read_table(f)); assert pq.read_schema(f).equals(DATA)
+@pytest.fixture(scope='module')
+def run(small):
+    return small[0]
+
+
+@pytest.fixture(scope='module')
+def root(run):
+    "The data set of the twelve patients."
+    return run.folder/'meds'
+
+
+@pytest.fixture
+def copy(root, tmp_path):
+    "A copy of the data set that may be spoilt."
+    shutil.copytree(root, tmp_path/'meds', copy_function=os.link)
+    return tmp_path/'meds'
+
+
+def test_the_stage_is_up_to_date_afterwards(small):
+    assert not build_meds(*small)
+
+
+def test_what_the_check_finds_is_what_was_counted(run, root):
+    found, counts = check_meds(root), read_manifest(root)['counts']
+    assert found['subjects'] == 12
+    assert found['rows'] == counts['rows']
+    described = pq.read_table(root/'metadata/codes.parquet')
+    assert found['codes'] == counts['codes'] == len(described)
+
+
+def test_every_row_of_the_store_is_counted(run, root):
+    counts = read_manifest(root)['counts']
+    stored = read_manifest(run.trajectories)['counts']['tables']
+    assert counts['tables'] == {table: count['rows'] for table, count in stored.items()}
+    assert counts['without_year_of_birth'] == 0
+
+
+def test_data_files_have_the_columns_of_meds_and_ours(root):
+    for file in (root/'data').rglob('*.parquet'):
+        meds.DataSchema.validate(pq.read_table(file))
+        assert pq.read_schema(file).equals(DATA)
+
+
+def test_every_subject_has_its_split(small, root):
     splits = pl.read_parquet(root/'metadata/subject_splits.parquet')
-    assert splits['split'].to_list() == split_of(splits['subject_id'].to_numpy(), p.seed).tolist() and len(splits) == 12
-    assert json.loads((root/'metadata/dataset.json').read_text())['meds_version'] == meds.__version__
+    assert len(splits) == 12
+    expected = split_of(splits['subject_id'].to_numpy(), small[1].seed)
+    assert splits['split'].to_list() == expected.tolist()
 
-def test_labels_are_the_samples(made):
-    run, p, source = made; root = run.folder/'meds'
-    samples = pl.concat([scan_samples(run, s).drop('messages', 'candidates').collect() for s in SETS])
+
+def test_the_version_of_meds_is_named(root):
+    about = json.loads((root/'metadata/dataset.json').read_text())
+    assert about['meds_version'] == meds.__version__
+
+
+@pytest.fixture(scope='module')
+def samples(run):
+    both = pl.concat([scan_samples(run, name) for name in SETS])
+    return both.drop('messages', 'candidates').collect()
+
+
+def test_labels_are_those_of_the_samples(root, samples):
     for (task, split), some in samples.partition_by('task', 'split', as_dict=True).items():
         labels = pl.read_parquet(root/'tasks'/task/f'{split}.parquet')
-        assert labels.sort(pl.all()).equals(label_rows(some, TASKS[task]).sort(pl.all()))
-    assert {f.name for f in (root/'tasks').iterdir()} == set(samples['task']) and set(json.loads((root/'metadata/tasks.json').read_text())) == set(TASKS)
+        expected = label_rows(some, TASKS[task])
+        assert labels.sort(pl.all()).equals(expected.sort(pl.all()))
 
-def test_codes_have_parents_from_the_dictionaries(made):
-    codes = pl.read_parquet(made[0].folder/'meds'/'metadata/codes.parquet')
-    items = made[2].scan('d_labitems', ['itemid', 'label']).collect()
-    lab = codes.filter(pl.col('code').str.starts_with('LAB//RESULT//')).row(0, named=True)
+
+def test_tasks_with_samples_have_labels_and_all_are_described(root, samples):
+    labelled_tasks = {folder.name for folder in (root/'tasks').iterdir()}
+    assert labelled_tasks == set(samples['task'])
+    described = json.loads((root/'metadata/tasks.json').read_text())
+    assert set(described) == set(TASKS)
+
+
+@pytest.fixture(scope='module')
+def codes(root):
+    return pl.read_parquet(root/'metadata/codes.parquet')
+
+
+def test_parents_of_a_laboratory_code_are_the_items_of_its_name(codes, small):
+    laboratory = codes.filter(pl.col('code').str.starts_with('LAB//RESULT//'))
+    lab = laboratory.row(0, named=True)
     name = lab['code'].split('//')[2]
-    assert lab['parent_codes'] == sorted(f'MIMIC-IV_ITEM/{i}' for i in items.filter(pl.col('label') == name)['itemid']) and lab['parent_codes'] and name in lab['description']
-    diagnosis = codes.filter(pl.col('code').str.starts_with('DIAGNOSIS//ICD//'))
-    assert diagnosis['parent_codes'].list.len().min() > 0 and diagnosis['parent_codes'].explode().str.contains(r'^ICD(9|10)CM/[A-Z0-9]+(\.[A-Z0-9]+)?$').all()
+    dictionary = small[2].scan('d_labitems', ['itemid', 'label'])
+    items = dictionary.filter(pl.col('label') == name).collect()
+    assert len(items) > 0
+    assert lab['parent_codes'] == sorted(f'MIMIC-IV_ITEM/{item}' for item in items['itemid'])
+    assert name in lab['description']
 
-def test_the_same_bytes_again_also_after_a_crash(made, tmp_path, monkeypatch):
-    run, p, source = made; first = content(run.folder/'meds')
+
+def test_parents_of_a_diagnosis_are_icd_codes_with_a_dot(codes):
+    diagnoses = codes.filter(pl.col('code').str.starts_with('DIAGNOSIS//ICD//'))
+    parents = diagnoses['parent_codes']
+    assert parents.list.len().min() > 0
+    assert parents.explode().str.contains(r'^ICD(9|10)CM/[A-Z0-9]+(\.[A-Z0-9]+)?$').all()
+
+
+def content(folder):
+    "Digests of what a stage wrote."
+    digests = {}
+    for file in folder.rglob('*'):
+        if file.is_file() and file.name != 'measured.json':
+            digests[file.relative_to(folder)] = hashlib.sha256(file.read_bytes()).hexdigest()
+    return digests
+
+
+def test_the_same_bytes_again_also_after_a_crash(small, root, tmp_path, monkeypatch):
+    run, p, source = small
     other = Run('other', tmp_path)
-    for s in ('trajectories', 'samples'): shutil.copytree(getattr(run, s), getattr(other, s))
-    real, calls = module._write_shard, []
+    for stage in ('trajectories', 'samples'):
+        shutil.copytree(getattr(run, stage), getattr(other, stage))
+    real, calls = module.write_data, []
+
     def killed(*args):
-        if len(calls) == 2: raise KeyboardInterrupt
-        calls.append(args); return real(*args)
-    monkeypatch.setattr(module, '_write_shard', killed)
-    with pytest.raises(KeyboardInterrupt): build_meds(other, p, source)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        calls.append(args)
+        return real(*args)
+
+    monkeypatch.setattr(module, 'write_data', killed)
+    with pytest.raises(KeyboardInterrupt):
+        build_meds(other, p, source)
     assert not (other.folder/'meds').exists()
-    monkeypatch.setattr(module, '_write_shard', real)
+    monkeypatch.setattr(module, 'write_data', real)
     build_meds(other, p, source)
-    assert content(other.folder/'meds') == first
+    assert content(other.folder/'meds') == content(root)
 
-def test_the_store_comes_back(made, tmp_path):
-    run, p, source = made; back = Run('back', tmp_path)
-    assert restore_store(run.folder/'meds', back) and not restore_store(run.folder/'meds', back)
-    for a, b in zip(store_files(run.trajectories), store_files(back.trajectories), strict=True): assert pl.read_parquet(a).equals(pl.read_parquet(b))
+
+# back to a store
+
+@pytest.fixture(scope='module')
+def back(root, tmp_path_factory):
+    "The run whose store was restored."
+    run = Run('back', tmp_path_factory.mktemp('back'))
+    assert restore_store(root, run)
+    return run
+
+
+def same_rows(first, second):
+    "Do two stores hold the same rows in the same files?"
+    files = zip(store_files(first.trajectories), store_files(second.trajectories), strict=True)
+    for file, other in files:
+        if not pl.read_parquet(file).equals(pl.read_parquet(other)):
+            return False
+    return True
+
+
+def test_the_store_comes_back(run, back):
+    assert same_rows(run, back)
     assert read_manifest(run.trajectories)['counts'] == read_manifest(back.trajectories)['counts']
-    build_index(back, p)
-    assert pl.read_parquet(run.index/'shard-*.parquet').equals(pl.read_parquet(back.index/'shard-*.parquet'))
 
-def test_a_missing_file_of_a_shard_is_noticed(made, tmp_path):
-    shutil.copytree(made[0].folder/'meds', tmp_path/'meds'); next((tmp_path/'meds'/'data').rglob('*.parquet')).unlink()
-    with pytest.raises(TableError, match='rows of .* are missing or doubled'): restore_store(tmp_path/'meds', Run('back', tmp_path))
+
+def test_a_restored_store_is_up_to_date(root, back):
+    assert not restore_store(root, back)
+
+
+def test_a_restored_store_gives_the_same_index(small, back):
+    build_index(back, small[1])
+    first = pl.read_parquet(small[0].index/'shard-*.parquet')
+    second = pl.read_parquet(back.index/'shard-*.parquet')
+    assert first.equals(second)
+
+
+def test_a_missing_file_of_a_shard_is_noticed(copy, tmp_path):
+    next((copy/'data').rglob('*.parquet')).unlink()
+    with pytest.raises(TableError, match='rows of .* are missing or doubled'):
+        restore_store(copy, Run('back', tmp_path))
     assert not Run('back', tmp_path).trajectories.exists()
+
 
 # bad files
 
-def swap_subjects(t): # a subject's rows in two places
-    ids = t['subject_id'].to_numpy(); n = int(np.flatnonzero(ids != ids[0])[0]); return pa.concat_tables([t.slice(n - 1), t.slice(0, n - 1)])
-def null_code(t): return t.set_column(2, 'code', pa.array([None] + t['code'].to_pylist()[1:], pa.string()))
+def replaced(table, column, values):
+    return table.set_column(table.schema.get_field_index(column), column, values)
+
+
+def as_type(column, kind):
+    return lambda table: replaced(table, column, table[column].cast(kind))
+
+
+def without_first(table):
+    return table.slice(1)
+
+
+def backwards(table):
+    return table.sort_by([('subject_id', 'ascending'), ('time', 'descending')])
+
+
+def in_two_places(table):
+    "The rows of a subject stand in two places."
+    ids = table['subject_id'].to_numpy()
+    first = int(np.flatnonzero(ids != ids[0])[0])
+    above, below = table.slice(0, first - 1), table.slice(first - 1)
+    return pa.concat_tables([below, above])
+
+
+def without_code(table):
+    codes = [None, *table['code'].to_pylist()[1:]]
+    return replaced(table, 'code', pa.array(codes, pa.string()))
+
+
+def of_subject_1(table):
+    return replaced(table, 'subject_id', pa.array([1]*len(table)))
+
+
+def last_of_subject_1(table):
+    return of_subject_1(table).sort_by('time').slice(len(table) - 1)
+
+
+def first_twice(table):
+    return pa.concat_tables([table, table.slice(0, 1)])
+
+
+def swapped_splits(table):
+    other = dict(train='tuning', tuning='train')
+    splits = [other.get(split, split) for split in table['split'].to_pylist()]
+    return replaced(table, 'split', pa.array(splits))
+
+
+def without_times(table):
+    return replaced(table, 'prediction_time', pa.nulls(len(table), pa.timestamp('us')))
+
+
+def with_sample_id(table):
+    return table.append_column('sample_id', pa.array(['x']*len(table)))
+
+
+CODES, SPLITS = 'metadata/codes.parquet', 'metadata/subject_splits.parquet'
 FAULTS = [
-    ('data', lambda t: t.drop_columns('time'), 'Missing required columns: time'),
-    ('data', lambda t: t.set_column(0, 'subject_id', t['subject_id'].cast(pa.int32())), 'subject_id'),
-    ('data', lambda t: t.set_column(3, 'numeric_value', t['numeric_value'].cast(pa.float64())), 'numeric_value'),
-    ('data', lambda t: t.set_column(1, 'time', t['time'].cast(pa.timestamp('ms'))), 'time'),
-    ('data', lambda t: t.sort_by([('subject_id', 'ascending'), ('time', 'descending')]), r'column subject_id, row \d+: subject \d+ goes back in time'),
-    ('data', swap_subjects, 'column subject_id, row .*rows elsewhere'),
-    ('data', null_code, 'code'),
-    ('data', lambda t: t.set_column(0, 'subject_id', pa.array([1]*len(t))).sort_by('time').slice(len(t) - 1), 'subject 1 has no split'),
-    ('metadata/codes.parquet', lambda t: t.slice(1), "is not in metadata/codes.parquet"),
-    ('metadata/codes.parquet', lambda t: t.rename_columns(['name', 'description', 'parent_codes']), 'code'),
-    ('metadata/subject_splits.parquet', lambda t: t.slice(0, 0), 'has no split'),
-    ('metadata/subject_splits.parquet', lambda t: pa.concat_tables([t, t.slice(0, 1)]), 'stands there twice'),
-    ('metadata/subject_splits.parquet', lambda t: t.set_column(1, 'split', pa.array(['train' if s == 'tuning' else 'tuning' if s == 'train' else s for s in t['split'].to_pylist()])), 'is not of the split'),
-    ('tasks', lambda t: t.append_column('sample_id', pa.array(['x']*len(t))), 'sample_id'),
-    ('tasks', lambda t: t.set_column(0, 'subject_id', pa.array([1]*len(t))), 'subject 1 has no data'),
-    ('tasks', lambda t: t.set_column(1, 'prediction_time', pa.nulls(len(t), pa.timestamp('us'))), 'prediction_time'),
+    ('data', lambda table: table.drop_columns('time'), 'Missing required columns: time'),
+    ('data', as_type('subject_id', pa.int32()), 'subject_id'),
+    ('data', as_type('numeric_value', pa.float64()), 'numeric_value'),
+    ('data', as_type('time', pa.timestamp('ms')), 'time'),
+    ('data', backwards, r'column subject_id, row \d+: subject \d+ goes back in time'),
+    ('data', in_two_places, 'column subject_id, row .*rows elsewhere'),
+    ('data', without_code, 'code'),
+    ('data', last_of_subject_1, 'subject 1 has no split'),
+    (CODES, without_first, 'is not in metadata/codes.parquet'),
+    (CODES, lambda table: table.rename_columns(['name', 'description', 'parent_codes']), 'code'),
+    (SPLITS, lambda table: table.slice(0, 0), 'has no split'),
+    (SPLITS, first_twice, 'stands there twice'),
+    (SPLITS, swapped_splits, 'is not of the split'),
+    ('tasks', with_sample_id, 'sample_id'),
+    ('tasks', of_subject_1, 'subject 1 has no data'),
+    ('tasks', without_times, 'prediction_time'),
 ]
-@pytest.mark.parametrize('where, change, said', FAULTS)
-def test_bad_files_are_named(made, tmp_path, where, change, said):
-    root = tmp_path/'meds'; shutil.copytree(made[0].folder/'meds', root, copy_function=os.link)
-    file = root/where if where.startswith('metadata') else max((root/where).rglob('*.parquet'), key=lambda f: (pq.read_schema(f).names[-1] != 'boolean_value', f.stat().st_size))
-    table = pq.read_table(file); file.unlink(); pq.write_table(change(table), file)
-    with pytest.raises(TableError, match=said) as e: check_meds(root)
-    assert '/' in str(e.value) and '.parquet' in str(e.value)
 
-def test_a_subject_in_two_files_and_files_that_are_none(made, tmp_path):
-    root = tmp_path/'meds'; shutil.copytree(made[0].folder/'meds', root, copy_function=os.link)
-    file = next((root/'data').rglob('*.parquet')); shutil.copy(file, file.with_name('99999.parquet'))
-    with pytest.raises(TableError, match='rows elsewhere'): check_meds(root)
-    file.with_name('99999.parquet').unlink(); file.with_name('99999.parquet').write_bytes(b'no parquet')
-    with pytest.raises(TableError, match='99999.parquet: Parquet'): check_meds(root)
-    file.with_name('99999.parquet').unlink(); (root/'metadata/dataset.json').unlink(); (root/'metadata/dataset.json').write_text('{')
-    with pytest.raises(TableError, match='dataset.json'): check_meds(root)
-    (root/'metadata/codes.parquet').unlink()
-    with pytest.raises(TableError, match='codes.parquet: .*No such file'): check_meds(root)
-    with pytest.raises(TableError, match='no Parquet file below data'): check_meds(tmp_path)
 
-def foreign(root): # what another program could have written
-    (root/'data'/'deep').mkdir(parents=True); (root/'metadata').mkdir()
+def file_to_spoil(root, where):
+    "The file that is named, or the largest below a folder, but not one of a risk."
+    if where.startswith('metadata'):
+        return root/where
+    files = (root/where).rglob('*.parquet')
+
+    def preference(file):
+        risk = pq.read_schema(file).names[-1] == 'boolean_value'
+        return not risk, file.stat().st_size
+
+    return max(files, key=preference)
+
+
+@pytest.mark.parametrize('where, change, words', FAULTS)
+def test_a_bad_file_is_named(copy, where, change, words):
+    file = file_to_spoil(copy, where)
+    table = pq.read_table(file)
+    file.unlink()
+    pq.write_table(change(table), file)
+    with pytest.raises(TableError, match=words) as error:
+        check_meds(copy)
+    assert '/' in str(error.value)
+    assert '.parquet' in str(error.value)
+
+
+def test_a_subject_in_two_files(copy):
+    file = next((copy/'data').rglob('*.parquet'))
+    shutil.copy(file, file.with_name('99999.parquet'))
+    with pytest.raises(TableError, match='rows elsewhere'):
+        check_meds(copy)
+
+
+def test_a_data_file_that_is_no_parquet(copy):
+    file = next((copy/'data').rglob('*.parquet'))
+    file.with_name('99999.parquet').write_bytes(b'no parquet')
+    with pytest.raises(TableError, match='99999.parquet: Parquet'):
+        check_meds(copy)
+
+
+def test_a_description_that_is_no_json(copy):
+    (copy/'metadata/dataset.json').unlink()
+    (copy/'metadata/dataset.json').write_text('{')
+    with pytest.raises(TableError, match='dataset.json'):
+        check_meds(copy)
+
+
+def test_a_data_set_without_codes(copy):
+    (copy/'metadata/codes.parquet').unlink()
+    with pytest.raises(TableError, match='codes.parquet: .*No such file'):
+        check_meds(copy)
+
+
+def test_a_folder_without_data(tmp_path):
+    with pytest.raises(TableError, match='no Parquet file below data'):
+        check_meds(tmp_path)
+
+
+# a data set of others
+
+@pytest.fixture
+def foreign(tmp_path):
+    "What another program could have written."
+    root = tmp_path/'other'
+    (root/'data'/'deep').mkdir(parents=True)
+    (root/'metadata').mkdir()
     codes = ['SEX//male', 'MEDS_BIRTH', 'LOINC//2160-0', 'VISIT', 'SEX//female']
-    pq.write_table(pa.table(dict(code=codes, time=pa.array([None, at(1), at(2), at(1), None], pa.timestamp('us')), subject_id=[3, 3, 3, 9, 7], unit=['', '', 'mg', '', ''])), root/'data'/'deep'/'0.parquet')
-    pq.write_table(pa.table(dict(code=codes)), root/'metadata'/'codes.parquet')
-    pq.write_table(pa.table(dict(subject_id=[3, 7, 9], split=['train', 'train', 'mine'])), root/'metadata'/'subject_splits.parquet')
-    (root/'metadata'/'dataset.json').write_text('{"dataset_name": "elsewhere", "created_at": "2025-01-01T00:00:00"}')
+    times = [None, at(1), at(2), at(1), None]
+    rows = dict(
+        code=codes,
+        time=pa.array(times, pa.timestamp('us')),
+        subject_id=[3, 3, 3, 9, 7],
+        unit=['mg']*5)
+    splits = dict(
+        subject_id=[3, 7, 9],
+        split=['train', 'train', 'mine'])
+    pq.write_table(pa.table(rows), root/'data'/'deep'/'0.parquet')
+    pq.write_table(pa.table(dict(code=codes)), root/CODES)
+    pq.write_table(pa.table(splits), root/SPLITS)
+    about = dict(dataset_name='elsewhere', created_at='2025-01-01T00:00:00')
+    (root/'metadata'/'dataset.json').write_text(json.dumps(about))
+    return root
 
-def test_a_data_set_of_others_is_checked_but_not_restored(tmp_path):
-    foreign(tmp_path/'other')
-    assert check_meds(tmp_path/'other') == dict(files=1, rows=5, subjects=3, codes=5, labels={})
-    with pytest.raises(TableError, match='0.parquet, column .*Only what `build_meds` wrote'): restore_store(tmp_path/'other', Run('back', tmp_path))
+
+def test_a_data_set_of_others_can_be_checked(foreign):
+    found = check_meds(foreign)
+    assert found == dict(files=1, rows=5, subjects=3, codes=5, labels={})
+
+
+def test_a_data_set_of_others_is_not_restored(foreign, tmp_path):
+    with pytest.raises(TableError, match='0.parquet, column .*Only what `build_meds` wrote'):
+        restore_store(foreign, Run('back', tmp_path))
     assert not Run('back', tmp_path).folder.exists()
+
 
 # the demo
 
+LARGE = ('chartevents', 'poe', 'prescriptions', 'pharmacy', 'ingredientevents', 'inputevents', 'datetimeevents')
+ROWS = dict(
+    admissions=275,
+    icustays=140,
+    labevents=107_727,
+    emar=35_835,
+    edstays=222,
+    vitalsign=1_038,
+    medrecon=2_764)
+
+
 def test_the_demo_comes_back_with_the_rows_of_its_source(demo, tmp_path):
-    whole, large = open_source(demo), ('chartevents', 'poe', 'prescriptions', 'pharmacy', 'ingredientevents', 'inputevents', 'datetimeevents')
-    source = replace(whole, files={t: f for t, f in whole.files.items() if t not in large}) # the notebook does it with all tables
-    run, back, p = Run('demo', tmp_path), Run('back', tmp_path), profile('smoke', workers=1)
-    build_trajectories(source, run, p); build_meds(run, p, source)
+    whole = open_source(demo)  # the notebook does it with all tables
+    small_files = {table: file for table, file in whole.files.items() if table not in LARGE}
+    source = replace(whole, files=small_files)
+    run, back = Run('demo', tmp_path), Run('back', tmp_path)
+    p = profile('smoke', workers=1)
+    build_trajectories(source, run, p)
+    build_meds(run, p, source)
     restore_store(run.folder/'meds', back)
-    first, made, second = (read_manifest(f)['counts'] for f in (run.trajectories, run.folder/'meds', back.trajectories))
-    expected = dict(admissions=275, icustays=140, labevents=107_727, emar=35_835, edstays=222, vitalsign=1_038, medrecon=2_764)
-    assert {t: made['tables'][t] for t in expected} == expected and made['labels'] == {}
-    for t in first['tables']: assert made['tables'][t] == first['tables'][t]['rows'] == second['tables'][t]['rows'] == source.rows(t)
-    assert set(first['tables']) == {t for t in DISPLAY if source.has(t)}
-    for a, b in zip(store_files(run.trajectories), store_files(back.trajectories), strict=True): assert pl.read_parquet(a).equals(pl.read_parquet(b))
+    folders = run.trajectories, run.folder/'meds', back.trajectories
+    stored, made, restored = (read_manifest(folder)['counts'] for folder in folders)
+
+    assert {table: made['tables'][table] for table in ROWS} == ROWS
+    assert made['labels'] == {}
+    assert set(stored['tables']) == {table for table in DISPLAY if source.has(table)}
+    for table, count in stored['tables'].items():
+        assert source.rows(table) == count['rows']
+        assert made['tables'][table] == count['rows']
+        assert restored['tables'][table]['rows'] == count['rows']
+    assert same_rows(run, back)
