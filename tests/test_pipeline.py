@@ -31,7 +31,8 @@ def digests(folder, *without):
     for file in sorted(Path(folder).rglob('*')):
         is_aside = file.name in (*MEASURED, *without) or file.name.startswith('.')
         if file.is_file() and not is_aside:
-            found[str(file.relative_to(folder))] = hashlib.md5(file.read_bytes()).hexdigest()
+            name = str(file.relative_to(folder))
+            found[name] = hashlib.md5(file.read_bytes()).hexdigest()
     return found
 
 
@@ -126,7 +127,8 @@ def test_every_task_has_samples(prepared):
 
 
 def test_no_patient_is_in_both_sets(prepared):
-    ins, bench = (set(scan_samples(prepared, name).collect()['subject_id']) for name in SETS)
+    patients = [scan_samples(prepared, name).collect()['subject_id'] for name in SETS]
+    ins, bench = map(set, patients)
     assert ins and bench
     assert not ins & bench
 
@@ -138,12 +140,12 @@ def test_store_counts_agree_with_the_tables(tables, prepared, table):
 
 
 def test_every_trajectory_begins_with_the_patient(prepared):
-    first = scan_store(prepared.trajectories).filter(pl.col('event') == 0)
-    assert first.select('table').unique().collect()['table'].to_list() == ['patients']
+    first = scan_store(prepared.trajectories).filter(event=0).collect()
+    assert first['table'].unique().to_list() == ['patients']
 
 
 def test_a_patient_is_read_in_order(prepared):
-    patient = scan_store(prepared.trajectories).select(pl.col('subject_id').first()).collect().item()
+    patient = scan_store(prepared.trajectories).first().collect()['subject_id'].item()
     assert read_patient(prepared.trajectories, patient)['event'].is_sorted()
 
 
@@ -159,7 +161,7 @@ def test_rows_of_unknown_patients_are_dropped_and_counted(changed, tmp_path):
     run = Run('t', tmp_path/'home')
     build_trajectories(open_source(changed), run, settings())
     dropped = read_manifest(run.trajectories)['counts']['dropped']['subject_id not in patients']
-    left = scan_store(run.trajectories).select('subject_id').unique().collect()['subject_id']
+    left = scan_store(run.trajectories).collect()['subject_id']
     assert dropped['admissions'] >= 1
     assert int(gone.split(',')[0]) not in left.to_list()
 
@@ -240,8 +242,9 @@ MOMENTS = (
 def start(home):
     "Run the stages in a process of its own."
     command = [sys.executable, '-c', RUN_MAIN, *STAGES, *SMALL]
+    environment = os.environ | dict(EHR_R1_HOME=str(home))
     silent = dict(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    return subprocess.Popen(command, env=os.environ | dict(EHR_R1_HOME=str(home)), start_new_session=True, **silent)
+    return subprocess.Popen(command, env=environment, start_new_session=True, **silent)
 
 
 def killed_at(path, home):

@@ -93,7 +93,7 @@ def test_admission_tasks_do_not_show_the_admission():
     assert 'Admissions' not in text
 
 
-@pytest.mark.parametrize('integers, line', [((), '- Value: 600.0\n'), (('value',), '- Value: 600\n')])
+@pytest.mark.parametrize('integers, line', [([], '- Value: 600.0\n'), (['value'], '- Value: 600\n')])
 def test_integer_columns_lose_their_point_only_where_the_data_set_says_so(integers, line):
     output = row('outputevents', cells=['Foley', '600.0', 'ml'])['cells']
     assert line in official_event('outputevents', at(1), [output], integers)
@@ -138,7 +138,8 @@ EVENTS = [f'## Labs\n- item {i}' for i in range(50)]
 
 
 def test_the_budget_drops_the_oldest_and_keeps_head_and_question():
-    text, tokens, dropped = prompt(['HEAD', '', 'ADMISSION'], EVENTS, 'QUESTION', 'compact', budget=100)
+    head = ['HEAD', '', 'ADMISSION']
+    text, tokens, dropped = prompt(head, EVENTS, 'QUESTION', 'compact', budget=100)
     assert 0 < dropped < 50
     assert tokens <= 100
     assert text.startswith('HEAD') and text.endswith('QUESTION')

@@ -1,6 +1,7 @@
 "Reading MIMIC-IV's tables: the same frame from every file format, and one clear error for every kind of bad input."
 import gzip
 import tempfile
+from collections import Counter
 from datetime import datetime
 
 import polars as pl
@@ -85,8 +86,8 @@ def refused(call, *args, says):
 
 def test_the_tables_and_their_modules():
     modules = [table.module for table in TABLES.values()]
-    assert len(TABLES) == 41
-    assert {module: modules.count(module) for module in modules} == dict(hosp=22, icu=9, ed=6, note=4)
+    assert len(modules) == 41
+    assert Counter(modules) == dict(hosp=22, icu=9, ed=6, note=4)
 
 
 def test_columns_come_in_order_after_the_row_number(root):
@@ -95,12 +96,15 @@ def test_columns_come_in_order_after_the_row_number(root):
     assert frame['row'].to_list() == [0, 1, 2]
 
 
+MAY_6, JULY_1 = datetime(2180, 5, 6, 10), datetime(2180, 7, 1, 9)
+
+
 @pytest.mark.parametrize('column, values, dtype', [
     ('valuenum', [1.4, None, 139.0], pl.Float64),
     ('valueuom', ['mg/dL', None, 'mEq/L'], pl.String),
     ('hadm_id', [70, 70, None], pl.Int64),
-    ('charttime', [datetime(2180, 5, 6, 10)]*2 + [datetime(2180, 7, 1, 9)], pl.Datetime('us')),
-    ('storetime', [datetime(2180, 5, 6, 11, 30)]*2 + [None], pl.Datetime('us')),
+    ('charttime', [MAY_6, MAY_6, JULY_1], pl.Datetime('us')),
+    ('storetime', [MAY_6.replace(hour=11, minute=30)]*2 + [None], pl.Datetime('us')),
     ('comments', [None, None, 'two lines\nof "comment", quoted'], pl.String),
 ])
 def test_types_and_missing_values(root, column, values, dtype):
@@ -120,14 +124,16 @@ def test_every_missing_word_is_null_in_every_type(root, word, quote):
 
 def test_dates_in_both_forms(root):
     write(root, 'omr', '7,2180-05-06,1,BMI,22', '7,2180-05-07 00:00:00,1,BMI,22')
-    assert read(root, 'omr')['chartdate'].to_list() == [datetime(2180, 5, 6), datetime(2180, 5, 7)]
+    days = read(root, 'omr')['chartdate']
+    assert days.to_list() == [datetime(2180, 5, 6), datetime(2180, 5, 7)]
 
 
 def test_times_with_fractions(root):
     header = 'subject_id,hadm_id,stay_id,starttime,storetime,itemid,value,valueuom,location,locationcategory'
     row = '7,70,700,2180-05-06 10:00:00,2180-05-06 11:00:00.090,1,5,,,'
     write(root, 'procedureevents', row, header=header)
-    assert read(root, 'procedureevents')['storetime'].item() == datetime(2180, 5, 6, 11, 0, 0, 90_000)
+    stored = read(root, 'procedureevents')['storetime'].item()
+    assert stored == datetime(2180, 5, 6, 11, microsecond=90_000)
 
 
 def test_codes_keep_leading_zeros(root):
@@ -139,7 +145,8 @@ def test_columns_may_be_upper_case_extra_reordered_or_left_out(root):
     write(root, 'd_labitems', 'Glucose,x,50931', header='LABEL,extra,ITEMID', newline='\r\n')
     frame = read(root, 'd_labitems')
     assert frame.rows() == [(50931, 'Glucose', None, None)]
-    assert frame.schema == dict(itemid=pl.Int64, label=pl.String, fluid=pl.String, category=pl.String)
+    assert frame.columns == ['itemid', 'label', 'fluid', 'category']
+    assert frame.dtypes == [pl.Int64, pl.String, pl.String, pl.String]
 
 
 def test_a_column_that_is_not_there_has_as_many_nulls_as_there_are_rows(root):
@@ -185,7 +192,8 @@ def test_a_table_without_rows(root, suffix):
     path = root/'icu'/'chartevents.csv'
     path.unlink()
     if suffix == '.parquet':
-        pl.DataFrame(schema={column: pl.String for column in columns}).write_parquet(path.with_suffix(suffix))
+        empty = pl.DataFrame(schema=dict.fromkeys(columns, pl.String))
+        empty.write_parquet(path.with_suffix(suffix))
     else:
         write(root, 'chartevents', suffix=suffix)
     frame = read(root, 'chartevents')
