@@ -243,8 +243,8 @@ def test_the_benchmark_pays_the_reward():
 
 PIECES = [
     'answer is', 'answer:', '<answer>', '</answer>', '{"answer": ', '}', '9'*400, '1/0', '1e999', '-', '−', ',', '.',
-    '/', '^', '10^', ' x ', ' weeks', ' days', '12/31/9999', '00/00/0000', '99999', '½', '²', '\u00a0', '٣', '１', '\ud800',
-    '\x00', '<think>', '</think>', 'per ', 'out of ', 'Feb 30, 2020', 'ſep 1, 2020']
+    '/', '^', '10^', ' x ', ' weeks', ' days', '12/31/9999', '00/00/0000', '99999', '½', '²', '\u00a0', '٣', '１',
+    '\ud800', '\x00', '<think>', '</think>', 'per ', 'out of ', 'Feb 30, 2020', 'ſep 1, 2020']
 pieces = st.lists(st.sampled_from(PIECES) | st.integers(0, 99).map(str), max_size=12).map(''.join)
 texts = st.text(st.characters(codec=None), max_size=60) | pieces
 values = texts | st.none() | st.booleans() | st.integers() | st.floats() | st.lists(st.integers(), max_size=2)
