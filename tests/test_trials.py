@@ -8,6 +8,7 @@ from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from xml.sax.saxutils import escape
 
 import matplotlib
 import nbformat
@@ -168,8 +169,7 @@ def nist(real, tmp_path_factory):
     "The real files in NIST's layout."
     folder = tmp_path_factory.mktemp('nist')
     notes = read_topics(real.folder/TOPIC_FILE, 2021)
-    escaped = {topic: note.replace('&', '&amp;').replace('<', '&lt;') for topic, note in notes.items()}
-    topics = [f'<topic number="{topic[9:]}">\n{note}\n</topic>' for topic, note in escaped.items()]
+    topics = [f'<topic number="{topic_id[9:]}">\n{escape(note)}\n</topic>' for topic_id, note in notes.items()]
     (folder/XML_FILE).write_bytes(xml('\n'.join(topics)))
     with gzip.open(real.folder/QRELS_FILE, 'rt') as file:
         rows = [line.split('\t') for line in file.read().splitlines()[1:]]
@@ -364,7 +364,10 @@ def test_the_scale_is_trecs_from_file_to_question(asked_folder):
 
 
 @pytest.mark.parametrize('word, number, swapped', [
-    ('Irrelevant', 0, ('Excluded', 0)), ('Excluded', 1, ('Irrelevant', 1)), ('Eligible', 2, ('Eligible', 1))])
+    ('Irrelevant', 0, ('Excluded', 0)),
+    ('Excluded', 1, ('Irrelevant', 1)),
+    ('Eligible', 2, ('Eligible', 1)),
+])
 def test_the_scale_is_trecs_in_the_judge(word, number, swapped):
     "EHRMind's own reward has 0 and 1 swapped."
     assert right_class([word], dict(prediction=word, idx=number))
@@ -489,11 +492,13 @@ def test_balanced_draws_as_many_of_each_class(asked_folder, most, each):
 
 def test_balanced_does_not_depend_on_the_order(asked_folder):
     shuffled = asked_folder.sample(fraction=1, shuffle=True, seed=5)
-    assert balanced(shuffled, 1, 9).sort('sample_id').equals(balanced(asked_folder, 1, 9).sort('sample_id'))
+    one, other = (balanced(questions, 1, 9).sort('sample_id') for questions in (asked_folder, shuffled))
+    assert one.equals(other)
 
 
 def test_balanced_depends_on_the_seed(asked_folder):
-    assert balanced(asked_folder, 2, 9)['sample_id'].to_list() != balanced(asked_folder, 1, 9)['sample_id'].to_list()
+    one, other = (balanced(asked_folder, seed, 9)['sample_id'] for seed in (1, 2))
+    assert one.to_list() != other.to_list()
 
 
 def test_balanced_of_nothing_is_nothing(asked_folder):
@@ -601,8 +606,11 @@ def scikit_metrics(gold, said):
         }
 
 
+gold_and_said = st.tuples(st.integers(0, 2), st.integers(0, 3))
+
+
 @settings(max_examples=15, deadline=None)
-@given(st.lists(st.tuples(st.integers(0, 2), st.integers(0, 3)), min_size=1, max_size=40))
+@given(st.lists(gold_and_said, min_size=1, max_size=40))
 def test_metrics_are_those_of_scikit_learn(rows):
     gold, said = zip(*rows)
     mine, theirs = metrics_of(confusion(gold, said)), scikit_metrics(gold, said)
@@ -619,8 +627,12 @@ TABLE = [[3, 1, 0, 1], [1, 1, 1, 0], [0, 0, 2, 0]]
 def test_metrics_by_hand():
     recall = (3/5 + 1/3 + 1)/3
     assert metrics_of(TABLE) == pytest.approx(dict(
-        accuracy=.6, balanced_accuracy=recall, kappa=(.6 - .32)/(1 - .32), macro_precision=(3/4 + 1/2 + 2/3)/3,
-        macro_recall=recall, macro_f1=(6/9 + 2/5 + 4/5)/3))
+        accuracy=.6,
+        balanced_accuracy=recall,
+        kappa=(.6 - .32)/(1 - .32),
+        macro_precision=(3/4 + 1/2 + 2/3)/3,
+        macro_recall=recall,
+        macro_f1=(6/9 + 2/5 + 4/5)/3))
 
 
 def test_metrics_of_many_tables_at_once():
@@ -651,8 +663,8 @@ def by_hand():
     questions = asked(
         ('a', 'transductive', 'Irrelevant'), ('a', 'transductive', 'Excluded'), ('b', 'transductive', 'Eligible'),
         ('c', 'inductive', 'Eligible'), ('d', 'train', 'Eligible'))
-    said = dict(s=told((0, 'Irrelevant'), (1, 'Eligible'), (2, 'eligible'), (3, 'no idea')), t=told((2, None)))
-    results = score_trials(questions, said, SMOKE)
+    first = told((0, 'Irrelevant'), (1, 'Eligible'), (2, 'eligible'), (3, 'no idea'))
+    results = score_trials(questions, dict(s=first, t=told((2, None))), SMOKE)
     assert results.schema == RESULTS
     return {(row['system'], row['task'], row['metric']): row for row in results.iter_rows(named=True)}
 
@@ -689,7 +701,10 @@ def test_a_system_is_scored_on_what_it_was_asked(by_hand):
 
 
 @pytest.mark.parametrize('rows', [
-    [(7, 'Eligible')], [(1, 'Eligible')], [(0, 'Eligible'), (0, 'Eligible')]], ids=['unknown', 'training', 'twice'])
+    [(7, 'Eligible')],
+    [(1, 'Eligible')],
+    [(0, 'Eligible'), (0, 'Eligible')],
+], ids=['unknown', 'training', 'twice'])
 def test_answers_that_fit_no_question_are_an_error(rows):
     questions = asked(('a', 'inductive', 'Eligible'), ('a', 'train', 'Eligible'))
     with pytest.raises(ValueError, match='fit no held-out question'):
@@ -712,8 +727,10 @@ def test_scores_do_not_depend_on_order(eight_topics):
 
 def test_intervals_are_over_topics(eight_topics):
     "The same questions twice add no topic, so nothing new is known."
-    *tables, results = eight_topics
-    questions, answers = (pl.concat([rows, rows.with_columns(sample_id='x' + pl.col('sample_id'))]) for rows in tables)
+    questions, answers, results = eight_topics
+    again = pl.col('sample_id') + 'x'
+    questions = pl.concat([questions, questions.with_columns(again)])
+    answers = pl.concat([answers, answers.with_columns(again)])
     twice = score_trials(questions, dict(s=answers), SMOKE)
     numbers = ('value', 'low', 'high')
     assert twice.select(numbers).to_numpy() == pytest.approx(results.select(numbers).to_numpy())
@@ -902,7 +919,8 @@ def test_report_has_its_tables_and_figures(report):
 
 def test_report_says_what_was_found(home, report):
     cells = nbformat.read(report/'11_trials.ipynb', 4).cells
-    shown = '\n'.join(json.dumps(output, ensure_ascii=False) for cell in cells for output in cell.get('outputs', []))
+    outputs = [output for cell in cells for output in cell.get('outputs', [])]
+    shown = json.dumps(outputs, ensure_ascii=False)
     assert 'not published here' in shown
     assert 'adapted** gave 2 answers of 10 that cannot be used' in shown
     assert 'On the same questions' in shown
