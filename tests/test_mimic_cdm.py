@@ -265,7 +265,8 @@ def test_admission_twice_in_one_file(tmp_path):
 
 
 def test_a_patient_twice_is_one_patient(tmp_path):
-    pickles(tmp_path, appendicitis={1: record(subject=7), 2: record(subject=7)}, pancreatitis={3: record(Radiology=[])})
+    of_one = {1: record(subject=7), 2: record(subject=7)}
+    pickles(tmp_path, appendicitis=of_one, pancreatitis={3: record(Radiology=[])})
     questions, counts = cdm_questions(tmp_path, SMOKE)
     assert dict(questions.select('sample_id', 'group').rows()) == {'1': '7', '2': '7', '3': 'admission 3'}
     assert (counts['patients'], counts['patient unknown']) == (2, 1)
@@ -445,7 +446,11 @@ def test_accuracy_by_hand(by_hand):
 
 
 @pytest.mark.parametrize('disease, f1', [
-    ('appendicitis', 2*1/(2 + 2)), ('pancreatitis', 2*1/(1 + 2)), ('cholecystitis', 0), ('diverticulitis', None)])
+    ('appendicitis', 2*1/(2 + 2)),
+    ('pancreatitis', 2*1/(1 + 2)),
+    ('cholecystitis', 0),
+    ('diverticulitis', None),
+])
 def test_f1_by_hand(by_hand, disease, f1):
     assert score_of(by_hand, 'f1', disease) == f1
 
@@ -573,8 +578,9 @@ def test_baselines_do_not_depend_on_the_order_of_the_questions():
 
 def test_no_baseline_sees_the_answers_of_the_patients_it_answers_for():
     questions, who = world(20), pl.col('sample_id') == '001'
+    plague = pl.lit(['Plague'], pl.List(pl.String))
     changed = questions.with_columns(
-        gold=pl.when(who).then(pl.lit(['Plague'], pl.List(pl.String))).otherwise('gold'),
+        gold=pl.when(who).then(plague).otherwise('gold'),
         task=pl.when(who).then(pl.lit('pancreatitis')).otherwise('task'))
     before, after = (cdm_baselines(None, SMOKE, some) for some in (questions, changed))
     for system in before:
@@ -610,8 +616,8 @@ def fake_run(root, source, seen, stays):
     samples = [dict(subject_id=subject, split='train') for subject in seen]
     pl.DataFrame(events, schema=STORE).write_parquet(run.trajectories/'shard-00000.parquet')
     pl.DataFrame(samples, schema=SAMPLES).write_parquet(run.samples/'ehr_ins'/'shard-00000.parquet')
-    for folder, counts in ((run.trajectories, dict(source=source, access='open')), (run.samples, {})):
-        manifest = dict(key='k', counts=counts, params={}, content='c')
+    manifest = dict(key='k', counts=dict(source=source, access='open'), params={}, content='c')
+    for folder in (run.trajectories, run.samples):
         (folder/'manifest.json').write_text(json.dumps(manifest))
     return run
 
@@ -628,7 +634,8 @@ def cohort(tmp_path):
 @pytest.fixture
 def without_seen(tmp_path, cohort):
     "Questions and counts for a run that trained on patients 1 and 4; admission 104 is of patient 4."
-    run = fake_run(tmp_path, '3.1', {1, 4}, [(1, 900), (4, 104), (4, 901), (2, 102)])
+    stays = [(1, 900), (4, 104), (4, 901), (2, 102)]
+    run = fake_run(tmp_path, '3.1', {1, 4}, stays)
     return for_run(run, cohort).questions(cohort, SMOKE)
 
 

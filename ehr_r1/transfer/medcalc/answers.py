@@ -6,7 +6,7 @@
 __all__ = ['ANSWER_READERS', 'NUMERIC_KINDS', 'MEDCALC_KEYS', 'read_answer', 'CalculatorTruth', 'is_right_value',
            'right_calculation', 'judge_calculation']
 
-# %% ../../../nbs/08_transfer/13_medcalc_answers.ipynb #28c1adf2
+# %% ../../../nbs/08_transfer/13_medcalc_answers.ipynb #af231bf9
 import math
 import re
 from typing import NamedTuple
@@ -19,7 +19,7 @@ ANSWER_READERS = dict(date=dates_in, weeks=weeks_in, integer=numbers_in, decimal
 NUMERIC_KINDS = ('integer', 'decimal')
 MEDCALC_KEYS = ('answer',)  # of an answer object in EHRMind's form
 
-# %% ../../../nbs/08_transfer/13_medcalc_answers.ipynb #706fafb3
+# %% ../../../nbs/08_transfer/13_medcalc_answers.ipynb #bd46a1ab
 _CUE = re.compile(r'''<answer>|\banswer["'*_\s]{0,4}(?:is\b|=|:)''', re.IGNORECASE)
 
 def read_answer(
@@ -32,7 +32,7 @@ def read_answer(
     after = read(text[cues[-1].end():]) if cues else []
     return tuple(after[:1] or read(text)[-1:])
 
-# %% ../../../nbs/08_transfer/13_medcalc_answers.ipynb #c7b56d47
+# %% ../../../nbs/08_transfer/13_medcalc_answers.ipynb #0866e9d3
 class CalculatorTruth(NamedTuple):
     "What is right about a question, as text."
     kind: str        # of `ANSWER_READERS`
@@ -58,7 +58,7 @@ def is_right_value(
         return round(number) == round(float(truth.value))
     return float(truth.low) <= number <= float(truth.high)
 
-# %% ../../../nbs/08_transfer/13_medcalc_answers.ipynb #4db01de8
+# %% ../../../nbs/08_transfer/13_medcalc_answers.ipynb #0eaa9940
 def _verdict(gold, value):
     "Whether the value of an answer object is right; None if there is nothing to read."
     truth = CalculatorTruth(*gold[:5])
@@ -70,7 +70,7 @@ def _verdict(gold, value):
         found = ()
     return is_right_value(truth, found[0]) if found else None
 
-# %% ../../../nbs/08_transfer/13_medcalc_answers.ipynb #b9c4cbcf
+# %% ../../../nbs/08_transfer/13_medcalc_answers.ipynb #8a4d6a19
 def right_calculation(
     gold:list,  # of a question
     answer:dict # object with the key answer
@@ -78,7 +78,7 @@ def right_calculation(
     "Whether an answer object is right."
     return isinstance(answer, dict) and bool(_verdict(gold, answer.get('answer')))
 
-# %% ../../../nbs/08_transfer/13_medcalc_answers.ipynb #899edddf
+# %% ../../../nbs/08_transfer/13_medcalc_answers.ipynb #315d3b3a
 def judge_calculation(
     gold:list,    # of a question
     text:str|None # completion of a model

@@ -6,7 +6,7 @@
 __all__ = ['ANSWER_FORMS', 'MEDCALC', 'how_to_answer', 'medcalc_questions', 'typical_answers', 'first_value',
            'medcalc_baselines', 'medcalc_metrics', 'medcalc_score']
 
-# %% ../../../nbs/08_transfer/15_medcalc.ipynb #90b51781
+# %% ../../../nbs/08_transfer/15_medcalc.ipynb #27fd9cca
 import hashlib
 from collections import Counter
 from pathlib import Path
@@ -27,7 +27,7 @@ from ..question_sets import ANSWERS, QUESTIONS, RESULTS, Benchmark, mean_by_grou
 
 ANSWER_FORMS = dict(date='"MM/DD/YYYY"', weeks='"(W weeks, D days)"', integer='number', decimal='number')  # by kind
 
-# %% ../../../nbs/08_transfer/15_medcalc.ipynb #e7cf25be
+# %% ../../../nbs/08_transfer/15_medcalc.ipynb #dd0acc74
 def how_to_answer(
     kind:str # of `ANSWER_FORMS`
 )->str: # comes after a question
@@ -35,7 +35,7 @@ def how_to_answer(
     return ('Think first, between <think> and </think>. Then give the answer alone, in this form: '
             f'<answer>{{"answer": {ANSWER_FORMS[kind]}}}</answer>')
 
-# %% ../../../nbs/08_transfer/15_medcalc.ipynb #07b84662
+# %% ../../../nbs/08_transfer/15_medcalc.ipynb #88917b41
 def _note_digest(note):
     "What the questions about one note have in common."
     return hashlib.blake2b(note.encode(), digest_size=8).hexdigest()
@@ -50,7 +50,7 @@ def _questions_of(rows, golds, split):
     not_empty = pl.col('Patient Note', 'Question').str.strip_chars() != ''
     return questions.filter(rows.select(pl.all_horizontal(not_empty)).to_series())
 
-# %% ../../../nbs/08_transfer/15_medcalc.ipynb #1e459696
+# %% ../../../nbs/08_transfer/15_medcalc.ipynb #cc4abe86
 def medcalc_questions(
     folder:str|Path, # of the files
     p:Profile        # not used: all rows are questions
@@ -76,7 +76,7 @@ def medcalc_questions(
         }
     return pl.concat(parts).match_to_schema(QUESTIONS), counts
 
-# %% ../../../nbs/08_transfer/15_medcalc.ipynb #3d3aff61
+# %% ../../../nbs/08_transfer/15_medcalc.ipynb #8baef848
 def typical_answers(
     golds:list # of training questions
 )->dict: # calculator -> answer
@@ -92,7 +92,7 @@ def typical_answers(
             typical[calculator] = min(often, key=lambda value: (-often[value], value))
     return typical
 
-# %% ../../../nbs/08_transfer/15_medcalc.ipynb #166554fd
+# %% ../../../nbs/08_transfer/15_medcalc.ipynb #cb68fbfe
 def first_value(
     kind:str, # of answer
     note:str  # of the patient
@@ -105,7 +105,7 @@ def first_value(
         return value.strftime('%m/%d/%Y')
     return '({} weeks, {} days)'.format(*value) if kind == 'weeks' else repr(value)
 
-# %% ../../../nbs/08_transfer/15_medcalc.ipynb #247389af
+# %% ../../../nbs/08_transfer/15_medcalc.ipynb #9a991fa9
 def medcalc_baselines(
     folder:str|Path,       # of the files
     p:Profile,             # not used: there is nothing to draw
@@ -127,7 +127,7 @@ def medcalc_baselines(
         answers[system] = pl.DataFrame(columns, schema=ANSWERS)
     return answers
 
-# %% ../../../nbs/08_transfer/15_medcalc.ipynb #c60c41f5
+# %% ../../../nbs/08_transfer/15_medcalc.ipynb #63c017ff
 def medcalc_metrics(
     questions:pl.DataFrame # from `medcalc_questions`
 )->dict: # metric -> (column of verdicts, which rows)
@@ -141,7 +141,7 @@ def medcalc_metrics(
         metrics['accuracy_second'] = ('second', pl.col('gold').list.len() > 5)
     return metrics
 
-# %% ../../../nbs/08_transfer/15_medcalc.ipynb #7733709c
+# %% ../../../nbs/08_transfer/15_medcalc.ipynb #3949351b
 def _judged_calculations(held_out, answers):
     "Questions that were asked, with the verdicts by the first and the second labels."
     rows = held_out.join(answers.select('sample_id', 'text'), on='sample_id', maintain_order='left')
@@ -151,7 +151,7 @@ def _judged_calculations(held_out, answers):
         verdicts['second'].append(judge_calculation(gold[5:], text) if gold[5:] else None)
     return rows.hstack(pl.DataFrame(verdicts, schema=dict(first=pl.Boolean, second=pl.Boolean)))
 
-# %% ../../../nbs/08_transfer/15_medcalc.ipynb #2b7946f9
+# %% ../../../nbs/08_transfer/15_medcalc.ipynb #e0232211
 def medcalc_score(
     questions:pl.DataFrame, # from `medcalc_questions`
     said:dict,              # system -> `ANSWERS` rows
@@ -175,7 +175,7 @@ def medcalc_score(
                     **mean_by_group(right, rows['group'].to_list(), p.seed, p.replicates)))
     return pl.DataFrame(results, schema=RESULTS)
 
-# %% ../../../nbs/08_transfer/15_medcalc.ipynb #d7a377e9
+# %% ../../../nbs/08_transfer/15_medcalc.ipynb #8c508a3e
 MEDCALC = Benchmark(
     name='medcalc', title='MedCalc-Bench v1.0', questions=medcalc_questions, baselines=medcalc_baselines,
     score=medcalc_score, files=medcalc_files, open=True, keys=MEDCALC_KEYS, right=right_calculation)

@@ -6,7 +6,7 @@
 __all__ = ['DIGIT_FORMS', 'NUMBER_FORMS', 'NO_ANSWER_BEFORE', 'NO_ANSWER_BEHIND', 'DATE_PARTS', 'DATE_MARKS',
            'DATE_FORMS', 'WEEK_PARTS', 'WEEK_FORMS', 'plain_signs', 'numbers_in', 'date_form', 'dates_in', 'weeks_in']
 
-# %% ../../../nbs/08_transfer/12_medcalc_values.ipynb #49849c5b
+# %% ../../../nbs/08_transfer/12_medcalc_values.ipynb #dd25abc2
 import math
 import re
 import unicodedata
@@ -26,7 +26,7 @@ def plain_signs(
     with_powers = _RAISED.sub(lambda raised: '^' + raised[0].translate(_LEVEL), text)
     return with_powers.translate(_PLAIN)
 
-# %% ../../../nbs/08_transfer/12_medcalc_values.ipynb #8b244abe
+# %% ../../../nbs/08_transfer/12_medcalc_values.ipynb #9848c2c0
 #: digits of a number: form -> example
 DIGIT_FORMS = {
     r'[0-9]{1,3}+(?![0-9])(?:[,\u00a0][0-9]{3}(?![0-9]))++(?:\.[0-9]++)?+': '1,234.5',
@@ -41,7 +41,7 @@ NUMBER_FORMS = {
     rf'(?P<simple>{_DIGITS}(?:[eE][-+]?[0-9]++(?!\w))?+)': '1.2e-3',
 }
 
-# %% ../../../nbs/08_transfer/12_medcalc_values.ipynb #2f9192c1
+# %% ../../../nbs/08_transfer/12_medcalc_values.ipynb #a7fef1d5
 #: what stands before digits that are no answer -> where it does
 NO_ANSWER_BEFORE = {
     r'[\w^]': 'a name or an exponent: CHA2DS2, m^2',
@@ -61,7 +61,7 @@ _NUMBER = re.compile(
     + f"(?:{'|'.join(NUMBER_FORMS)})"
     + f"(?P<no_answer>{'|'.join(NO_ANSWER_BEHIND)})?+")
 
-# %% ../../../nbs/08_transfer/12_medcalc_values.ipynb #848ae50f
+# %% ../../../nbs/08_transfer/12_medcalc_values.ipynb #91e7d27e
 def _digits_value(digits):
     "A number without signs and fractions, thousands marked or not."
     return float(digits.replace(',', '').replace('\u00a0', ''))
@@ -74,7 +74,7 @@ def _fraction_value(whole, above, below):
     before = float(whole) if whole and above < below else 0
     return before + above/below
 
-# %% ../../../nbs/08_transfer/12_medcalc_values.ipynb #a5003f67
+# %% ../../../nbs/08_transfer/12_medcalc_values.ipynb #edac7b1f
 def _number_value(found):
     "The value of a match of `_NUMBER`; inf where it is too large."
     if found['power']:
@@ -92,7 +92,7 @@ def numbers_in(
     matches = _NUMBER.finditer(plain_signs(text))
     return [_number_value(found) for found in matches if not found['no_answer']]
 
-# %% ../../../nbs/08_transfer/12_medcalc_values.ipynb #d9b80967
+# %% ../../../nbs/08_transfer/12_medcalc_values.ipynb #60d534ac
 _MONTHS = 'jan feb mar apr may jun jul aug sep oct nov dec'.split()
 #: parts of a date, by the name that the forms use
 DATE_PARTS = {
@@ -124,7 +124,7 @@ def date_form(
     groups = {name: f'(?P<{name}{number}>{pattern})' for name, pattern in DATE_PARTS.items()}
     return form.format(**groups, **DATE_MARKS)
 
-# %% ../../../nbs/08_transfer/12_medcalc_values.ipynb #6fe31438
+# %% ../../../nbs/08_transfer/12_medcalc_values.ipynb #fb198e3c
 _DATE = re.compile(
     r'(?<!\w)(?<![0-9][-/.])(?:'
     + '|'.join(date_form(form, number) for number, form in enumerate(DATE_FORMS))
@@ -145,7 +145,7 @@ def dates_in(
     "The dates that a text says."
     return [_day(found) for found in _DATE.finditer(plain_signs(text))]
 
-# %% ../../../nbs/08_transfer/12_medcalc_values.ipynb #c993fced
+# %% ../../../nbs/08_transfer/12_medcalc_values.ipynb #b16f0649
 WEEK_PARTS = {
     'weeks': r'(?P<weeks>[0-9]{1,3}+)\s?(?:weeks?|wks?|w)(?![a-z])',
     'between': r"""(?:[\s,+&]{1,3}|,?\sand\s)?['"(\[]?""",
@@ -161,7 +161,7 @@ WEEK_FORMS = {
 }
 _WEEKS = [re.compile(form, re.IGNORECASE) for form in WEEK_FORMS]
 
-# %% ../../../nbs/08_transfer/12_medcalc_values.ipynb #0f929fbd
+# %% ../../../nbs/08_transfer/12_medcalc_values.ipynb #d000f6f8
 def weeks_in(
     text:str # any
 )->list: # of (weeks, days), in their order

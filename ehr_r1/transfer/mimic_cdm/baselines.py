@@ -6,7 +6,7 @@
 __all__ = ['FOLDS', 'LONGEST_LIST', 'DISEASE_SIGNS', 'best_titles', 'disease_by_signs', 'diseases_by_words',
            'cdm_fold_answers', 'cdm_baselines']
 
-# %% ../../../nbs/08_transfer/10_cdm_baselines.ipynb #f137e2f8
+# %% ../../../nbs/08_transfer/10_cdm_baselines.ipynb #f9e38347
 import re
 from collections import Counter
 
@@ -24,7 +24,7 @@ from ..question_sets import ANSWERS
 FOLDS = 5          # parts of the held-out patients
 LONGEST_LIST = 30  # titles of an answer at most
 
-# %% ../../../nbs/08_transfer/10_cdm_baselines.ipynb #0e12c78c
+# %% ../../../nbs/08_transfer/10_cdm_baselines.ipynb #b36dba8a
 def best_titles(
     golds:list # titles of each case
 )->list: # the commonest, as many as have the best mean F1
@@ -38,7 +38,7 @@ def best_titles(
     mean_f1 = f1_at_k(has, sizes).mean(0)
     return commonest[:int(mean_f1.argmax()) + 1]
 
-# %% ../../../nbs/08_transfer/10_cdm_baselines.ipynb #cde960d0
+# %% ../../../nbs/08_transfer/10_cdm_baselines.ipynb #ddd5ac18
 DISEASE_SIGNS = {
     'appendicitis': r'right lower quadrant|\brlq\b|appendix|mcburney|rovsing|periumbilical',
     'cholecystitis': r'right upper quadrant|\bruq\b|gall ?bladder|gallstone|murphy|cholelith',
@@ -54,7 +54,7 @@ def disease_by_signs(
     signs = {disease: set(re.findall(DISEASE_SIGNS[disease], text)) for disease in CDM_DISEASES}
     return max(CDM_DISEASES, key=lambda disease: len(signs[disease]))
 
-# %% ../../../nbs/08_transfer/10_cdm_baselines.ipynb #6b4a714b
+# %% ../../../nbs/08_transfer/10_cdm_baselines.ipynb #c736f8c0
 def diseases_by_words(
     known:list,    # records of the fit
     diseases:list, # theirs
@@ -67,7 +67,7 @@ def diseases_by_words(
     regression = LogisticRegression(C=10, max_iter=300).fit(words.fit_transform(known), diseases)
     return list(regression.predict(words.transform(asked)))
 
-# %% ../../../nbs/08_transfer/10_cdm_baselines.ipynb #a4eeef94
+# %% ../../../nbs/08_transfer/10_cdm_baselines.ipynb #4ec9d90a
 def cdm_fold_answers(
     known:pl.DataFrame, # questions of the fit, with `text`, their context as one text
     asked:pl.DataFrame  # questions to answer, the same
@@ -86,7 +86,7 @@ def cdm_fold_answers(
         'logistic': [titles[disease] for disease in by_words],
     }
 
-# %% ../../../nbs/08_transfer/10_cdm_baselines.ipynb #469358db
+# %% ../../../nbs/08_transfer/10_cdm_baselines.ipynb #9fa8c6be
 def cdm_baselines(
     folder,                # not used
     p:Profile,             # seed

@@ -6,7 +6,7 @@
 __all__ = ['CDM_QUESTION', 'CDM_METRICS', 'MIMIC_CDM', 'cdm_context', 'named_diseases', 'patients_seen',
            'cdm_questions', 'judged_answer', 'cdm_score', 'for_run']
 
-# %% ../../../nbs/08_transfer/11_mimic_cdm.ipynb #6287181b
+# %% ../../../nbs/08_transfer/11_mimic_cdm.ipynb #cd68fb91
 import re
 from collections import Counter
 from dataclasses import replace
@@ -30,7 +30,7 @@ from ..question_sets import QUESTIONS, RESULTS, Benchmark, mean_by_group
 
 CDM_QUESTION = TASKS['diagnoses_icd'].instruction
 
-# %% ../../../nbs/08_transfer/11_mimic_cdm.ipynb #65529df9
+# %% ../../../nbs/08_transfer/11_mimic_cdm.ipynb #3b80ce88
 def cdm_context(
     case:CdmCase
 )->list: # of sections
@@ -45,7 +45,7 @@ def cdm_context(
     ]
     return [f'## {title}\n' + '\n'.join(lines) for title, lines in sections if any(lines)]
 
-# %% ../../../nbs/08_transfer/11_mimic_cdm.ipynb #38684c7e
+# %% ../../../nbs/08_transfer/11_mimic_cdm.ipynb #27aad5d0
 _ORGANS = {
     'appendicitis': 'appendi[xc]',
     'cholecystitis': 'gall ?bladder',
@@ -63,7 +63,7 @@ def _alike(word):
 
     return frozenset(disease for disease in CDM_DISEASES if word == disease or near(disease))
 
-# %% ../../../nbs/08_transfer/11_mimic_cdm.ipynb #4155b2b7
+# %% ../../../nbs/08_transfer/11_mimic_cdm.ipynb #d38091e4
 def named_diseases(
     lines:list # of an answer
 )->list: # in the order of `CDM_DISEASES`
@@ -77,7 +77,7 @@ def named_diseases(
             found |= {disease for disease, organ in _ORGANS.items() if re.search(organ, there)}
     return [disease for disease in CDM_DISEASES if disease in found]
 
-# %% ../../../nbs/08_transfer/11_mimic_cdm.ipynb #8c36cf41
+# %% ../../../nbs/08_transfer/11_mimic_cdm.ipynb #c42c186d
 def patients_seen(
     run:Run,        # its samples must stand
     folder:str|Path # of the benchmark
@@ -91,7 +91,7 @@ def patients_seen(
     stays = scan_store(run.trajectories).filter(theirs).select(pl.col('hadm_id').unique())
     return set(subjects), set(stays.collect(engine='streaming')['hadm_id'])
 
-# %% ../../../nbs/08_transfer/11_mimic_cdm.ipynb #bd165a87
+# %% ../../../nbs/08_transfer/11_mimic_cdm.ipynb #be46fba3
 def _question(case, seen):
     "A case as a row of `QUESTIONS`."
     subjects, stays = seen
@@ -100,7 +100,7 @@ def _question(case, seen):
     return dict(sample_id=str(case.hadm_id), group=patient, task=case.disease, split='train' if known else 'held_out',
                 kind='decision', context=cdm_context(case), question=CDM_QUESTION, gold=case.titles)
 
-# %% ../../../nbs/08_transfer/11_mimic_cdm.ipynb #971865b2
+# %% ../../../nbs/08_transfer/11_mimic_cdm.ipynb #2c7674ac
 def cdm_questions(
     folder:str|Path,     # of the files
     p:Profile,           # not used
@@ -119,7 +119,7 @@ def cdm_questions(
         'patient unknown': sum(case.subject_id is None for case in cases),
     }
 
-# %% ../../../nbs/08_transfer/11_mimic_cdm.ipynb #c6d72284
+# %% ../../../nbs/08_transfer/11_mimic_cdm.ipynb #024d7f4e
 CDM_METRICS = ('accuracy', 'only', 'f1')
 
 def judged_answer(
@@ -132,7 +132,7 @@ def judged_answer(
     named = named_diseases(lines)
     return dict(accuracy=disease in named, only=named == [disease], f1=set_f1(titles, lines), missing=not lines)
 
-# %% ../../../nbs/08_transfer/11_mimic_cdm.ipynb #99c40529
+# %% ../../../nbs/08_transfer/11_mimic_cdm.ipynb #ecf101e1
 def _judged_answers(questions, answers):
     "Questions that were asked, with how right their answers are."
     asked = questions.join(answers.select('sample_id', 'text'), on='sample_id', maintain_order='left')
@@ -140,7 +140,7 @@ def _judged_answers(questions, answers):
     types = dict(accuracy=pl.Float64, only=pl.Float64, f1=pl.Float64, missing=pl.Boolean)
     return asked.select('group', 'task').hstack(pl.DataFrame(verdicts, schema=types))
 
-# %% ../../../nbs/08_transfer/11_mimic_cdm.ipynb #1754e5ec
+# %% ../../../nbs/08_transfer/11_mimic_cdm.ipynb #54ca0678
 def cdm_score(
     questions:pl.DataFrame, # `QUESTIONS` rows
     answers:dict,           # system -> `ANSWERS` rows
@@ -160,7 +160,7 @@ def cdm_score(
                                  missing=of_task['missing'].sum()) | score)
     return pl.DataFrame(rows, schema=RESULTS)
 
-# %% ../../../nbs/08_transfer/11_mimic_cdm.ipynb #103b8cb6
+# %% ../../../nbs/08_transfer/11_mimic_cdm.ipynb #a7b5e6b9
 MIMIC_CDM = Benchmark(
     name='mimic_cdm', title='MIMIC-IV-CDM', questions=cdm_questions, baselines=cdm_baselines, score=cdm_score,
     files=cdm_files, open=False)

@@ -6,7 +6,7 @@
 __all__ = ['SHOWN_PARTS', 'result_flag', 'LabLine', 'lab_line', 'ImagingReport', 'CdmCase', 'case_of', 'why_left_out',
            'read_cdm_cases']
 
-# %% ../../../nbs/08_transfer/08_cdm_cases.ipynb #4a0b7b20
+# %% ../../../nbs/08_transfer/08_cdm_cases.ipynb #cc6373c1
 import re
 from collections import Counter
 from dataclasses import dataclass
@@ -23,7 +23,7 @@ from ehr_r1.transfer.mimic_cdm.files import (
     read_cdm_records,
 )
 
-# %% ../../../nbs/08_transfer/08_cdm_cases.ipynb #81651a50
+# %% ../../../nbs/08_transfer/08_cdm_cases.ipynb #910633a7
 _RESULT = re.compile(r'(?P<sign>[<>]?)=?\s*(?P<number>-?\d+(?:\.\d+)?)(?=\s|$)')
 
 def result_flag(
@@ -39,7 +39,7 @@ def result_flag(
         return 'low'
     return ''
 
-# %% ../../../nbs/08_transfer/08_cdm_cases.ipynb #448b2e7e
+# %% ../../../nbs/08_transfer/08_cdm_cases.ipynb #f67793ab
 def _range_end(text):
     "An end of a reference range; None where there is no number."
     try:
@@ -48,7 +48,7 @@ def _range_end(text):
         return None
     return None if number != number else number
 
-# %% ../../../nbs/08_transfer/08_cdm_cases.ipynb #0ce47552
+# %% ../../../nbs/08_transfer/08_cdm_cases.ipynb #c86f79f9
 class LabLine(NamedTuple):
     "A laboratory result as it is shown."
     line: str
@@ -70,7 +70,7 @@ def lab_line(
     words = ['-', name, value, f"[{'-'.join(ends)}]" if any(ends) else None, flag or None]
     return LabLine(' '.join(word for word in words if word is not None), flag)
 
-# %% ../../../nbs/08_transfer/08_cdm_cases.ipynb #084bd25c
+# %% ../../../nbs/08_transfer/08_cdm_cases.ipynb #90cab15b
 class ImagingReport(NamedTuple):
     "A radiology report as it is shown."
     exam: str  # name of the examination
@@ -89,7 +89,7 @@ class CdmCase:
     reports: list         # of `ImagingReport`
     titles: list          # of the ICD diagnoses, the right answer
 
-# %% ../../../nbs/08_transfer/08_cdm_cases.ipynb #02c02a18
+# %% ../../../nbs/08_transfer/08_cdm_cases.ipynb #5cbc646f
 def _part(record, key, kind, place):
     "A dict or list of a record; an empty one where it is missing."
     part = record.get(key, kind())
@@ -97,7 +97,7 @@ def _part(record, key, kind, place):
         raise place.fault(f'{key!r} is a {type(part).__name__}, not a {kind.__name__}')
     return part
 
-# %% ../../../nbs/08_transfer/08_cdm_cases.ipynb #1c1e32b6
+# %% ../../../nbs/08_transfer/08_cdm_cases.ipynb #613656e0
 def _with_keys(record, place):
     "The record with its keys as text; all that are needed must be there."
     if not isinstance(record, dict):
@@ -108,7 +108,7 @@ def _with_keys(record, place):
         raise place.fault(f'no key {lacking[0]!r} among {there}')
     return record
 
-# %% ../../../nbs/08_transfer/08_cdm_cases.ipynb #5230659c
+# %% ../../../nbs/08_transfer/08_cdm_cases.ipynb #08dd8437
 def _lab_lines(record, names, place):
     "Laboratory results that are not empty, as lines."
     results, lows, highs = (
@@ -118,7 +118,7 @@ def _lab_lines(record, names, place):
     return [lab_line(names.get(item) or f'test {item}', value, lows.get(item, ''), highs.get(item, ''))
             for item, value in results if value]
 
-# %% ../../../nbs/08_transfer/08_cdm_cases.ipynb #118c09bb
+# %% ../../../nbs/08_transfer/08_cdm_cases.ipynb #c8bb5b6c
 def _culture_lines(record, names, place):
     "Cultures that are not empty, as lines."
     lines = []
@@ -128,7 +128,7 @@ def _culture_lines(record, names, place):
             lines.append(f"- {names.get(item) or f'test {item}'}: {said}")
     return lines
 
-# %% ../../../nbs/08_transfer/08_cdm_cases.ipynb #b6aa3b61
+# %% ../../../nbs/08_transfer/08_cdm_cases.ipynb #ab8e17cd
 def _report_entries(record, place):
     "Radiology reports as dicts of text."
     entries = []
@@ -140,7 +140,7 @@ def _report_entries(record, place):
         entries.append(report)
     return entries
 
-# %% ../../../nbs/08_transfer/08_cdm_cases.ipynb #3008dd00
+# %% ../../../nbs/08_transfer/08_cdm_cases.ipynb #51f5d814
 def _subject_of(entries, place):
     "The patient whom note identifiers name; None where none does."
     found = [re.match('([0-9]{1,18})-RR-', entry.get('Note ID', '')) for entry in entries]
@@ -149,7 +149,7 @@ def _subject_of(entries, place):
         raise place.fault('its radiology notes are of two patients')
     return min(subjects, default=None)
 
-# %% ../../../nbs/08_transfer/08_cdm_cases.ipynb #837bdd78
+# %% ../../../nbs/08_transfer/08_cdm_cases.ipynb #df851f5e
 def _imaging_reports(entries):
     "Reports that are not empty, headed by the name of the examination."
     reports = []
@@ -161,7 +161,7 @@ def _imaging_reports(entries):
             reports.append(ImagingReport(exam, text))
     return reports
 
-# %% ../../../nbs/08_transfer/08_cdm_cases.ipynb #ed35fee7
+# %% ../../../nbs/08_transfer/08_cdm_cases.ipynb #ad5e19b9
 def case_of(
     disease:str,      # whose file the record is in
     hadm_id:int,
@@ -180,7 +180,7 @@ def case_of(
     return CdmCase(disease, hadm_id, subject_id, history, exam, labs, cultures, _imaging_reports(entries),
                    list(dict.fromkeys(title for title in titles if title)))
 
-# %% ../../../nbs/08_transfer/08_cdm_cases.ipynb #cca3bf52
+# %% ../../../nbs/08_transfer/08_cdm_cases.ipynb #5df49346
 SHOWN_PARTS = ('history', 'exam', 'labs', 'cultures', 'reports')  # of a case
 
 def why_left_out(
@@ -194,7 +194,7 @@ def why_left_out(
         return 'no ICD title'
     return '' if any(getattr(case, part) for part in SHOWN_PARTS) else 'empty'
 
-# %% ../../../nbs/08_transfer/08_cdm_cases.ipynb #c174d17d
+# %% ../../../nbs/08_transfer/08_cdm_cases.ipynb #3ca16e29
 def read_cdm_cases(
     folder:str|Path # of the benchmark
 )->tuple: # (list of `CdmCase`, Counter of what was found, repaired and left out)

@@ -6,7 +6,7 @@
 __all__ = ['CDM_DISEASES', 'TEXT_KEYS', 'LAB_KEYS', 'RECORD_KEYS', 'RELEASE_COLUMNS', 'REPORT_KEYS', 'RecordPlace',
            'item_names', 'pickle_name', 'cdm_files', 'read_cdm_records', 'cdm_is_synthetic']
 
-# %% ../../../nbs/08_transfer/07_cdm_files.ipynb #32438e41
+# %% ../../../nbs/08_transfer/07_cdm_files.ipynb #bece71e1
 import json
 import re
 from collections import Counter, defaultdict
@@ -24,7 +24,7 @@ TEXT_KEYS = ('Patient History', 'Physical Examination')                         
 LAB_KEYS = ('Laboratory Tests', 'Reference Range Lower', 'Reference Range Upper')    # itemid -> value
 RECORD_KEYS = (*TEXT_KEYS, *LAB_KEYS, 'Radiology', 'ICD Diagnosis')  # two lists; Microbiology may be missing
 
-# %% ../../../nbs/08_transfer/07_cdm_files.ipynb #c31ad86b
+# %% ../../../nbs/08_transfer/07_cdm_files.ipynb #65fe39de
 @dataclass(frozen=True)
 class RecordPlace:
     "Where a record stands, and how its values are read."
@@ -67,7 +67,7 @@ class RecordPlace:
             self.repaired['texts not in UTF-8'] += 1
             return value.decode('cp1252', 'replace')
 
-# %% ../../../nbs/08_transfer/07_cdm_files.ipynb #9885e047
+# %% ../../../nbs/08_transfer/07_cdm_files.ipynb #8ed72acd
 _NAME_FILES = {  # stem -> columns of the identifier and the name
     'microbiology_test_mapping': ('test_itemid', 'test_name'),
     'lab_test_mapping': ('itemid', 'label'),
@@ -80,7 +80,7 @@ def _named_in_csv(file, columns):
     for item, name, fluid in zip(*rows.select(columns), fluids):
         yield item, name if fluid in ('', 'Blood') else f'{name} ({fluid})'
 
-# %% ../../../nbs/08_transfer/07_cdm_files.ipynb #cdd88603
+# %% ../../../nbs/08_transfer/07_cdm_files.ipynb #6a3350b6
 def _named_in(folder, stem):
     "The file of a mapping, and its identifiers with names; None and nothing where there is no file."
     if (file := folder/f'{stem}.csv').is_file():
@@ -94,7 +94,7 @@ def _named_in(folder, stem):
         raise fault(f'{stem}.csv', f'it is not in {folder}', 'Fetch it from PhysioNet, or name the right folder')
     return None, ()
 
-# %% ../../../nbs/08_transfer/07_cdm_files.ipynb #1619a18c
+# %% ../../../nbs/08_transfer/07_cdm_files.ipynb #1f2b4f89
 def item_names(
     folder:Path # of the benchmark
 )->dict: # itemid -> name
@@ -108,7 +108,7 @@ def item_names(
                 names.setdefault(place.identifier(item), place.text(name))
     return names
 
-# %% ../../../nbs/08_transfer/07_cdm_files.ipynb #8895498e
+# %% ../../../nbs/08_transfer/07_cdm_files.ipynb #2047ce55
 RELEASE_COLUMNS = {  # table -> its columns, the first is hadm_id
     'history_of_present_illness': ('hadm_id', 'hpi'),
     'physical_examination': ('hadm_id', 'pe'),
@@ -124,7 +124,7 @@ def _release_rows(folder, table):
     columns = RELEASE_COLUMNS[table]
     return read_rows(folder/f'{table}.csv', columns).select(columns).rows()
 
-# %% ../../../nbs/08_transfer/07_cdm_files.ipynb #7922cc54
+# %% ../../../nbs/08_transfer/07_cdm_files.ipynb #9257f05a
 def _add_texts(records, folder, table, key):
     "The one text that each admission has in a table."
     for row, (hadm_id, text) in enumerate(_release_rows(folder, table), 1):
@@ -132,7 +132,7 @@ def _add_texts(records, folder, table, key):
             raise fault(f'{table}.csv', 'an admission stands there twice', 'Keep one of the rows', row=row)
         records[hadm_id][key] = text
 
-# %% ../../../nbs/08_transfer/07_cdm_files.ipynb #7c8e6617
+# %% ../../../nbs/08_transfer/07_cdm_files.ipynb #9fb6ef2b
 def _release_records(folder):
     "Records of the release by hadm_id, as text."
     records = defaultdict(dict)
@@ -149,7 +149,7 @@ def _release_records(folder):
         records[hadm_id].setdefault('ICD Diagnosis', []).append(title)
     return records
 
-# %% ../../../nbs/08_transfer/07_cdm_files.ipynb #536fb753
+# %% ../../../nbs/08_transfer/07_cdm_files.ipynb #ac14ed6f
 def _listed_admissions(folder):
     "Admissions of each disease, from pathology_ids.json."
     file = folder/'pathology_ids.json'
@@ -165,14 +165,14 @@ def _listed_admissions(folder):
             raise fault(file.name, f"it does not list the admissions of {', '.join(CDM_DISEASES)}", 'Fetch it again')
     return {disease: ids[disease] for disease in CDM_DISEASES}
 
-# %% ../../../nbs/08_transfer/07_cdm_files.ipynb #43caa908
+# %% ../../../nbs/08_transfer/07_cdm_files.ipynb #b1b466e6
 def pickle_name(
     disease:str # of `CDM_DISEASES`
 )->str: # name of the file
     "The pickle of a disease."
     return f'{disease}_hadm_info_first_diag.pkl'
 
-# %% ../../../nbs/08_transfer/07_cdm_files.ipynb #9ff894cd
+# %% ../../../nbs/08_transfer/07_cdm_files.ipynb #55b499d0
 def cdm_files(
     folder:Path # of the benchmark
 )->dict: # name -> Path
@@ -188,7 +188,7 @@ def cdm_files(
     files = [*needed, *(folder/name for name in others)]
     return {file.name: file for file in files if file.is_file()}
 
-# %% ../../../nbs/08_transfer/07_cdm_files.ipynb #1bdea8b2
+# %% ../../../nbs/08_transfer/07_cdm_files.ipynb #00cbc8d2
 def _pickled_records(file):
     "Records of a disease's pickle by hadm_id."
     records = read_plain(file)
@@ -196,7 +196,7 @@ def _pickled_records(file):
         raise fault(file.name, 'it is no dict of admissions', 'Take the published file')
     return records
 
-# %% ../../../nbs/08_transfer/07_cdm_files.ipynb #14555503
+# %% ../../../nbs/08_transfer/07_cdm_files.ipynb #a7f84e5f
 def read_cdm_records(
     folder:Path # of the benchmark
 )->dict: # disease -> (name of the file that lists its admissions, {hadm_id: record})
@@ -211,7 +211,7 @@ def read_cdm_records(
         found[disease] = ('pathology_ids.json', {hadm_id: records.get(str(hadm_id), {}) for hadm_id in ids})
     return found
 
-# %% ../../../nbs/08_transfer/07_cdm_files.ipynb #7e8f281b
+# %% ../../../nbs/08_transfer/07_cdm_files.ipynb #fb2d5682
 def cdm_is_synthetic(
     folder:str|Path # of the benchmark
 )->bool:

@@ -7,7 +7,7 @@ __all__ = ['MODALITIES', 'REGIONS', 'KEPT_PARTS', 'diseases_in', 'disease_of', '
            'first_results', 'first_cultures', 'first_fitting', 'telling_words', 'shown_report', 'pictures',
            'told_by_patients', 'why_no_case', 'release_tables', 'name_tables', 'write_cdm_files', 'build_cdm_files']
 
-# %% ../../../nbs/08_transfer/09_cdm_synthetic.ipynb #7a40e65b
+# %% ../../../nbs/08_transfer/09_cdm_synthetic.ipynb #3d2bad09
 import json
 import re
 from collections import Counter
@@ -29,7 +29,7 @@ _TELLING = {
     'pancreatitis': 'pancreatectomy',
 }
 
-# %% ../../../nbs/08_transfer/09_cdm_synthetic.ipynb #ba5fbb5a
+# %% ../../../nbs/08_transfer/09_cdm_synthetic.ipynb #620dfb48
 def diseases_in(
     title:str # of an ICD diagnosis
 )->list: # of `CDM_DISEASES`
@@ -37,7 +37,7 @@ def diseases_in(
     said = title.casefold().split(' without ')[0]
     return [disease for disease in CDM_DISEASES if disease in said]
 
-# %% ../../../nbs/08_transfer/09_cdm_synthetic.ipynb #6369264f
+# %% ../../../nbs/08_transfer/09_cdm_synthetic.ipynb #d839a17b
 def disease_of(
     titles:list # of an admission, the first diagnosis first
 )->str|None: # of `CDM_DISEASES`; None where the admission is no case
@@ -47,7 +47,7 @@ def disease_of(
         return named[0][0]
     return None
 
-# %% ../../../nbs/08_transfer/09_cdm_synthetic.ipynb #e1f8ddbe
+# %% ../../../nbs/08_transfer/09_cdm_synthetic.ipynb #babea6c3
 def coded_titles(
     source:Source # of the hospital
 )->pl.DataFrame: # hadm_id, icd_diagnosis: a row a diagnosis, sorted by admission and rank
@@ -58,7 +58,7 @@ def coded_titles(
         named = coded.join(titles, on=['icd_code', 'icd_version']).sort('hadm_id', 'seq_num').collect()
     return named.select('hadm_id', icd_diagnosis='long_title')
 
-# %% ../../../nbs/08_transfer/09_cdm_synthetic.ipynb #131431b0
+# %% ../../../nbs/08_transfer/09_cdm_synthetic.ipynb #e5720b3b
 def cdm_admissions(
     titles:pl.DataFrame # from `coded_titles`
 )->dict: # hadm_id -> disease
@@ -67,13 +67,13 @@ def cdm_admissions(
     diseases = {hadm_id: disease_of(of_one) for hadm_id, of_one in listed.iter_rows()}
     return {hadm_id: disease for hadm_id, disease in diseases.items() if disease}
 
-# %% ../../../nbs/08_transfer/09_cdm_synthetic.ipynb #4ae7a482
+# %% ../../../nbs/08_transfer/09_cdm_synthetic.ipynb #a9dc15ee
 def _of_admissions(source, table, columns, admissions):
     "Some columns of a table, its rows of these admissions."
     some = pl.Series(list(admissions), dtype=pl.Int64).implode()
     return source.scan(table, ['hadm_id', *columns]).filter(pl.col('hadm_id').is_in(some))
 
-# %% ../../../nbs/08_transfer/09_cdm_synthetic.ipynb #fc892acb
+# %% ../../../nbs/08_transfer/09_cdm_synthetic.ipynb #75ae4bcc
 def first_results(
     source:Source,
     admissions:dict # hadm_id -> disease
@@ -89,7 +89,7 @@ def first_results(
     first = first.with_columns(valuestr=pl.when(said == '').then(pl.lit('None')).otherwise(said))
     return first.select(RELEASE_COLUMNS['laboratory_tests']).sort('hadm_id', maintain_order=True)
 
-# %% ../../../nbs/08_transfer/09_cdm_synthetic.ipynb #c172f12d
+# %% ../../../nbs/08_transfer/09_cdm_synthetic.ipynb #df97858a
 def first_cultures(
     source:Source,
     admissions:dict # hadm_id -> disease
@@ -106,7 +106,7 @@ def first_cultures(
     first = first.with_columns(valuestr=pl.when(pl.col('org_name') == '').then(comment).otherwise('org_name'))
     return first.select(*RELEASE_COLUMNS['microbiology'], 'spec_itemid').sort('hadm_id', maintain_order=True)
 
-# %% ../../../nbs/08_transfer/09_cdm_synthetic.ipynb #ff6460dd
+# %% ../../../nbs/08_transfer/09_cdm_synthetic.ipynb #6b185f29
 #: modality -> what the name of an examination has in it, tried in this order
 MODALITIES = {
     'CT': r'^CT',                    # CT ABD & PELVIS WITH CONTRAST
@@ -129,7 +129,7 @@ def first_fitting(
     "The modality or region of an examination."
     return next((name for name, pattern in patterns.items() if re.search(pattern, exam)), None)
 
-# %% ../../../nbs/08_transfer/09_cdm_synthetic.ipynb #add87336
+# %% ../../../nbs/08_transfer/09_cdm_synthetic.ipynb #99288562
 KEPT_PARTS = ('EXAMINATION', 'TECHNIQUE', 'FINDINGS')  # of a report; indication and impression would tell
 
 def telling_words(
@@ -147,7 +147,7 @@ def shown_report(
     shown = [f'{head}:\n{body.strip()}\n\n' for head, body in parts if head in KEPT_PARTS]
     return mask.sub('____', ''.join(shown))
 
-# %% ../../../nbs/08_transfer/09_cdm_synthetic.ipynb #7e0a23e4
+# %% ../../../nbs/08_transfer/09_cdm_synthetic.ipynb #065d6d6a
 def pictures(
     source:Source,
     admissions:dict # hadm_id -> disease
@@ -166,7 +166,7 @@ def pictures(
     types = dict.fromkeys(RELEASE_COLUMNS['radiology_reports'], pl.String) | {'hadm_id': pl.Int64}
     return pl.DataFrame(rows, types, orient='row')
 
-# %% ../../../nbs/08_transfer/09_cdm_synthetic.ipynb #292c2fdd
+# %% ../../../nbs/08_transfer/09_cdm_synthetic.ipynb #ba576cb0
 def _told(summary, begin, end):
     "A part of a discharge summary, in one line."
     found = re.search(f'{begin}:(.*?){end}:', summary, re.S)
@@ -174,7 +174,7 @@ def _told(summary, begin, end):
         raise ValueError(f'a discharge summary without {begin!r}')
     return ' '.join(found[1].split())
 
-# %% ../../../nbs/08_transfer/09_cdm_synthetic.ipynb #f820689e
+# %% ../../../nbs/08_transfer/09_cdm_synthetic.ipynb #6616de60
 def told_by_patients(
     source:Source,
     admissions:dict # hadm_id -> disease
@@ -191,7 +191,7 @@ def told_by_patients(
     types = dict(hadm_id=pl.Int64, hpi=pl.String, pe=pl.String, names_disease=pl.Boolean)
     return pl.DataFrame(rows, types, orient='row')
 
-# %% ../../../nbs/08_transfer/09_cdm_synthetic.ipynb #abde4c3c
+# %% ../../../nbs/08_transfer/09_cdm_synthetic.ipynb #ffc39b18
 def why_no_case(
     hadm_id:int,
     told:dict,     # hadm_id -> whether the history names the disease
@@ -207,7 +207,7 @@ def why_no_case(
         return 'no laboratory result'
     return '' if hadm_id in pictured else 'no picture of the abdomen'
 
-# %% ../../../nbs/08_transfer/09_cdm_synthetic.ipynb #4278ba89
+# %% ../../../nbs/08_transfer/09_cdm_synthetic.ipynb #9867a0b4
 def release_tables(
     source:Source,
     admissions:dict,    # hadm_id -> disease
@@ -231,7 +231,7 @@ def release_tables(
     kept = pl.Series(list(reasons.keys() - left_out.keys()), dtype=pl.Int64).implode()
     return {name: frame.filter(pl.col('hadm_id').is_in(kept)) for name, frame in tables.items()}, left_out
 
-# %% ../../../nbs/08_transfer/09_cdm_synthetic.ipynb #ed2b7083
+# %% ../../../nbs/08_transfer/09_cdm_synthetic.ipynb #bd27fbb0
 def name_tables(
     source:Source
 )->dict: # stem of the file -> frame
@@ -242,7 +242,7 @@ def name_tables(
     items = items.with_columns(count=pl.lit(''), corresponding_ids=pl.format('[{}]', 'itemid'))
     return {'lab_test_mapping': items, 'microbiology_test_mapping': tests}
 
-# %% ../../../nbs/08_transfer/09_cdm_synthetic.ipynb #f2dec344
+# %% ../../../nbs/08_transfer/09_cdm_synthetic.ipynb #cc372186
 def write_cdm_files(
     source:Source, # tables of a synthetic hospital
     folder:Path    # an existing folder
@@ -265,7 +265,7 @@ def write_cdm_files(
     counts = Counter(f'left out: {why}' for why in left_out.values())
     return dict(counts) | {disease: len(some) for disease, some in ids.items()}
 
-# %% ../../../nbs/08_transfer/09_cdm_synthetic.ipynb #8fd51f18
+# %% ../../../nbs/08_transfer/09_cdm_synthetic.ipynb #8dbf0ea2
 def build_cdm_files(
     run:Run # its synthetic hospital must stand
 )->Path: # the folder of the files

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TRIAL_CLASSES', 'NO_CLASS', 'TRIAL_KEYS', 'trial_answer', 'folded_text', 'right_class', 'read_class']
 
-# %% ../../../nbs/08_transfer/16_trial_answers.ipynb #5d66772b
+# %% ../../../nbs/08_transfer/16_trial_answers.ipynb #e566b20c
 from ...scoring import parse_answer
 from ...training.rewards import ehrmind_answer
 
@@ -13,14 +13,14 @@ TRIAL_CLASSES = ('Irrelevant', 'Excluded', 'Eligible')  # TREC's 0, 1 and 2
 NO_CLASS = len(TRIAL_CLASSES)                           # of an answer that cannot be used
 TRIAL_KEYS = ('prediction', 'idx')                      # of an answer in EHRMind's form: a word and its number
 
-# %% ../../../nbs/08_transfer/16_trial_answers.ipynb #7a014682
+# %% ../../../nbs/08_transfer/16_trial_answers.ipynb #1e1a1e48
 def trial_answer(
     gold:list # one of `TRIAL_CLASSES`, in a list
 )->dict: # prediction, idx
     "The right answer as an object."
     return dict(prediction=gold[0], idx=TRIAL_CLASSES.index(gold[0]))
 
-# %% ../../../nbs/08_transfer/16_trial_answers.ipynb #36eaf60e
+# %% ../../../nbs/08_transfer/16_trial_answers.ipynb #cd347691
 def folded_text(
     text:str
 )->str: # by which texts are compared
@@ -39,7 +39,7 @@ def right_class(
         return number.strip() == str(want['idx'])
     return not isinstance(number, bool) and number == want['idx']
 
-# %% ../../../nbs/08_transfer/16_trial_answers.ipynb #219dc600
+# %% ../../../nbs/08_transfer/16_trial_answers.ipynb #0ed6fd34
 def _class_of(is_said):
     "The first class that a condition holds for."
     return next((number for number, word in enumerate(TRIAL_CLASSES) if is_said(word)), NO_CLASS)

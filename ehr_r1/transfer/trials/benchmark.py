@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['METRICS', 'TRIALS', 'confusion', 'metrics_of', 'score_trials']
 
-# %% ../../../nbs/08_transfer/20_trials.ipynb #f5c730db
+# %% ../../../nbs/08_transfer/20_trials.ipynb #c3c6c25d
 import numpy as np
 import polars as pl
 
@@ -19,7 +19,7 @@ from .questions import TESTS, trial_questions
 
 METRICS = ('accuracy', 'balanced_accuracy', 'kappa', 'macro_precision', 'macro_recall', 'macro_f1')
 
-# %% ../../../nbs/08_transfer/20_trials.ipynb #a57c03ee
+# %% ../../../nbs/08_transfer/20_trials.ipynb #fd1804ed
 def confusion(
     gold, # places in `TRIAL_CLASSES`
     said  # of the same questions, from `read_class`
@@ -29,7 +29,7 @@ def confusion(
     np.add.at(table, (np.asarray(gold, int), np.asarray(said, int)), 1)
     return table
 
-# %% ../../../nbs/08_transfer/20_trials.ipynb #fee49b31
+# %% ../../../nbs/08_transfer/20_trials.ipynb #01988810
 def _ratio(above, below):
     "Quotients; nan where they are undefined."
     return np.divide(above, below, out=np.full(np.shape(above), np.nan), where=np.asarray(below) > 0)
@@ -58,7 +58,7 @@ def metrics_of(
         'macro_f1': mean_over_classes(np.nan_to_num(_ratio(2*hits, gold + said))),
     }
 
-# %% ../../../nbs/08_transfer/20_trials.ipynb #5e032d30
+# %% ../../../nbs/08_transfer/20_trials.ipynb #1df74fc9
 def _answered(held_out, answers, system):
     "Questions that were asked, with the places of the right class and of the one said."
     asked = held_out.join(answers.select('sample_id', 'text'), on='sample_id', maintain_order='left')
@@ -68,7 +68,7 @@ def _answered(held_out, answers, system):
     said = [read_class(text) for text in asked['text']]
     return asked.select('group', 'task', gold=pl.Series(gold, dtype=pl.Int64), said=pl.Series(said, dtype=pl.Int64))
 
-# %% ../../../nbs/08_transfer/20_trials.ipynb #d6816e6b
+# %% ../../../nbs/08_transfer/20_trials.ipynb #c4007e58
 def _score_rows(answered, task, p):
     "Results of one test, but for the system."
     table = confusion(answered['gold'], answered['said'])
@@ -86,7 +86,7 @@ def _score_rows(answered, task, p):
         low, high = interval(draws[metric]) if len(each) > 1 and value is not None else (None, None)
         yield about | dict(metric=metric, value=value, low=low, high=high)
 
-# %% ../../../nbs/08_transfer/20_trials.ipynb #99a10442
+# %% ../../../nbs/08_transfer/20_trials.ipynb #dc861c0b
 def score_trials(
     questions:pl.DataFrame, # `QUESTIONS` rows
     answers:dict,           # system -> `ANSWERS` rows, of held_out questions
@@ -103,7 +103,7 @@ def score_trials(
                 results += [dict(benchmark='trials', system=system) | row for row in _score_rows(of_task, task, p)]
     return pl.DataFrame(results, RESULTS)
 
-# %% ../../../nbs/08_transfer/20_trials.ipynb #3e96a06b
+# %% ../../../nbs/08_transfer/20_trials.ipynb #f92361ff
 TRIALS = Benchmark(
     name='trials', title='TREC clinical trials', questions=trial_questions, baselines=trial_baselines,
     score=score_trials, files=trial_files, open=True, keys=TRIAL_KEYS, right=right_class)

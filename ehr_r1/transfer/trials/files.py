@@ -6,7 +6,7 @@
 __all__ = ['YEARS', 'TRIAL_LAYOUTS', 'FIELDS', 'trial_files', 'read_topics', 'read_judgements', 'settled_judgements',
            'read_trials', 'read_trial_pairs']
 
-# %% ../../../nbs/08_transfer/17_trial_files.ipynb #ea86fe2b
+# %% ../../../nbs/08_transfer/17_trial_files.ipynb #92bf6ddd
 import json
 import re
 from pathlib import Path
@@ -30,7 +30,7 @@ FIELDS = {  # of a trial: our column -> name in the file
     'inclusion': 'inclusion_criteria',
 }
 
-# %% ../../../nbs/08_transfer/17_trial_files.ipynb #04ed8ab4
+# %% ../../../nbs/08_transfer/17_trial_files.ipynb #fce81176
 def _only_file(folder, names, what):
     "The one file of some names; None where there is none."
     found = [folder/name for name in names if (folder/name).is_file()]
@@ -38,7 +38,7 @@ def _only_file(folder, names, what):
         raise fault(f'{found[0].name} and {found[1].name}', f'both are {what}', 'keep one of them')
     return found[0] if found else None
 
-# %% ../../../nbs/08_transfer/17_trial_files.ipynb #850deade
+# %% ../../../nbs/08_transfer/17_trial_files.ipynb #4db7643d
 def trial_files(
     folder:str|Path # where the files are
 )->dict: # e.g. topics 2021, judgements 2021, trials -> Path
@@ -56,7 +56,7 @@ def trial_files(
             raise fault(folder.name, f'there are no {what}', 'the notebook on trials says how the file is called')
     return files
 
-# %% ../../../nbs/08_transfer/17_trial_files.ipynb #6eff7d3a
+# %% ../../../nbs/08_transfer/17_trial_files.ipynb #9a2ab330
 def _xml_topics(file, year):
     "(topic, its number, note) of NIST's layout."
     text = ''.join(read_lines(file))
@@ -74,7 +74,7 @@ def _xml_topics(file, year):
             raise fault(file.name, 'it is no topic with a number and a note', 'take the published file', row=row)
         yield row, f'trec-{year}{number}', (topic.text or '').strip()
 
-# %% ../../../nbs/08_transfer/17_trial_files.ipynb #d3d83062
+# %% ../../../nbs/08_transfer/17_trial_files.ipynb #ad1b41a9
 def _json_object(line, file, row):
     "A line of a JSON Lines file."
     try:
@@ -96,7 +96,7 @@ def _json_texts(file, keys):
                 raise fault(file.name, 'it is missing, or no text', 'take the published file', key, row)
         yield row, *(found[key].strip() for key in keys)
 
-# %% ../../../nbs/08_transfer/17_trial_files.ipynb #1f319351
+# %% ../../../nbs/08_transfer/17_trial_files.ipynb #d1280028
 def read_topics(
     file:Path, # .jsonl or NIST's .xml
     year:int   # of the track
@@ -113,7 +113,7 @@ def read_topics(
         notes[topic] = note
     return notes
 
-# %% ../../../nbs/08_transfer/17_trial_files.ipynb #90826688
+# %% ../../../nbs/08_transfer/17_trial_files.ipynb #570eaa23
 def _nist_judgements(file, year):
     "Topic, trial and score of NIST's layout: topic, 0, trial, judgement, between white space."
     rows = [line.split() for line in read_lines(file) if line.strip()]
@@ -123,7 +123,7 @@ def _nist_judgements(file, year):
     found = [(f'trec-{year}{topic}', trial, score) for topic, _, trial, score in rows]
     return pl.DataFrame(found, dict.fromkeys(('topic', 'trial', 'score'), pl.String), orient='row')
 
-# %% ../../../nbs/08_transfer/17_trial_files.ipynb #f798c1b8
+# %% ../../../nbs/08_transfer/17_trial_files.ipynb #94b24ffb
 def read_judgements(
     file:Path, # .tsv, .tsv.gz or NIST's .txt
     year:int   # of the track
@@ -141,7 +141,7 @@ def read_judgements(
         raise fault(file.name, what, 'take the published file', 'score', other['row'][0])
     return found
 
-# %% ../../../nbs/08_transfer/17_trial_files.ipynb #25b7fb9a
+# %% ../../../nbs/08_transfer/17_trial_files.ipynb #4aeb48c1
 def settled_judgements(
     judgements:pl.DataFrame # from `read_judgements`
 )->tuple: # (topic, trial, label: one row a pair; counts: judgements, repeated, conflicting)
@@ -151,7 +151,7 @@ def settled_judgements(
     counts = dict(judgements=len(judgements), repeated=len(judgements) - len(once), conflicting=len(once) - len(pairs))
     return pairs, counts
 
-# %% ../../../nbs/08_transfer/17_trial_files.ipynb #e02cae1c
+# %% ../../../nbs/08_transfer/17_trial_files.ipynb #f0175161
 def read_trials(
     file:Path,  # .jsonl or .jsonl.gz, one trial a line
     wanted:set  # trials that were judged; others are passed over
@@ -168,7 +168,7 @@ def read_trials(
     with_text = [(trial, *texts) for trial, texts in found.items() if any(texts)]
     return pl.DataFrame(with_text, dict.fromkeys(('trial', *FIELDS), pl.String), orient='row')
 
-# %% ../../../nbs/08_transfer/17_trial_files.ipynb #ae63d97f
+# %% ../../../nbs/08_transfer/17_trial_files.ipynb #bea473fd
 def _judged_year(files, year):
     "Notes by topic, and the judgements of a year."
     topics, judgements = files[f'topics {year}'], files[f'judgements {year}']
@@ -179,7 +179,7 @@ def _judged_year(files, year):
         raise fault(judgements.name, what, 'take both files from one source', row=lost['row'][0])
     return notes, judged
 
-# %% ../../../nbs/08_transfer/17_trial_files.ipynb #e3ab81eb
+# %% ../../../nbs/08_transfer/17_trial_files.ipynb #2dc53958
 def read_trial_pairs(
     folder:str|Path # where the files are
 )->tuple: # (topic, trial, label, note and the columns of `FIELDS`, null without text: one row a pair; counts)

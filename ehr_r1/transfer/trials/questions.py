@@ -6,7 +6,7 @@
 __all__ = ['TEST_SHARE', 'TESTS', 'TRIAL_SCALE', 'TRIAL_QUESTION', 'TRIAL_HEADS', 'split_pairs', 'trial_context',
            'trial_questions', 'balanced']
 
-# %% ../../../nbs/08_transfer/18_trial_questions.ipynb #84b1c578
+# %% ../../../nbs/08_transfer/18_trial_questions.ipynb #20cbc992
 from pathlib import Path
 
 import polars as pl
@@ -20,7 +20,7 @@ from .files import FIELDS, read_trial_pairs
 TEST_SHARE = .2                        # of the topics, and of the pairs of the others (EHRMind: topics 80 to 20)
 TESTS = ('transductive', 'inductive')  # pairs of topics seen in training, and of unseen ones
 
-# %% ../../../nbs/08_transfer/18_trial_questions.ipynb #5fe359e4
+# %% ../../../nbs/08_transfer/18_trial_questions.ipynb #2fd561ed
 def _drawn(texts, seed, purpose):
     "Different texts in a drawn order."
     return sorted(set(texts), key=lambda text: (seed_of(seed, purpose, text), text))
@@ -48,7 +48,7 @@ def split_pairs(
     parts |= dict.fromkeys(tested, 'transductive')
     return pairs.with_columns(part=pl.Series([parts[text] for text in asked], dtype=pl.String))
 
-# %% ../../../nbs/08_transfer/18_trial_questions.ipynb #f5ba7dff
+# %% ../../../nbs/08_transfer/18_trial_questions.ipynb #5ee09372
 TRIAL_SCALE = ('## Scale\nIrrelevant (0): the trial is not about what this patient has. '
                'Excluded (1): it is, but a criterion keeps the patient out. Eligible (2): the patient may take part.')
 TRIAL_QUESTION = ('Is this patient Irrelevant (0), Excluded (1) or Eligible (2)? '
@@ -67,7 +67,7 @@ def trial_context(
     "What a model sees of a pair."
     return [TRIAL_SCALE, *(f'## {head}\n{pair[column]}' for column, head in TRIAL_HEADS.items() if pair[column])]
 
-# %% ../../../nbs/08_transfer/18_trial_questions.ipynb #c23cce4a
+# %% ../../../nbs/08_transfer/18_trial_questions.ipynb #8baa1169
 def _trial_question(pair):
     "A row of `split_pairs` as a row of `QUESTIONS`."
     return dict(
@@ -90,7 +90,7 @@ def trial_questions(
     by_topic = [[topic, TRIAL_CLASSES[label], *texts] for topic, label, *texts in by_label.rows()]
     return questions, counts | dict(without_text=len(pairs) - len(parts), by_topic=by_topic) | sizes
 
-# %% ../../../nbs/08_transfer/18_trial_questions.ipynb #2447e3ca
+# %% ../../../nbs/08_transfer/18_trial_questions.ipynb #5db71931
 def balanced(
     questions:pl.DataFrame, # `QUESTIONS` rows
     seed:int,               # of the run
