@@ -201,7 +201,7 @@ def test_answers_are_kept_as_they_came(oddities, file):
 
 
 def test_what_is_handed_out_is_counted(oddities, file):
-    teacher = recorded(oddities, file, price=(1., 2.))
+    teacher = Recorded(server(oddities), file, price=(1., 2.))
     list(teacher.ask([ask_for(name) for name in ODD_TEXTS]))
     tally = teacher.tally
     assert tally.answers == 4
