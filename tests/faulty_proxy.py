@@ -12,6 +12,7 @@ from urllib.parse import urlsplit
 
 JSON = {'content-type': 'application/json'}
 FAULTS = ('429', '500', 'drop', 'half')
+OWN_HEADERS = ('host', 'connection')  # of each connection
 
 # what is answered: functions of (method, path, body, headers) that give (status, headers, content)
 
@@ -39,8 +40,8 @@ def forward(url):
 
     def answer(method, path, body, headers):
         there = http.client.HTTPConnection(to.hostname, to.port, timeout=120)
-        kept = {name: value for name, value in headers.items() if name.lower() not in ('host', 'connection')}
-        there.request(method, path, body, kept)
+        passed_on = {name: headers[name] for name in headers if name.lower() not in OWN_HEADERS}
+        there.request(method, path, body, passed_on)
         reply = there.getresponse()
         content = reply.read()
         there.close()

@@ -29,6 +29,11 @@ def server(proxy, **more):
     return Server(proxy.url, 'parrot', **more)
 
 
+def recorded(proxy, file, **more):
+    "The same, its answers kept in a file."
+    return Recorded(server(proxy, **more), file)
+
+
 def by_key(answers):
     "(key, reply), sorted by key."
     pairs = [(request.key, reply) for request, reply in answers]
@@ -76,7 +81,8 @@ SCRIPT = textwrap.dedent('''
 def start(**arguments):
     "A process that asks a server and records its answers; arguments of `main` above."
     command = [sys.executable, '-c', SCRIPT, json.dumps(arguments), os.path.dirname(__file__)]
-    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, 'TQDM_DISABLE': '1'})
+    quiet = {**os.environ, 'TQDM_DISABLE': '1'}
+    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=quiet)
 
 
 def ended(process, seconds=60):
@@ -110,7 +116,8 @@ def resumed(proxy, file, n, model='parrot'):
 def whole_lines(file):
     "What stands in a file whose last line may be torn."
     content = file.read_bytes()
-    return [json.loads(line) for line in content[:content.rfind(b'\n') + 1].splitlines()]
+    end = content.rfind(b'\n') + 1
+    return [json.loads(line) for line in content[:end].splitlines()]
 
 
 def assert_each_once(file, n):

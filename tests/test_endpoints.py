@@ -77,6 +77,12 @@ def test_a_permission_names_data_and_host(monkeypatch, entry):
 # what really leaves
 
 
+def what_is_said(stranger, file):
+    "By a process that asks a server far away about credentialed data."
+    process = start(url=stranger.url, model='parrot', file=str(file), n=3, dataset='mimic-iv-3.1')
+    return ended(process)
+
+
 @pytest.fixture(scope='module')
 def outer():
     "An address of this machine that is not loopback; where there is none, the one that means all of them."
@@ -97,8 +103,7 @@ def stranger(outer):
 def test_credentialed_text_stays_here(stranger, outer, tmp_path, monkeypatch, allow):
     monkeypatch.setenv('EHR_R1_ALLOW', allow.format(host=outer, port=stranger.port))
     file = tmp_path/'a.jsonl'
-    process = start(url=stranger.url, model='parrot', file=str(file), n=3, dataset='mimic-iv-3.1')
-    said = ended(process)
+    said = what_is_said(stranger, file)
     assert said.startswith('Refused: mimic-iv-3.1')
     assert f'EHR_R1_ALLOW=mimic-iv-3.1@{outer}:{stranger.port}' in said
     assert stranger.connections == 0
@@ -107,9 +112,7 @@ def test_credentialed_text_stays_here(stranger, outer, tmp_path, monkeypatch, al
 
 def test_credentialed_text_goes_to_a_named_host(stranger, outer, tmp_path, monkeypatch):
     monkeypatch.setenv('EHR_R1_ALLOW', f'other@example.org, mimic-iv-3.1@{outer}:{stranger.port}')
-    file = tmp_path/'a.jsonl'
-    process = start(url=stranger.url, model='parrot', file=str(file), n=3, dataset='mimic-iv-3.1')
-    assert ended(process) == ''
+    assert what_is_said(stranger, tmp_path/'a.jsonl') == ''
     assert len(stranger.delivered) == 3
 
 

@@ -409,7 +409,8 @@ def test_broken_weights_are_an_error(tokenizer, asks, file):
 
 
 def test_transformers_is_named_after_the_weights(model, tokenizer, folder):
-    same, other = Transformers(model, tokenizer), Transformers(new_model('tiny', tokenizer, 1, 1024), tokenizer)
+    same = Transformers(model, tokenizer)
+    other = Transformers(new_model('tiny', tokenizer, 1, 1024), tokenizer)
     assert Transformers(str(folder)).name == same.name != other.name
 
 

@@ -16,6 +16,7 @@ from teacher_runs import (
     fails,
     lines,
     questions,
+    recorded,
     resumed,
     server,
     start,
@@ -47,7 +48,7 @@ def file(tmp_path):
 
 def test_faults_lose_and_double_nothing(proxy, file):
     with Proxy(fault=some_faults) as faulty:
-        got = by_key(Recorded(server(faulty), file).ask(questions(200)))
+        got = by_key(recorded(faulty, file).ask(questions(200)))
         assert set(faulty.faults) == {'429', '500', 'drop', 'half'}
         assert min(faulty.faults.values()) > 10
         assert len(got) == 200 == len(faulty.delivered)
@@ -57,9 +58,9 @@ def test_faults_lose_and_double_nothing(proxy, file):
 
 
 def test_what_is_recorded_needs_no_teacher(proxy, file):
-    first = by_key(Recorded(server(proxy), file).ask(questions(9)))
+    first = by_key(recorded(proxy, file).ask(questions(9)))
     before = proxy.connections
-    again = Recorded(server(proxy, key_variable='NO_SUCH_KEY'), file)
+    again = recorded(proxy, file, key_variable='NO_SUCH_KEY')
     assert by_key(again.ask(questions(9))) == first
     assert again.tally.asked == 0
     assert proxy.connections == before
@@ -170,8 +171,8 @@ def test_after_nonsense_the_next_run_goes_on(file):
     def answer(*args):
         return (200, JSON, '{"choices": []}') if len(proxy.seen) == 3 else parrot(*args)
     with Proxy(answer) as proxy:
-        assert 'cannot be read' in fails(Recorded(server(proxy, concurrency=1), file), questions(5))
-        got = by_key(Recorded(server(proxy), file).ask(questions(5)))
+        assert 'cannot be read' in fails(recorded(proxy, file, concurrency=1), questions(5))
+        got = by_key(recorded(proxy, file).ask(questions(5)))
         assert [reply.text for _, reply in got] == [f'question {i} (seed 0)' for i in range(5)]
         assert len(proxy.seen) == 6
 
@@ -191,7 +192,7 @@ def oddities():
 
 def test_answers_are_kept_as_they_came(oddities, file):
     requests = [ask_for(name) for name in ODD_TEXTS]
-    got = dict(by_key(Recorded(server(oddities), file).ask(requests)))
+    got = dict(by_key(recorded(oddities, file).ask(requests)))
     assert got['empty'] == Reply('', 3, 1, 'stop', 'parrot-2')
     assert got['cut'].finish == 'length'
     assert got['long'].text == ODD_TEXTS['long']
@@ -206,7 +207,7 @@ def test_what_is_handed_out_is_counted(oddities, file):
     assert tally.answers == 4
     assert tally.prompt_tokens == 12
     assert cost(teacher) == pytest.approx((tally.prompt_tokens + 2*tally.completion_tokens)/1e6)
-    assert cost(Recorded(server(oddities), file)) is None
+    assert cost(recorded(oddities, file)) is None
 
 
 def test_usage_may_be_missing():
@@ -242,7 +243,7 @@ def test_digest_is_what_earlier_runs_kept_answers_under():
 
 def test_one_question_under_many_keys_is_asked_once(proxy, file):
     requests = [ask_for(f'q{i % 3}', key=f'k{i}') for i in range(30)]
-    teacher = Recorded(server(proxy), file)
+    teacher = recorded(proxy, file)
     got = by_key(teacher.ask(requests))
     assert len(proxy.seen) == 3 == teacher.tally.asked
     assert [key for key, _ in got] == sorted(request.key for request in requests)
@@ -251,15 +252,15 @@ def test_one_question_under_many_keys_is_asked_once(proxy, file):
 
 def test_recorded_ones_may_stand_before_between_and_behind_those_that_are_asked(proxy, file):
     known = [ask_for(f'q{i % 3}', key=f'k{i}') for i in range(30)]
-    list(Recorded(server(proxy), file).ask(known))
+    list(recorded(proxy, file).ask(known))
     mixed = [*known, *questions(5), *known]
-    got = by_key(Recorded(server(proxy), file).ask(mixed))
+    got = by_key(recorded(proxy, file).ask(mixed))
     assert [key for key, _ in got] == sorted(request.key for request in mixed)
     assert len(proxy.seen) == 8
 
 
 def test_whatever_has_arrived_is_recorded_when_the_reader_leaves(proxy, file):
-    answers = Recorded(server(proxy, concurrency=8), file).ask(questions(50))
+    answers = recorded(proxy, file, concurrency=8).ask(questions(50))
     next(answers)
     deadline = time.monotonic() + 10
     while sum(proxy.delivered.values()) < 8 and time.monotonic() < deadline:
@@ -268,7 +269,7 @@ def test_whatever_has_arrived_is_recorded_when_the_reader_leaves(proxy, file):
     answers.close()
     assert len(lines(file)) == 8 == sum(proxy.delivered.values())
     asked = len(proxy.seen)
-    assert len(list(Recorded(server(proxy), file).ask(questions(50)))) == 50
+    assert len(list(recorded(proxy, file).ask(questions(50)))) == 50
     assert len(proxy.seen) - asked == 42
 
 
@@ -276,18 +277,18 @@ def test_an_error_does_not_cost_the_answers_before_it(file):
     def answer(method, path, body, headers):
         return (400, JSON, '{}') if b'question 30"' in body else parrot(method, path, body, headers)
     with Proxy(answer) as proxy:
-        assert 'question 30' in fails(Recorded(server(proxy, concurrency=4), file), questions(50))
+        assert 'question 30' in fails(recorded(proxy, file, concurrency=4), questions(50))
     assert len(lines(file)) >= 27
 
 
 def test_a_torn_last_line_is_dropped_wherever_it_is_torn(proxy, file, tmp_path):
-    got = by_key(Recorded(server(proxy), file).ask(questions(3)))
+    got = by_key(recorded(proxy, file).ask(questions(3)))
     content = file.read_bytes()
     last = content.rstrip().rindex(b'\n') + 1
     for cut in range(last, len(content), 37):
         torn = tmp_path/f'{cut}.jsonl'
         torn.write_bytes(content[:cut])
-        teacher = Recorded(server(proxy), torn)
+        teacher = recorded(proxy, torn)
         assert by_key(teacher.ask(questions(3))) == got
         assert teacher.tally.asked == 1
         assert len(lines(torn)) == 3
@@ -295,26 +296,26 @@ def test_a_torn_last_line_is_dropped_wherever_it_is_torn(proxy, file, tmp_path):
 
 @pytest.mark.parametrize('fault', ['half a line', 'a list', 'no text'])
 def test_a_bad_line_is_named(proxy, file, fault):
-    list(Recorded(server(proxy), file).ask(questions(3)))
+    list(recorded(proxy, file).ask(questions(3)))
     first, second, third = file.read_text().splitlines()
     textless = {name: value for name, value in json.loads(second).items() if name != 'text'}
     bad = {'half a line': '{"digest": ', 'a list': '[]', 'no text': json.dumps(textless)}[fault]
     file.write_text(f'{first}\n{bad}\n{third}\n')
-    assert 'line 2' in fails(Recorded(server(proxy), file))
+    assert 'line 2' in fails(recorded(proxy, file))
 
 
 @pytest.mark.parametrize('name', ['file/a.jsonl', 'folder.jsonl'])
 def test_an_unwritable_record_is_found_out_before_anything_is_asked(proxy, tmp_path, name):
     (tmp_path/'file').write_text('')
     (tmp_path/'folder.jsonl').mkdir()
-    assert 'cannot record' in fails(Recorded(server(proxy), tmp_path/name))
+    assert 'cannot record' in fails(recorded(proxy, tmp_path/name))
     assert proxy.connections == 0
 
 
 def test_two_runs_do_not_write_one_record(proxy, file):
-    first = Recorded(server(proxy), file).ask(questions(9))
+    first = recorded(proxy, file).ask(questions(9))
     next(first)
-    second = Recorded(server(proxy), file)
+    second = recorded(proxy, file)
     assert 'another run' in fails(second, [ask_for('new')])
     assert 'new' not in proxy.asked()
     first.close()
@@ -327,14 +328,14 @@ def test_replay_of_nothing_is_an_error(file):
 
 
 def test_replay_names_what_it_does_not_hold(proxy, file):
-    list(Recorded(server(proxy), file).ask(questions(2)))
+    list(recorded(proxy, file).ask(questions(2)))
     assert "'question 2'" in fails(Replay(file), questions(3))
     assert 'question 0' in fails(Replay(file), questions(1, temperature=.7))
 
 
 def test_replay_of_two_teachers_needs_a_name(proxy, file, tmp_path):
-    first = by_key(Recorded(server(proxy), file).ask(questions(2)))
-    second = by_key(Recorded(server(proxy, name='other'), file).ask(questions(2)))
+    first = by_key(recorded(proxy, file).ask(questions(2)))
+    second = by_key(recorded(proxy, file, name='other').ask(questions(2)))
     with pytest.raises(InferenceError, match='other, parrot'):
         Replay(file)
     parrots, others = Replay(file, 'parrot'), Replay(file, 'other')

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from dataclasses import astuple
 
 import psutil
 import pytest
@@ -204,8 +205,7 @@ def test_vllm_in_the_process_answers_a_teacher_as_the_server_does(in_process, vl
     asked = [ask_for(f'question {i}', f'{i}', temperature=0., max_tokens=16) for i in range(40)]
     there = dict(by_key(Server(vllm_server, 'tiny').ask(asked)))
     here = in_process['said']
-    same = [here[key][:4] == [reply.text, reply.prompt_tokens, reply.completion_tokens, reply.finish]
-            for key, reply in there.items()]
+    same = [here[key][:4] == list(astuple(reply))[:4] for key, reply in there.items()]  # all but who said it
     assert sum(same) >= 38  # greedy; batches of another size may round another way
     assert len({reply.text for reply in there.values()}) > 10
 

@@ -28,7 +28,8 @@ def user_words(rng, task):
     "A record of one of four patients, often with the window of another one, and the question."
     begin = rng.choice((0, 9, 20))
     n = rng.choice((1, 3, 4, 8))
-    return rng.choice(PATIENTS) + ''.join(EVENTS[begin:begin + n]) + '\n' + TASKS[task].instruction
+    patient, window = rng.choice(PATIENTS), ''.join(EVENTS[begin:begin + n])
+    return f'{patient}{window}\n{TASKS[task].instruction}'
 
 
 @pytest.fixture(scope='module')

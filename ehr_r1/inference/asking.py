@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Ask', 'ask_digest', 'answer_status', 'about_answer', 'reply_for', 'left_to_ask', 'Asking', 'answer']
 
-# %% ../../nbs/04_inference/11_asking.ipynb #b7d97424
+# %% ../../nbs/04_inference/11_asking.ipynb #c3d7dd0e
 import hashlib
 import json
 import math
@@ -21,7 +21,7 @@ from .recorded import AnswerFile, AnswerWriter, only_writer
 from .teachers import Reply
 from ..scoring import parse_answer
 
-# %% ../../nbs/04_inference/11_asking.ipynb #63641626
+# %% ../../nbs/04_inference/11_asking.ipynb #403c6989
 @dataclass(frozen=True)
 class Ask:
     "One question to a model."
@@ -33,7 +33,7 @@ class Ask:
     mode: str        # plain, think or no_think
     dropped: int = 0 # events that did not fit
 
-# %% ../../nbs/04_inference/11_asking.ipynb #7c911fb6
+# %% ../../nbs/04_inference/11_asking.ipynb #f4aaa265
 def ask_digest(
     ask:Ask,       # what is asked
     engine:Engine, # who is asked
@@ -44,7 +44,7 @@ def ask_digest(
     about = [engine.name, ask.sample_id, ask.kind, ask.mode, ask.prompt, limit]
     return hashlib.blake2b(json.dumps(about).encode(), digest_size=16).hexdigest()
 
-# %% ../../nbs/04_inference/11_asking.ipynb #0b0b159b
+# %% ../../nbs/04_inference/11_asking.ipynb #baa5f7ae
 def answer_status(
     made # `Yes` or `Text`
 )->str:
@@ -54,7 +54,7 @@ def answer_status(
     status = parse_answer(made.text).status
     return 'cut' if status == 'answered' and made.finish == 'length' else status
 
-# %% ../../nbs/04_inference/11_asking.ipynb #d9ef3533
+# %% ../../nbs/04_inference/11_asking.ipynb #f5ab7c73
 def about_answer(
     ask:Ask, # what was asked
     made     # `Yes` or `Text`
@@ -67,7 +67,7 @@ def about_answer(
         about |= dict(yes=made.yes, no=made.no, outside=made.outside, p_yes=made.p)
     return about | dict(status=answer_status(made))
 
-# %% ../../nbs/04_inference/11_asking.ipynb #3ba72780
+# %% ../../nbs/04_inference/11_asking.ipynb #16cae2a2
 def reply_for(
     made,    # `Yes` or `Text`
     name:str # of the engine
@@ -77,14 +77,14 @@ def reply_for(
         return Reply('', made.tokens, 1, 'stop', name)
     return Reply(made.text, made.tokens, made.new_tokens, made.finish, name)
 
-# %% ../../nbs/04_inference/11_asking.ipynb #f812c517
+# %% ../../nbs/04_inference/11_asking.ipynb #4449bc63
 def _last_digest(
     answers:AnswerFile # read to its end
 )->str|None: # None where it is empty
     "Under what its last line is kept."
     return max(answers.places, key=answers.places.get, default=None)
 
-# %% ../../nbs/04_inference/11_asking.ipynb #081283fb
+# %% ../../nbs/04_inference/11_asking.ipynb #545e5ecf
 def left_to_ask(
     batch:list,         # (digest, `Ask`) of prompts that go together
     engine:Engine,      # who is asked
@@ -97,7 +97,7 @@ def left_to_ask(
         return batch
     return left
 
-# %% ../../nbs/04_inference/11_asking.ipynb #462794df
+# %% ../../nbs/04_inference/11_asking.ipynb #e867c94a
 @dataclass
 class Asking:
     "One round of asking: who is asked, and where what comes is kept."
@@ -128,7 +128,7 @@ class Asking:
             self.bar.set_postfix_str(f'{self.tokens/(monotonic() - self.began + 1e-9):,.0f} tokens/s', refresh=False)
             self.bar.update()
 
-# %% ../../nbs/04_inference/11_asking.ipynb #baf0216e
+# %% ../../nbs/04_inference/11_asking.ipynb #7f1e3ccd
 def answer(
     asks:list,                # of `Ask`
     engine:Engine,            # who answers

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['AGAIN', 'as_they_come', 'models_at', 'status_fault', 'failure', 'Connection', 'received', 'writable']
 
-# %% ../../nbs/04_inference/06_connections.ipynb #94c3990d
+# %% ../../nbs/04_inference/06_connections.ipynb #f207115d
 import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
@@ -15,7 +15,7 @@ from threading import Thread
 
 from .endpoints import InferenceError, endpoint_of
 
-# %% ../../nbs/04_inference/06_connections.ipynb #9676dbb2
+# %% ../../nbs/04_inference/06_connections.ipynb #248dbbd2
 def as_they_come(
     work:Callable,  # of one item; takes most of its time waiting
     items:Iterable, # taken only when there is room for one more
@@ -45,7 +45,7 @@ def as_they_come(
     for _ in range(under_way):
         yield taken()
 
-# %% ../../nbs/04_inference/06_connections.ipynb #e8150666
+# %% ../../nbs/04_inference/06_connections.ipynb #d34b9ec4
 def models_at(
     client # of the openai package
 )->list: # names; empty if it does not say
@@ -56,7 +56,7 @@ def models_at(
         return [model.id for model in client.with_options(max_retries=0).models.list().data]
     return []
 
-# %% ../../nbs/04_inference/06_connections.ipynb #b01e1c83
+# %% ../../nbs/04_inference/06_connections.ipynb #fa68c1f3
 AGAIN = (408, 409, 429)  # statuses that the openai package tries again, beside all from 500 on
 
 def status_fault(
@@ -82,7 +82,7 @@ def status_fault(
         return f"{here} has no model {server.model!r}; it has {', '.join(map(repr, there[:20]))}"
     return f"{here} takes no such requests at {server.base_url} ({said}); most addresses end in /v1"
 
-# %% ../../nbs/04_inference/06_connections.ipynb #6ad45eed
+# %% ../../nbs/04_inference/06_connections.ipynb #d4a8cb3c
 def failure(
     server,    # `Connection`
     client,    # of the openai package
@@ -102,7 +102,7 @@ def failure(
     tried = f'tried {server.tries} times'
     return InferenceError(f"{server.endpoint} does not answer {asked}, {tried}; at last: {why[:300]}; is it up?")
 
-# %% ../../nbs/04_inference/06_connections.ipynb #192987d1
+# %% ../../nbs/04_inference/06_connections.ipynb #0b65f8aa
 class Connection:
     "An OpenAI-compatible server, and how it is asked."
     def __init__(
@@ -138,7 +138,7 @@ class Connection:
         with self.client() as client:
             yield from as_they_come(partial(ask_one, client), items, self.concurrency)
 
-# %% ../../nbs/04_inference/06_connections.ipynb #64d0398c
+# %% ../../nbs/04_inference/06_connections.ipynb #7c87b6e8
 def received(
     server:Connection, # who is asked
     client,            # of the openai package
@@ -163,7 +163,7 @@ def received(
         why = f'{type(e).__name__} {e}: no answer in {str(reply)[:200]}'
         raise InferenceError(f"{server.endpoint}: the answer to {asked} cannot be read ({why})") from None
 
-# %% ../../nbs/04_inference/06_connections.ipynb #935c9231
+# %% ../../nbs/04_inference/06_connections.ipynb #49fded74
 def writable(
     text:str # from a server
 )->str: # the same; half a surrogate pair, which fits in no file, becomes '?'

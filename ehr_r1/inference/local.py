@@ -6,7 +6,7 @@
 __all__ = ['weights_digest', 'padded', 'prefix_cache', 'Prefilled', 'prefill', 'yes_no_mass', 'write_greedily', 'Shape',
            'shape_of', 'batches', 'Transformers', 'ask_transformers']
 
-# %% ../../nbs/04_inference/09_local.ipynb #c2f59569
+# %% ../../nbs/04_inference/09_local.ipynb #0748d917
 import hashlib
 from dataclasses import dataclass
 from functools import partial
@@ -16,7 +16,7 @@ from .endpoints import InferenceError
 from .engines import Engine, Yes, text_of, yes_no_tokens
 from .prefixes import Group, shared_prefixes
 
-# %% ../../nbs/04_inference/09_local.ipynb #5e548418
+# %% ../../nbs/04_inference/09_local.ipynb #389cc15a
 def weights_digest(
     model # from transformers
 )->str: # 16 hex digits
@@ -30,7 +30,7 @@ def weights_digest(
         digest.update(here.view(torch.uint8).numpy())
     return digest.hexdigest()
 
-# %% ../../nbs/04_inference/09_local.ipynb #3ab0bf5d
+# %% ../../nbs/04_inference/09_local.ipynb #4de4eccf
 def padded(
     rows:list, # token ids of each row
     device     # of the model
@@ -43,7 +43,7 @@ def padded(
     ones = [torch.ones_like(row) for row in ids]
     return pad(ids).to(device), pad(ones).to(device)
 
-# %% ../../nbs/04_inference/09_local.ipynb #6f6db3ca
+# %% ../../nbs/04_inference/09_local.ipynb #65d610a5
 def prefix_cache(
     model,       # of transformers
     rows:list,   # token ids of each prompt
@@ -60,7 +60,7 @@ def prefix_cache(
     cache.batch_select_indices(of)
     return cache, seen[of]
 
-# %% ../../nbs/04_inference/09_local.ipynb #fe997554
+# %% ../../nbs/04_inference/09_local.ipynb #3a97520a
 @dataclass
 class Prefilled:
     "A batch that was read, ready to be answered; one row a prompt, in the order of the groups."
@@ -91,7 +91,7 @@ def prefill(
     order = [place for _, place in members]
     return Prefilled(order, out.logits[:, -1].float(), mask, out.past_key_values)
 
-# %% ../../nbs/04_inference/09_local.ipynb #42fa2542
+# %% ../../nbs/04_inference/09_local.ipynb #217764f5
 def yes_no_mass(
     logits,      # tensor: rows × vocabulary, float32
     tokens:tuple # ids of yes and of no
@@ -103,7 +103,7 @@ def yes_no_mass(
     masses = [probabilities[:, ids].sum(1) for ids in tokens]
     return torch.stack(masses, 1).tolist()
 
-# %% ../../nbs/04_inference/09_local.ipynb #d520db9a
+# %% ../../nbs/04_inference/09_local.ipynb #0a07919b
 def write_greedily(
     model,             # of transformers
     batch:Prefilled,   # with its cache, which is used up
@@ -132,7 +132,7 @@ def write_greedily(
         logits = out.logits[:, -1]
     return words
 
-# %% ../../nbs/04_inference/09_local.ipynb #6a1f511a
+# %% ../../nbs/04_inference/09_local.ipynb #d70566df
 @dataclass(frozen=True)
 class Shape:
     "How long the rows of a batch, or of a group, are with their padding."
@@ -155,7 +155,7 @@ def shape_of(
     "How long the rows of a group are."
     return Shape(group.prefix, max(len(rows[place]) for place in group.places) - group.prefix)
 
-# %% ../../nbs/04_inference/09_local.ipynb #72561f54
+# %% ../../nbs/04_inference/09_local.ipynb #f5fbc665
 def batches(
     groups:list,    # of `Group`
     rows:list,      # token ids of all prompts
@@ -178,7 +178,7 @@ def batches(
         made[-1] += group.places
     return made
 
-# %% ../../nbs/04_inference/09_local.ipynb #c3452ab5
+# %% ../../nbs/04_inference/09_local.ipynb #c025c6f4
 class Transformers(Engine):
     "A model that transformers runs in this process."
     def __init__(
@@ -216,7 +216,7 @@ class Transformers(Engine):
         "(place, `Yes` or `Text`) of one batch."
         return ask_transformers(self, *self._groups(prompts, max_tokens), max_tokens)
 
-# %% ../../nbs/04_inference/09_local.ipynb #4c1002e5
+# %% ../../nbs/04_inference/09_local.ipynb #9fadfe33
 def ask_transformers(
     engine:Transformers, # who is asked
     rows:list,           # token ids of the prompts of a batch

@@ -6,7 +6,7 @@
 __all__ = ['request_digest', 'reply_in', 'AnswerFile', 'unwritable', 'AnswerWriter', 'only_writer', 'Waiting', 'Tally',
            'Recorded', 'keeping', 'answers_of_teacher', 'cost', 'Replay']
 
-# %% ../../nbs/04_inference/04_recorded.ipynb #b704021a
+# %% ../../nbs/04_inference/04_recorded.ipynb #2394afeb
 import fcntl
 import hashlib
 import json
@@ -23,7 +23,7 @@ from tqdm import tqdm
 from .endpoints import InferenceError
 from .teachers import Reply, Request, Teacher
 
-# %% ../../nbs/04_inference/04_recorded.ipynb #0f8965c5
+# %% ../../nbs/04_inference/04_recorded.ipynb #f7720c88
 def request_digest(
     name:str,       # name of the teacher
     model:str,      # its model
@@ -33,14 +33,14 @@ def request_digest(
     asked = [name, model, list(request.messages), request.sampling]
     return hashlib.blake2b(json.dumps(asked, sort_keys=True).encode(), digest_size=16).hexdigest()
 
-# %% ../../nbs/04_inference/04_recorded.ipynb #147adaaf
+# %% ../../nbs/04_inference/04_recorded.ipynb #0d954a50
 def reply_in(
     line:dict # of an answer file
 )->Reply: # a KeyError if a part of it is missing
     "The reply that a line holds."
     return Reply(*(line[part.name] for part in fields(Reply)))
 
-# %% ../../nbs/04_inference/04_recorded.ipynb #6933c40f
+# %% ../../nbs/04_inference/04_recorded.ipynb #cd93aae3
 class AnswerFile:
     "Answers in a file of JSON Lines, found by digest; only their places are held in memory."
     def __init__(
@@ -80,7 +80,7 @@ class AnswerFile:
         "Take in what the file holds beyond what was read before; a last line without an end does not count."
         _read_lines_after(self)
 
-# %% ../../nbs/04_inference/04_recorded.ipynb #eea93570
+# %% ../../nbs/04_inference/04_recorded.ipynb #a5ca0a22
 def _note(answers, line):
     "Where the next line of an answer file stands; an InferenceError if it is no answer."
     try:
@@ -94,7 +94,7 @@ def _note(answers, line):
         raise InferenceError(f"{answers.file}, line {number}: no answer ({fault}); remove the line") from None
     answers.end += len(line)
 
-# %% ../../nbs/04_inference/04_recorded.ipynb #f9cc4db8
+# %% ../../nbs/04_inference/04_recorded.ipynb #4e6f4481
 def _read_lines_after(
     answers:AnswerFile # whose `end` says how far it was read
 )->None:
@@ -111,7 +111,7 @@ def _read_lines_after(
                 return
             _note(answers, line)
 
-# %% ../../nbs/04_inference/04_recorded.ipynb #a54cfcb2
+# %% ../../nbs/04_inference/04_recorded.ipynb #da1204c3
 def unwritable(
     answers:AnswerFile, # that was to be written
     error:OSError       # what happened
@@ -121,7 +121,7 @@ def unwritable(
     return InferenceError(f"cannot record answers in {answers.file}: {why}; {len(answers)} stand in it. "
                           "Run again when it is mended")
 
-# %% ../../nbs/04_inference/04_recorded.ipynb #baa44c2d
+# %% ../../nbs/04_inference/04_recorded.ipynb #d07afbf8
 class AnswerWriter:
     "Adds to an answer file that is this process's alone; threads may share it."
     def __init__(
@@ -157,7 +157,7 @@ class AnswerWriter:
             self._out.truncate(self.answers.end)
             raise unwritable(self.answers, e) from None
 
-# %% ../../nbs/04_inference/04_recorded.ipynb #4cac79d4
+# %% ../../nbs/04_inference/04_recorded.ipynb #62cf2e8d
 @contextmanager
 def only_writer(
     answers:AnswerFile # to be written
@@ -175,7 +175,7 @@ def only_writer(
             raise unwritable(answers, e) from None
         yield AnswerWriter(answers, out)
 
-# %% ../../nbs/04_inference/04_recorded.ipynb #6bca7434
+# %% ../../nbs/04_inference/04_recorded.ipynb #7440c164
 @dataclass
 class Waiting:
     "Requests of one round of asking, sorted into those to be sent and those to be served otherwise."
@@ -212,7 +212,7 @@ class Waiting:
             request = self.on_file.pop()
             yield request, self.record[self.digest_of(request)]
 
-# %% ../../nbs/04_inference/04_recorded.ipynb #9a61a6cd
+# %% ../../nbs/04_inference/04_recorded.ipynb #8e70bcd9
 class Tally:
     "What was asked and what was handed out, in answers and tokens."
     def __init__(self):
@@ -232,7 +232,7 @@ class Tally:
         self.prompt_tokens += reply.prompt_tokens
         self.completion_tokens += reply.completion_tokens
 
-# %% ../../nbs/04_inference/04_recorded.ipynb #a63deda1
+# %% ../../nbs/04_inference/04_recorded.ipynb #13125598
 class Recorded(Teacher):
     "A teacher whose every answer is kept, and who is never asked twice."
     def __init__(
@@ -270,7 +270,7 @@ class Recorded(Teacher):
             else:  # from here on a teacher is needed
                 yield from answers_of_teacher(self, chain([request], requests))
 
-# %% ../../nbs/04_inference/04_recorded.ipynb #62225951
+# %% ../../nbs/04_inference/04_recorded.ipynb #08a9eca7
 @contextmanager
 def keeping(
     recorded:Recorded,    # counts what was asked
@@ -288,7 +288,7 @@ def keeping(
     finally:
         recorded.teacher.arrived = None
 
-# %% ../../nbs/04_inference/04_recorded.ipynb #43e9e890
+# %% ../../nbs/04_inference/04_recorded.ipynb #23da9c76
 def answers_of_teacher(
     recorded:Recorded,  # who asks
     requests:Iterable   # of `Request`, the first of which is not on file
@@ -304,7 +304,7 @@ def answers_of_teacher(
                 yield from waiting.served_from_file()
         yield from waiting.served_from_file()
 
-# %% ../../nbs/04_inference/04_recorded.ipynb #8ca29546
+# %% ../../nbs/04_inference/04_recorded.ipynb #5596d1c0
 def cost(
     recorded:Recorded # with a price
 )->float|None: # dollars; None without a price
@@ -314,7 +314,7 @@ def cost(
     of_prompt, of_answer = recorded.price
     return (recorded.tally.prompt_tokens*of_prompt + recorded.tally.completion_tokens*of_answer)/1e6
 
-# %% ../../nbs/04_inference/04_recorded.ipynb #8660a12b
+# %% ../../nbs/04_inference/04_recorded.ipynb #58d1c49d
 class Replay(Teacher):
     "Answers from a record, and from nowhere else."
     def __init__(
