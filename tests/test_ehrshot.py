@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from sklearn.metrics import average_precision_score, roc_auc_score
 
 from ehr_r1.config import Run
-from ehr_r1.data.samples import split_of
+from ehr_r1.data.sampling import split_of
 from ehr_r1.data.table_files import TableError
 from ehr_r1.data.tables import open_source
 from ehr_r1.data.trajectories import build_trajectories, scan_store

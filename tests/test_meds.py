@@ -24,9 +24,11 @@ from ehr_r1.data.meds_check import check_meds
 from ehr_r1.data.meds_rows import DATA, meds_rows, restore_rows
 from ehr_r1.data.samples import build_samples, scan_samples
 from ehr_r1.data.sampling import SETS, split_of
-from ehr_r1.data.tables import TableError, open_source
+from ehr_r1.data.table_files import TableError
+from ehr_r1.data.tables import open_source
 from ehr_r1.data.tasks import BEFORE_ADMISSION, DATE_ONLY, TASKS
-from ehr_r1.data.trajectories import DISPLAY, FIELD, build_trajectories, store_files
+from ehr_r1.data.events import DISPLAY, FIELD
+from ehr_r1.data.trajectories import build_trajectories, store_files
 from ehr_r1.hospital.hospital import build_hospital
 from ehr_r1.profiles import profile
 from ehr_r1.stages import read_manifest

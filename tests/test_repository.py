@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SOURCES = {'.'.join(p.relative_to(ROOT/'ehr_r1').with_suffix('').parts): p for p in (ROOT/'ehr_r1').rglob('*.py')
            if p.name not in ('__init__.py', '_modidx.py')}
 IGNORED = {'.git', '.venv', '.ipynb_checkpoints', '__pycache__', '_docs', '_proc', 'runs', 'private', 'ehr_r1.egg-info',
-           '.pytest_cache', '.hypothesis', 'build'}
+           '.pytest_cache', '.hypothesis', '.ruff_cache', 'build'}
 
 def texts():
     "Every text file that could be committed."

@@ -6,12 +6,12 @@
 __all__ = ['GROUP_TARGETS', 'REACH_BACK', 'TASKS', 'BEFORE_ADMISSION', 'DATE_ONLY', 'PLANNED', 'Task', 'task_cells',
            'decision_task', 'risk_task', 'prediction_time', 'task_table']
 
-# %% ../../nbs/02_data/06_tasks.ipynb #f76bdc88
+# %% ../../nbs/02_data/13_tasks.ipynb #f76bdc88
 from dataclasses import dataclass
 
 import polars as pl
 
-# %% ../../nbs/02_data/06_tasks.ipynb #dfef2f64
+# %% ../../nbs/02_data/13_tasks.ipynb #dfef2f64
 @dataclass(frozen=True)
 class Task:
     "One task of EHR-Bench."
@@ -39,7 +39,7 @@ class Task:
         "The tables that are masked in the window."
         return self.hidden + self.masked if protocol == 'strict' else self.hidden
 
-# %% ../../nbs/02_data/06_tasks.ipynb #575a525f
+# %% ../../nbs/02_data/13_tasks.ipynb #575a525f
 def task_cells(
     line:str # cells between bars
 )->list: # the cells, without spaces around them
@@ -80,7 +80,7 @@ next_event         | any                | table          | 100 | kind of event
 """
 GROUP_TARGETS = ('ATC Type', 'CCS Type')  # targets that are groups of what the record shows
 
-# %% ../../nbs/02_data/06_tasks.ipynb #584b51cf
+# %% ../../nbs/02_data/13_tasks.ipynb #584b51cf
 _NOT_IN_42 = ('chartevents', 'pyxis', 'next_event')
 _PHARMACY_MASKED = ('prescriptions', 'prescriptions_atc', 'emar')
 _NOTES_HIDDEN = ('diagnoses_icd', 'diagnoses_ccs', 'diagnosis', 'diagnosis_ccs')
@@ -94,7 +94,7 @@ _CAVEATS = {
     **dict.fromkeys(REACH_BACK, 'kept only where the window reaches back to the admission'),
 }
 
-# %% ../../nbs/02_data/06_tasks.ipynb #3426480b
+# %% ../../nbs/02_data/13_tasks.ipynb #3426480b
 def decision_task(
     line:str # of the table of decisions
 )->Task: # with its exceptions
@@ -109,7 +109,7 @@ def decision_task(
         caveat=_CAVEATS.get(name, ''),
     )
 
-# %% ../../nbs/02_data/06_tasks.ipynb #2df7e671
+# %% ../../nbs/02_data/13_tasks.ipynb #2df7e671
 _RISKS = """
 ED_Hospitalization     | ed_hospitalization     | edstays    | nan | 40 | \
 the patient will be admitted to the hospital from this emergency department stay
@@ -145,7 +145,7 @@ _RISK_CAVEATS = dict(
     icustays='strict: still in the ICU 24 h after intime',
 )
 
-# %% ../../nbs/02_data/06_tasks.ipynb #9d0d18cd
+# %% ../../nbs/02_data/13_tasks.ipynb #9d0d18cd
 def risk_task(
     line:str # of the table of risks
 )->Task: # all risks count for the headline
@@ -158,13 +158,13 @@ def risk_task(
         caveat=_RISK_CAVEATS[trigger],
     )
 
-# %% ../../nbs/02_data/06_tasks.ipynb #520f61a8
+# %% ../../nbs/02_data/13_tasks.ipynb #520f61a8
 TASKS = {task.name: task for task in (
     *map(decision_task, _DECISIONS.strip().splitlines()),
     *map(risk_task, _RISKS.strip().splitlines()),
 )}
 
-# %% ../../nbs/02_data/06_tasks.ipynb #d2fa8001
+# %% ../../nbs/02_data/13_tasks.ipynb #d2fa8001
 BEFORE_ADMISSION = (  # what an ED window shows
     'edstays', 'triage', 'medrecon', 'pyxis', 'vitalsign', 'diagnosis',
     'labevents', 'microbiologyevents', 'radiology', 'omr',
@@ -172,7 +172,7 @@ BEFORE_ADMISSION = (  # what an ED window shows
 DATE_ONLY = ('procedures_icd', 'omr', 'hcpcsevents')  # their time is the start of a day
 PLANNED = ('ELECTIVE', 'SURGICAL SAME DAY ADMISSION') # admission types that no readmission counts
 
-# %% ../../nbs/02_data/06_tasks.ipynb #9feec69e
+# %% ../../nbs/02_data/13_tasks.ipynb #9feec69e
 _RISK_WINDOWS = dict(
     edstays='the ED stay, intime to outtime',
     admissions='24 h after admittime',
@@ -186,7 +186,7 @@ _RISK_TIMES = dict(
     discharge='discharge, or when the note is readable',
 )
 
-# %% ../../nbs/02_data/06_tasks.ipynb #afa0569f
+# %% ../../nbs/02_data/13_tasks.ipynb #afa0569f
 def prediction_time(
     task:Task,
     protocol:str # strict or official
@@ -199,7 +199,7 @@ def prediction_time(
         return 'end of the last timed event of the admission' if strict else 'start of the event before'
     return 'start of the trigger'
 
-# %% ../../nbs/02_data/06_tasks.ipynb #9769d52a
+# %% ../../nbs/02_data/13_tasks.ipynb #9769d52a
 def task_table(
     protocol:str='strict' # strict or official
 )->pl.DataFrame: # one row a task
