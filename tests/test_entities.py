@@ -12,7 +12,7 @@ from records import at, row, store
 from ehr_r1.config import Run
 from ehr_r1.data.rrf import write_rrf
 from ehr_r1.data.tables import open_source
-from ehr_r1.data.tasks import GROUPS, TASKS
+from ehr_r1.data.tasks import GROUP_TARGETS, TASKS
 from ehr_r1.data.task_events import Events
 from ehr_r1.data.decisions import decision_labels
 from ehr_r1.data.events import ITEM
@@ -50,7 +50,7 @@ def test_values_are_the_labels(task, hospital):
     found = found.with_columns(j=events.rows['j'].gather(at_row), table=tables.gather(at_row))
     mine = found.filter(table=task.trigger, column=task.target)
     mine = mine.unique(['j', 'term'], keep='first', maintain_order=True)
-    label = pl.col('term').sort() if task.target in GROUPS else pl.col('term')
+    label = pl.col('term').sort() if task.target in GROUP_TARGETS else pl.col('term')
     labels = decision_labels(events, task)
     assert len(labels)
     assert mine.group_by('j', maintain_order=True).agg(label=label).equals(labels)
