@@ -17,9 +17,9 @@ from operator import call
 from pathlib import Path
 
 from .config import Run
+from .data.index import build_index
 from .data.samples import build_samples
 from .data.tables import open_source
-from .data.index import build_index
 from .data.trajectories import build_trajectories
 from .ehrmind.courses import course_of
 from .ehrmind.cross import build_cross

@@ -10,12 +10,12 @@ from hypothesis import strategies as st
 from records import at, row, store
 
 from ehr_r1.config import Run
-from ehr_r1.data.rrf import write_rrf
-from ehr_r1.data.tables import open_source
-from ehr_r1.data.tasks import GROUP_TARGETS, TASKS
-from ehr_r1.data.task_events import Events
 from ehr_r1.data.decisions import decision_labels
 from ehr_r1.data.events import ITEM
+from ehr_r1.data.rrf import write_rrf
+from ehr_r1.data.tables import open_source
+from ehr_r1.data.task_events import Events
+from ehr_r1.data.tasks import GROUP_TARGETS, TASKS
 from ehr_r1.data.trajectories import build_trajectories, scan_store
 from ehr_r1.hospital.hospital import build_hospital
 from ehr_r1.profiles import profile

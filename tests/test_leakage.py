@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from records import at, merged, random_rows, row, store
 
-from ehr_r1.data.samples import Record
 from ehr_r1.data.index import index_rows
+from ehr_r1.data.samples import Record
 
 SEEDS = st.integers(0, 10**6)
 QUESTION = ('task', 'prediction_time', 'hadm_id', 'stay_id')  # what makes a sample the same question

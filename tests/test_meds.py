@@ -18,6 +18,7 @@ from records import at, random_rows, row, store
 
 import ehr_r1.data.meds as module
 from ehr_r1.config import Run
+from ehr_r1.data.events import DISPLAY, FIELD
 from ehr_r1.data.index import build_index, index_rows
 from ehr_r1.data.meds import build_meds, hidden_tables, label_rows, restore_store
 from ehr_r1.data.meds_check import check_meds
@@ -27,7 +28,6 @@ from ehr_r1.data.sampling import SETS, split_of
 from ehr_r1.data.table_files import TableError
 from ehr_r1.data.tables import open_source
 from ehr_r1.data.tasks import BEFORE_ADMISSION, DATE_ONLY, TASKS
-from ehr_r1.data.events import DISPLAY, FIELD
 from ehr_r1.data.trajectories import build_trajectories, store_files
 from ehr_r1.hospital.hospital import build_hospital
 from ehr_r1.profiles import profile

@@ -12,13 +12,14 @@ from sklearn.metrics import accuracy_score, f1_score
 from sklearn.preprocessing import MultiLabelBinarizer
 
 from ehr_r1.config import Run
+from ehr_r1.data.events import STORE
 from ehr_r1.data.samples import SAMPLES
 from ehr_r1.data.table_files import TableError
 from ehr_r1.data.tables import open_source
-from ehr_r1.data.events import STORE
 from ehr_r1.hospital.hospital import build_hospital
 from ehr_r1.profiles import profile
 from ehr_r1.stages import read_manifest
+from ehr_r1.transfer.benchmark_stage import build_benchmark
 from ehr_r1.transfer.mimic_cdm.baselines import best_titles, cdm_baselines, diseases_by_words
 from ehr_r1.transfer.mimic_cdm.benchmark import (
     CDM_QUESTION,
@@ -41,7 +42,6 @@ from ehr_r1.transfer.mimic_cdm.files import (
 )
 from ehr_r1.transfer.mimic_cdm.synthetic import build_cdm_files, write_cdm_files
 from ehr_r1.transfer.question_sets import ANSWERS, QUESTIONS, asked_questions
-from ehr_r1.transfer.benchmark_stage import build_benchmark
 
 SMOKE = profile('smoke', lm_per_task=0, replicates=50)
 quick = settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

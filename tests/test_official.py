@@ -8,7 +8,7 @@ import polars as pl
 import pytest
 
 from ehr_r1.config import Run
-from ehr_r1.data.task_events import INDEX
+from ehr_r1.data.events import STORE
 from ehr_r1.data.index import build_index
 from ehr_r1.data.official import (
     INDEX_COLUMNS,
@@ -23,8 +23,8 @@ from ehr_r1.data.official_patients import PATIENT_COLUMNS, official_names, read_
 from ehr_r1.data.official_values import OfficialError, parse_target
 from ehr_r1.data.official_writing import write_index, write_samples
 from ehr_r1.data.tables import open_source
+from ehr_r1.data.task_events import INDEX
 from ehr_r1.data.tasks import TASKS
-from ehr_r1.data.events import STORE
 from ehr_r1.data.trajectories import read_patient, store_files
 from ehr_r1.profiles import Profile
 from ehr_r1.stages import read_manifest

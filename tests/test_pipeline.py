@@ -12,11 +12,11 @@ import polars as pl
 import pytest
 
 from ehr_r1.config import Run
-from ehr_r1.data.sampling import SETS
+from ehr_r1.data.index import build_index
 from ehr_r1.data.samples import build_samples, scan_samples
+from ehr_r1.data.sampling import SETS
 from ehr_r1.data.table_files import TableError
 from ehr_r1.data.tables import open_source
-from ehr_r1.data.index import build_index
 from ehr_r1.data.trajectories import build_trajectories, count_rows, read_patient, scan_store
 from ehr_r1.hospital.hospital import build_hospital
 from ehr_r1.pipeline import Reproduction, main

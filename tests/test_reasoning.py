@@ -17,9 +17,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ehr_r1.config import Run
+from ehr_r1.data.index import build_index
 from ehr_r1.data.samples import build_samples, shown_rows
 from ehr_r1.data.tables import open_source
-from ehr_r1.data.index import build_index
 from ehr_r1.data.trajectories import build_trajectories
 from ehr_r1.hospital.hospital import build_hospital
 from ehr_r1.inference.endpoints import InferenceError, Refused

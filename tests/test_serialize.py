@@ -5,10 +5,10 @@ from hypothesis import strategies as st
 from records import at, row, store
 
 from ehr_r1.data.events import DISPLAY, HIDDEN, ITEM
+from ehr_r1.data.index import index_rows
 from ehr_r1.data.samples import Record
 from ehr_r1.data.serialize import compact_event, estimate_tokens, official_event, prompt, short_number
 from ehr_r1.data.tasks import TASKS
-from ehr_r1.data.index import index_rows
 
 GOLDEN = """\
 ## Patient Demographics [None]

@@ -5,10 +5,10 @@ import polars as pl
 import pytest
 from records import at, row, store
 
-from ehr_r1.data.task_events import Events
-from ehr_r1.data.index import index_rows
-from ehr_r1.data.tasks import GROUP_TARGETS, TASKS
 from ehr_r1.data.events import DISPLAY, ITEM
+from ehr_r1.data.index import index_rows
+from ehr_r1.data.task_events import Events
+from ehr_r1.data.tasks import GROUP_TARGETS, TASKS
 
 BOTH = pytest.mark.parametrize('protocol', ['official', 'strict'])
 PERSON = ['60.0', 'F']

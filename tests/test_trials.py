@@ -26,8 +26,8 @@ from ehr_r1.evaluation.reporting import run_report
 from ehr_r1.profiles import profile
 from ehr_r1.stages import read_manifest
 from ehr_r1.training.rewards import ehrmind_answer, ehrmind_reward
-from ehr_r1.transfer.question_sets import ANSWERS, QUESTIONS, RESULTS
 from ehr_r1.transfer.benchmark_stage import build_benchmark
+from ehr_r1.transfer.question_sets import ANSWERS, QUESTIONS, RESULTS
 from ehr_r1.transfer.trials.answers import (
     NO_CLASS,
     TRIAL_CLASSES,

@@ -9,9 +9,9 @@ __all__ = ['answer_cell', 'answer_of', 'row_answers', 'decision_labels', 'decisi
 import numpy as np
 import polars as pl
 
+from .events import DISPLAY, FIELD, ITEM
 from .task_events import SECONDS_A_DAY, Events, sample_rows, value_at
 from .tasks import GROUP_TARGETS, TASKS, Task
-from .events import DISPLAY, FIELD, ITEM
 
 _NO_ANSWER = ('', 'nan', 'NaN', 'None')  # how the published code writes that there is none
 _NEVER_NEXT = ('patients', 'hcpcsevents', 'drgcodes')  # kinds of event that next_event does not ask for

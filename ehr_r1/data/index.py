@@ -14,8 +14,8 @@ from tqdm import tqdm
 
 from ..config import Run
 from .decisions import decision_index
-from .task_events import INDEX, Events
 from .risks import official_risks, strict_risks
+from .task_events import INDEX, Events
 from .tasks import TASKS
 from .trajectories import store_files
 from ..profiles import Profile

@@ -20,14 +20,14 @@ from tqdm import tqdm
 
 import ehr_r1
 from ..config import Run
+from .events import DISPLAY
 from .meds_check import naming, write_meds
 from .meds_rows import CARRIED, DATA, LINES, meds_rows, restore_rows
 from .samples import scan_samples
 from .sampling import SETS, split_of
-from .tables import Source
 from .table_files import fault
+from .tables import Source
 from .tasks import BEFORE_ADMISSION, TASKS, Task
-from .events import DISPLAY
 from .trajectories import count_rows, store_files
 from ..profiles import Profile
 from ..stages import build, read_manifest, writing

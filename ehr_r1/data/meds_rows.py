@@ -14,9 +14,9 @@ import meds
 import polars as pl
 import pyarrow as pa
 
+from .events import DISPLAY, FIELD, ITEM, STORE, TABLE
 from .table_files import fault
 from .tasks import DATE_ONLY
-from .events import DISPLAY, FIELD, ITEM, STORE, TABLE
 
 # %% ../../nbs/02_data/20_meds_rows.ipynb #d67262ae
 @dataclass(frozen=True)

@@ -18,7 +18,6 @@ import polars as pl
 import pyarrow.parquet as pq
 from tqdm import tqdm
 
-from .task_events import INDEX
 from ehr_r1.data.official_values import (
     OfficialError,
     Place,
@@ -30,6 +29,7 @@ from ehr_r1.data.official_values import (
     whole_number,
 )
 from .samples import SAMPLES, SYSTEM
+from .task_events import INDEX
 from .tasks import TASKS, Task
 from ..stages import writing
 

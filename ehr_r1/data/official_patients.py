@@ -17,11 +17,11 @@ import polars as pl
 from tqdm import tqdm
 
 from ..config import Run
+from .events import DIED, DISPLAY, FIELD, ITEM, STORE, TIMES, UNTIL
+from .lookups import dictionaries
 from .official_values import Place, moment_value, text_value, whole_number
 from .tables import Source
-from .events import DIED, DISPLAY, FIELD, ITEM, STORE, TIMES, UNTIL
 from .trajectories import count_rows
-from .lookups import dictionaries
 from ..profiles import Profile
 from ..stages import build, writing
 

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from .events import FIELD
 from .task_events import SECONDS_A_DAY, Events, latest, next_of, sample_rows, value_at, yes_or_no
 from .tasks import PLANNED, TASKS
-from .events import FIELD
 
 _HOUR = 3600  # seconds
 

@@ -23,11 +23,11 @@ from joblib import Parallel, delayed
 from tqdm import tqdm
 
 from ..config import Run
-from .task_events import INDEX
+from .events import DISPLAY
 from .sampling import SAMPLING, SETS, Candidates, choose
 from .serialize import estimate_tokens, event_text, prompt
+from .task_events import INDEX
 from .tasks import BEFORE_ADMISSION, DATE_ONLY, TASKS
-from .events import DISPLAY
 from .trajectories import store_files
 from ..profiles import Profile
 from ..stages import build, read_manifest, writing

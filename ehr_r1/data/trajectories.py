@@ -37,8 +37,8 @@ from ehr_r1.data.events import (
     time_columns,
 )
 from .lookups import dictionaries, padded_ndc
-from .tables import Source
 from .table_files import TableError
+from .tables import Source
 from ..profiles import Profile
 from ..stages import build, read_manifest, writing
 

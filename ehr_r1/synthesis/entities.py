@@ -11,9 +11,9 @@ from functools import partial
 
 import polars as pl
 
+from ..data.events import DISPLAY, FIELD, ITEM
 from ..data.tables import Source
 from ..data.tasks import TASKS
-from ..data.events import DISPLAY, FIELD, ITEM
 from .linking import icd_codes, link_terms
 from .matching import Matcher, QuickUmls
 

@@ -132,7 +132,8 @@ def task_lift(
     samples = targets.select('sample').unique().sort('sample').with_row_index('number')
     history = read('terms').join(samples.lazy(), on='sample').select('number', 'term').collect(engine='streaming')
     words = pl.concat([targets['term'], history['term']]).unique().sort()
-    pairs = lift_pairs(coded_terms(targets.join(samples, on='sample'), words), coded_terms(history, words), len(samples))
+    numbered = targets.join(samples, on='sample')
+    pairs = lift_pairs(coded_terms(numbered, words), coded_terms(history, words), len(samples))
     pairs = pairs.with_columns(words.gather(pairs[column]).alias(column) for column in ('target', 'history'))
     return pairs.select(pl.lit(task).alias('task'), 'target', 'history', 'n_pair', 'n_target', 'n_history', 'n', 'lift')
 
@@ -247,8 +248,9 @@ def write_graphs(
     with writing(out/file.name) as f:
         graphs.write_parquet(f, compression='zstd')
     links = graphs.select('task', pl.col('links').list.len()).group_by('task').sum()
+    known = tied.filter('known').unique('sample')
     return dict(samples=rows_by_task(samples), evidence=rows_by_task(tied.unique('sample')),
-                concepts=rows_by_task(tied.filter('known').unique('sample')), graphs=rows_by_task(graphs), links=links.rows())
+                concepts=rows_by_task(known), graphs=rows_by_task(graphs), links=links.rows())
 
 # %% ../../nbs/05_synthesis/12_graphs.ipynb #883a03b8
 def summed(

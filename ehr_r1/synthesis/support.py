@@ -10,8 +10,8 @@ __all__ = ['SECTIONS', 'NOTES', 'event_titles', 'event_heading', 'parts_after', 
 import re
 from functools import cache
 
-from ..data.serialize import TITLES
 from ..data.events import DISPLAY
+from ..data.serialize import TITLES
 
 # %% ../../nbs/05_synthesis/13_support.ipynb #c3f1af5f
 def event_titles(
@@ -130,7 +130,8 @@ def says(
     else:
         named = not body or bool(words_in(finding, 3) & entry_words(body))
     quotations = [plain or curly for plain, curly in _QUOTATION.findall(finding)]
-    return named and stated_numbers(finding) <= stated_numbers(body) and all(spaced(q) in spaced(body) for q in quotations)
+    quoted = all(spaced(quotation) in spaced(body) for quotation in quotations)
+    return named and quoted and stated_numbers(finding) <= stated_numbers(body)
 
 # %% ../../nbs/05_synthesis/13_support.ipynb #4c89e0db
 _EVIDENCE = re.compile(r'^\s*(?:[-*•]\s+|\d+[.)]\s+)?\*\*\s*(.+?)\s*(?:\[([^\]]*)\])?\s*\*\*\s*:?\s*(.*)$')

@@ -21,10 +21,10 @@ import polars as pl
 import pyarrow.parquet as pq
 
 from ..config import seed_of
+from ..data.events import DISPLAY
 from ..data.samples import SYSTEM
 from ..data.serialize import TITLES
 from ..data.tasks import TASKS
-from ..data.events import DISPLAY
 from ..inference.checkpoints import answer_text, chat_text
 from ..synthesis.reasoning import Brief, fault_of, verbalise
 from ..synthesis.support import read_record

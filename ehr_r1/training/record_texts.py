@@ -19,9 +19,9 @@ from joblib import Parallel, delayed
 from tqdm import tqdm
 
 from ..config import Run, seed_of
+from ..data.events import HIDDEN
 from ..data.samples import SYSTEM, Record
 from ..data.sampling import split_of
-from ..data.events import HIDDEN
 from ..data.trajectories import store_files
 from ..inference.checkpoints import chat_text
 from ..stages import read_manifest, writing

@@ -58,7 +58,8 @@ def read_lines(
             for number, line in enumerate(f, 1):
                 yield decoded(line, number, file.name)
         except (EOFError, gzip.BadGzipFile, zlib.error) as e:
-            raise fault(file.name, f'it ends too early, is damaged or is no gzip file ({e})', 'fetch it again') from None
+            problem = f'it ends too early, is damaged or is no gzip file ({e})'
+            raise fault(file.name, problem, 'fetch it again') from None
 
 # %% ../../nbs/08_transfer/01_benchmark_files.ipynb #28f77e54
 def checked_header(

@@ -16,8 +16,8 @@ from pathlib import Path
 import polars as pl
 
 from ...config import Run
-from ...data.tables import Source, open_source
 from ...data.table_files import fault
+from ...data.tables import Source, open_source
 from ...stages import build, writing
 from .files import CDM_DISEASES, RELEASE_COLUMNS
 
