@@ -29,238 +29,690 @@ from ehr_r1.training.models import train_tokenizer
 from ehr_r1.training.record_texts import quotes
 
 ROOT = Path(__file__).resolve().parent.parent
-FOLDER = ROOT/'nbs'/'reports'
+FOLDER = ROOT/'nbs'/'11_reports'
 NAMES = ('05_training', '06_stages', '07_reasoning')
+FIGURES = (
+    'training_loss', 'training_copying', 'training_rewards', 'stages', 'stages_chains', 'stages_decisions',
+    'stages_risks', 'reasoning_grid', 'reasoning_chains', 'reasoning_scaling')
 SETTINGS = dict(profile='smoke', run='r', seed=42)
 CONTEXT, ANSWER = 200, 120
+LOCAL_PATH = re.compile(r'(?<![\w.:/-])/(?:home|root|Users|tmp|work|mnt|opt)/\w+')
+COUNTING = {
+    'samples', 'patients', 'positives', 'negatives', 'examples', 'cut', 'dropped_events', 'chains', 'records_cut',
+    'answered', 'empty', 'unclosed'}
 
-def said(path): # all that an executed report shows
-    nb = nbformat.read(path, as_version=4)
-    return '\n'.join(json.dumps(o, ensure_ascii=False) for c in nb.cells for o in c.get('outputs', []))
+
+def said(path):
+    "All that an executed report shows."
+    cells = nbformat.read(path, as_version=4).cells
+    outputs = [output for cell in cells for output in cell.get('outputs', [])]
+    return '\n'.join(json.dumps(output, ensure_ascii=False) for output in outputs)
+
 
 def execute(home, folder, names=NAMES):
+    "Reports of these names, two at a time."
     folder.mkdir(exist_ok=True)
-    with pytest.MonkeyPatch.context() as patch: # set for all threads, so that none takes it away from another
+
+    def make(name):
+        run_report(FOLDER/f'{name}.ipynb', folder, SETTINGS, home)
+
+    with pytest.MonkeyPatch.context() as patch:  # set for all threads, so that none takes it away from another
         patch.setenv('EHR_R1_HOME', str(home))
-        with ThreadPoolExecutor(2) as pool: list(pool.map(lambda name: run_report(FOLDER/f'{name}.ipynb', folder, SETTINGS, home), names))
+        with ThreadPoolExecutor(2) as pool:
+            list(pool.map(make, names))
     return folder
+
+
+# -- a run with invented models
+
+def write_json(path, content):
+    path.write_text(json.dumps(content))
+
+
+def write_lines(path, lines):
+    path.write_text(''.join(json.dumps(line) + '\n' for line in lines))
+
+
+def read_lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def copying_lines(steps, copy):
+    "What stage 0 measures before and after its training."
+    before = dict(step=0, seconds=.1, copy=.01, copy_numbers=0.)
+    after = dict(step=steps, seconds=9., copy=copy, copy_numbers=.3)
+    return before, after
+
+
+def reward_line(step, steps):
+    "What a step of reinforcement learning measures; the reward rises from step to step."
+    share = step/steps
+    lengths = {
+        'completions/mean_length': 50.,
+        'completions/max_length': 90.,
+        'completions/min_length': 9.,
+        'completions/clipped_ratio': .1}
+    rewards = {
+        'reward': share,
+        'rewards/accuracy/mean': .1,
+        'rewards/format/mean': share - .1,
+        'frac_reward_zero_std': .5}
+    return rewards | lengths
+
+
+def training_line(step):
+    return dict(step=step, seconds=.5*step, loss=4/step, num_tokens=1_000*step)
+
+
+def training_lines(name, counts):
+    "The metrics of a training whose loss falls."
+    steps = counts['steps']
+    lines = [training_line(step) for step in range(1, steps + 1)]
+    if name == 'base':
+        before, after = copying_lines(steps, counts['copy'])
+        return [before, *lines, after]
+    if name == 'reinforced':
+        return [line | reward_line(line['step'], steps) for line in lines]
+    return lines
+
 
 def checkpoint(run, name, tokenizer, examples, counts, **params):
     "A checkpoint as a training leaves it, without weights."
     out = run.checkpoints/name
-    (out/'examples').mkdir(parents=True); tokenizer.save_pretrained(out/'model')
-    pl.DataFrame(examples, schema=EXAMPLES, orient='row').write_parquet(out/'examples'/'examples-00000.parquet')
-    steps = counts['steps']
-    lines = [dict(step=s, seconds=.5*s, loss=4/s, num_tokens=1_000*s) for s in range(1, steps + 1)]
-    if name == 'base': lines = [dict(step=0, seconds=.1, copy=.01, copy_numbers=0.), *lines, dict(step=steps, seconds=9., copy=counts['copy'], copy_numbers=.3)]
-    if name == 'reinforced':
-        for l in lines: l |= {'reward': l['step']/steps, 'rewards/accuracy/mean': .1, 'rewards/format/mean': l['step']/steps - .1, 'completions/mean_length': 50., 'completions/max_length': 90.,
-                              'completions/min_length': 9., 'completions/clipped_ratio': .1, 'frac_reward_zero_std': .5}
-    (out/'metrics.jsonl').write_text(''.join(json.dumps(l) + '\n' for l in lines))
-    (out/'measured.json').write_text(json.dumps(dict(seconds=12.5)))
-    params = dict(model='tiny', lora=0, context=CONTEXT, answer_tokens=ANSWER, batch=8) | params
-    about = dict(examples=len(examples), tokens=9_000, cut=3, dropped_events=7, parameters=139_712, first=4., last=4/steps)
-    (out/'manifest.json').write_text(json.dumps(dict(key=name, params=params, counts=about | counts)))
+    (out/'examples').mkdir(parents=True)
+    tokenizer.save_pretrained(out/'model')
+    rows = pl.DataFrame(examples, schema=EXAMPLES, orient='row')
+    rows.write_parquet(out/'examples'/'examples-00000.parquet')
+    write_lines(out/'metrics.jsonl', training_lines(name, counts))
+    write_json(out/'measured.json', dict(seconds=12.5))
+    settings = dict(model='tiny', lora=0, context=CONTEXT, answer_tokens=ANSWER, batch=8)
+    read = dict(examples=len(examples), tokens=9_000, cut=3, dropped_events=7)
+    about = dict(parameters=139_712, first=4., last=4/counts['steps'])
+    write_json(out/'manifest.json', dict(key=name, params=settings | params, counts=read | about | counts))
+
+
+def chain_text(evidence, reasoning, final):
+    "A chain of the three sections."
+    lines = ['## Extraction', *evidence, '', '## Reasoning', reasoning, '', '## Final Results', *final]
+    return '\n'.join(lines)
+
+
+def probability(label, kept, draw):
+    "Of yes; the surer, the more is kept of the right items."
+    sign = 2 if label == ['yes'] else -2
+    return 1/(1 + math.exp(-(kept*sign + draw.gauss(0, 1))))
+
+
+def thought_answer(record, body, form, draw):
+    "An answer with its chain, some of whose evidence is invented: a line's text and what else is to be told of it."
+    evidence = quotes(record, 7)
+    if draw.random() < .2:
+        evidence.append('**Admission [2199-01-01 00:00]**: never happened 99.5')
+    chain = chain_text(evidence, '1. <script>alert(1)</script> follows.', [body])
+    if draw.random() < form:
+        return dict(text=f'<think>\n{chain}\n</think>\n\n{body}')
+    return dict(text=f'<think>\n{chain}', status='unclosed', finish='length')
+
+
+def decision(row, writer, mode, kept, form, draw):
+    "What a line says of a decision."
+    _, task, _, label, text = row
+    right = [item for item in label if draw.random() < kept]
+    body = '\n'.join(right or ['Nothing'])
+    if mode != 'think':
+        return dict(text=body)
+    record = writer.prompt(text, task, 'think')[1]
+    return thought_answer(record, body, form, draw)
+
 
 def written(name, rows, writer, mode, kept, form=1., risks=True):
     "Lines of answers with a known share of the right items, and chains of a known form."
     lines = []
-    for sample_id, task, family, label, text in rows:
-        draw = random.Random(f"{name.removesuffix('-no_knowledge')} {sample_id}") # chains without the graph come out the same
-        line = dict(sample_id=sample_id, task=task, kind=family, mode=mode, digest=f'{name} {sample_id}', prompt_tokens=150, status='answered', finish='stop', text='', completion_tokens=1)
-        if family == 'risk':
-            if not risks: continue
-            p = 1/(1 + math.exp(-(kept*(2 if label == ['yes'] else -2) + draw.gauss(0, 1))))
-            lines.append(line | dict(yes=p, no=1 - p, outside=0., p_yes=p)); continue
-        body = '\n'.join([l for l in label if draw.random() < kept] or ['Nothing'])
-        if mode == 'think':
-            evidence = quotes(writer.prompt(text, task, 'think')[1], 7) + (['**Admission [2199-01-01 00:00]**: never happened 99.5'] if draw.random() < .2 else [])
-            chain = '\n'.join(['## Extraction', *evidence, '', '## Reasoning', '1. <script>alert(1)</script> follows.', '', '## Final Results', body])
-            closed = draw.random() < form
-            body = f'<think>\n{chain}\n</think>\n\n{body}' if closed else f'<think>\n{chain}'
-            if not closed: line |= dict(status='unclosed', finish='length')
-        lines.append(line | dict(text=body, completion_tokens=40))
+    for row in rows:
+        sample_id, task, family, label, _ = row
+        draw = random.Random(f"{name.removesuffix('-no_knowledge')} {sample_id}")  # chains without the graph: the same
+        line = dict(sample_id=sample_id, task=task, kind=family, mode=mode, digest=f'{name} {sample_id}')
+        line |= dict(prompt_tokens=150, status='answered', finish='stop', text='', completion_tokens=1)
+        if family != 'risk':
+            line |= dict(completion_tokens=40)
+            lines.append(line | decision(row, writer, mode, kept, form, draw))
+        elif risks:
+            p = probability(label, kept, draw)
+            lines.append(line | dict(yes=p, no=1 - p, outside=0., p_yes=p))
     return lines
 
-def answers(run, name, rows, writer, mode, *how, **more):
+
+def answers(run, name, rows, writer, mode, kept, form=1., risks=True):
     "Answers of a system as the stage leaves them."
-    lines, out = written(name, rows, writer, mode, *how, **more), run.answers/name
+    lines = written(name, rows, writer, mode, kept, form, risks)
+    out = run.answers/name
     out.mkdir(parents=True)
-    (out/'answers.jsonl').write_text(''.join(json.dumps(l) + '\n' for l in lines))
+    write_lines(out/'answers.jsonl', lines)
     predictions_of(lines).write_parquet(out/'predictions.parquet')
-    status = pl.Series([l['status'] for l in lines]).value_counts().rows()
-    counts = dict(samples=len(lines), cut=3, status=dict(status), prompt_tokens=150*len(lines), new_tokens=sum(l['completion_tokens'] for l in lines))
-    (out/'manifest.json').write_text(json.dumps(dict(key=name, params=dict(mode=mode, context=CONTEXT, answer_tokens=ANSWER, style='compact'), counts=counts)))
+    status = pl.Series([line['status'] for line in lines]).value_counts().rows()
+    new_tokens = sum(line['completion_tokens'] for line in lines)
+    counts = dict(samples=len(lines), cut=3, status=dict(status))
+    counts |= dict(prompt_tokens=150*len(lines), new_tokens=new_tokens)
+    params = dict(mode=mode, context=CONTEXT, answer_tokens=ANSWER, style='compact')
+    write_json(out/'manifest.json', dict(key=name, params=params, counts=counts))
+
+
+ASKED = ('sample_id', 'task', 'family', 'label', 'text')
+
+
+def read_asked(folder):
+    "The columns `ASKED` of a folder of samples."
+    text = pl.col('messages').list.get(1).struct.field('content').alias('text')
+    samples = pl.scan_parquet(sorted(folder.glob('*.parquet')))
+    return samples.select('sample_id', 'task', 'family', 'label', text)
+
+
+def thinking_example(writer, sample):
+    "An example that quotes one line of its record, or None."
+    record = writer.prompt(sample['text'], sample['task'], 'think')[1]
+    evidence = quotes(record, 1)[:1]
+    chain = chain_text(evidence, 'So.', sample['label'])
+    return writer.example(sample, 'think', chain, 'knowledge')[0]
+
+
+def leave_checkpoints(run, tokenizer, writer, ins):
+    "Every stage, with ablations of the second and a smaller first one."
+    asked = [dict(zip(ASKED, row)) for row in ins]
+    plain = [writer.example(sample, 'plain')[0] for sample in asked]
+    plain = [example for example in plain if example]
+    thought = [thinking_example(writer, sample) for sample in asked]
+    thought = [example for example in thought if example]
+    assert len(plain) > 10
+    assert thought
+    copied = dict(steps=20, copy=.42, copy_numbers=.3, gate=.8, passed=False)
+    checkpoint(run, 'base', tokenizer, plain, copied)
+    too_long = {'answer is longer than a model may answer': 12}
+    for name, steps in (('adapted-0.5', 10), ('adapted', 20)):
+        checkpoint(run, name, tokenizer, plain, dict(steps=steps, left_out=too_long))
+    cut_away = {'evidence of the chain was cut away': 4}
+    for name in ('reasoned', 'reasoned-plain', 'reasoned-no_knowledge'):
+        checkpoint(run, name, tokenizer, thought, dict(steps=20, left_out=cut_away))
+    checkpoint(run, 'reinforced', tokenizer, thought, dict(steps=40), prompts=2)
+
+
+IN_THEIR_MODE = (  # system, mode, share of the right items, share of the chains that are closed
+    ('base', 'plain', .02, 1),
+    ('adapted-0.5', 'plain', .4, 1),
+    ('adapted', 'plain', .7, 1),
+    ('reasoned', 'think', .3, .8),
+    ('reasoned-plain', 'no_think', .6, 1),
+    ('reasoned-no_knowledge', 'think', .3, .8),
+    ('reinforced', 'think', .8, 1))
+IN_THE_OTHER_MODE = (
+    ('reasoned.no_think', 'no_think', .5),
+    ('reinforced.no_think', 'no_think', .6),
+    ('reasoned-plain.think', 'think', .2))
+
+
+def leave_answers(run, writer, bench):
+    for name, mode, kept, form in IN_THEIR_MODE:
+        answers(run, name, bench, writer, mode, kept, form)
+    for name, mode, kept in IN_THE_OTHER_MODE:
+        answers(run, name, bench, writer, mode, kept, risks=False)
+
+
+def other_systems(writer, bench):
+    "Predictions of baselines and ceiling: name -> frame."
+    has_risk = pl.col('risk').is_not_null()
+    invented = (
+        ('majority', .15, .5),
+        ('frequency', .2, .5),
+        ('logistic', .5, pl.col('risk')),
+        ('ceiling', 1., pl.col('risk')))
+    others = {}
+    for name, kept, risk in invented:
+        predictions = predictions_of(written(name, bench, writer, 'plain', kept))
+        others[name] = predictions.with_columns(risk=pl.when(has_risk).then(risk))
+    others['ceiling'] = others['ceiling'].filter(has_risk)
+    return others
+
+
+def leave_scores(run, profile, others):
+    samples = read_samples(run, profile).filter(pl.col('split') == 'held_out')
+    of_the_42 = {name for name, task in TASKS.items() if task.in_42}
+    score_run(samples, others | read_answers(run), run.scores, of_the_42, 42, 20, 'models_')
+    write_json(run.scores/'manifest.json', dict(key='s', params=dict(seed=42, replicates=20)))
+
 
 @pytest.fixture(scope='module')
 def home(tmp_path_factory):
-    "A small synthetic hospital with invented models whose scores are known to rise from stage to stage, but for stage 2."
-    r = Reproduction('smoke', run='r', home=tmp_path_factory.mktemp('home'), patients=120, shard_patients=60, replicates=20, ins_per_task=40)
-    for stage in ('hospital', 'trajectories', 'index', 'samples'): getattr(r, stage)()
-    run, text = r.run, pl.col('messages').list.get(1).struct.field('content')
-    bench = pl.scan_parquet(sorted((run.samples/'ehr_bench').glob('*.parquet'))).select('sample_id', 'task', 'family', 'label', text).collect().rows()
-    ins = pl.scan_parquet(sorted((run.samples/'ehr_ins').glob('*.parquet'))).filter(family='decision').select('sample_id', 'task', 'family', 'label', text).head(40).collect().rows()
-    tokenizer = train_tokenizer([t for *_, t in ins] + ['yes', 'no'], 700)
+    "A small synthetic hospital with invented models: scores known to rise from stage to stage, but for stage 2."
+    sizes = dict(patients=120, shard_patients=60, replicates=20, ins_per_task=40)
+    r = Reproduction('smoke', run='r', home=tmp_path_factory.mktemp('home'), **sizes)
+    r.make('hospital', 'trajectories', 'index', 'samples')
+    bench = read_asked(r.run.samples/'ehr_bench').collect().rows()
+    decisions = read_asked(r.run.samples/'ehr_ins').filter(family='decision')
+    ins = decisions.head(40).collect().rows()
+    texts = [text for *_, text in ins]
+    tokenizer = train_tokenizer([*texts, 'yes', 'no'], 700)
     writer = Writer(tokenizer, CONTEXT, ANSWER, 'compact')
-    asked = [dict(zip(('sample_id', 'task', 'family', 'label', 'text'), x)) for x in ins]
-    plain = [e for x in asked if (e := writer.example(x, 'plain')[0])]
-    chain = lambda x: '\n'.join(['## Extraction', *quotes(writer.prompt(x['text'], x['task'], 'think')[1], 1)[:1], '', '## Reasoning', 'So.', '', '## Final Results', *x['label']])
-    thought = [e for x in asked if (e := writer.example(x, 'think', chain(x), 'knowledge')[0])]
-    assert len(plain) > 10 and thought
-    checkpoint(run, 'base', tokenizer, plain, dict(steps=20, copy=.42, copy_numbers=.3, gate=.8, passed=False))
-    for name, steps in (('adapted-0.5', 10), ('adapted', 20)): checkpoint(run, name, tokenizer, plain, dict(steps=steps, left_out={'answer is longer than a model may answer': 12}))
-    for name in ('reasoned', 'reasoned-plain', 'reasoned-no_knowledge'): checkpoint(run, name, tokenizer, thought, dict(steps=20, left_out={'evidence of the chain was cut away': 4}))
-    checkpoint(run, 'reinforced', tokenizer, thought, dict(steps=40), prompts=2)
-    for name, mode, kept, form in (('base', 'plain', .02, 1), ('adapted-0.5', 'plain', .4, 1), ('adapted', 'plain', .7, 1), ('reasoned', 'think', .3, .8), ('reasoned-plain', 'no_think', .6, 1),
-                                   ('reasoned-no_knowledge', 'think', .3, .8), ('reinforced', 'think', .8, 1)): answers(run, name, bench, writer, mode, kept, form)
-    for name, mode, kept in (('reasoned.no_think', 'no_think', .5), ('reinforced.no_think', 'no_think', .6), ('reasoned-plain.think', 'think', .2)): answers(run, name, bench, writer, mode, kept, risks=False)
-    samples = read_samples(run, r.profile).filter(pl.col('split') == 'held_out')
-    others = {n: predictions_of(written(n, bench, writer, 'plain', k)).with_columns(risk=pl.when(pl.col('risk').is_not_null()).then(r)) for n, k, r in
-              (('majority', .15, .5), ('frequency', .2, .5), ('logistic', .5, pl.col('risk')), ('ceiling', 1., pl.col('risk')))}
-    others['ceiling'] = others['ceiling'].filter(pl.col('risk').is_not_null())
-    score_run(samples, others | read_answers(run), run.scores, {t for t in TASKS if TASKS[t].in_42}, 42, 20, 'models_')
-    (run.scores/'manifest.json').write_text(json.dumps(dict(key='s', params=dict(seed=42, replicates=20))))
+    leave_checkpoints(r.run, tokenizer, writer, ins)
+    leave_answers(r.run, writer, bench)
+    leave_scores(r.run, r.profile, other_systems(writer, bench))
     return r.home
 
+
 @pytest.fixture(scope='module')
-def reported(home): return execute(home, home/'out')
+def reported(home):
+    return execute(home, home/'out')
 
-# -- a run with models
 
-def test_reports_are_whole(reported, home):
-    names = {p.name for p in reported.iterdir()}
-    for n in ('training_loss', 'training_copying', 'training_rewards', 'stages', 'stages_chains', 'stages_decisions', 'stages_risks', 'reasoning_grid', 'reasoning_chains', 'reasoning_scaling'):
-        assert {f'{n}.png', f'{n}.svg'} <= names
-    for name in NAMES:
-        text = said(reported/f'{name}.ipynb')
-        assert 'run: r (profile smoke, seed 42)' in text and '"stderr"' not in text and 'nan' not in re.sub(r'[\w/+]{60,}', '', text)
-        assert not re.search(r'(?<![\w.:/-])/(?:home|root|Users|tmp|work|mnt|opt)/\w+', text) and str(home) not in text and sys.prefix not in text
-        assert (reported/f'{name}.ipynb').stat().st_size < 1024*1024
+def test_figures_stand_in_two_forms(reported):
+    names = {path.name for path in reported.iterdir()}
+    for name in FIGURES:
+        assert {f'{name}.png', f'{name}.svg'} <= names
 
-def test_training_says_what_was_trained_on_and_that_the_gate_is_not_passed(reported):
-    d = pd.read_csv(reported/'training.csv').set_index('system')
-    assert list(d.index) == ['base', 'adapted-0.5', 'adapted', 'reasoned-no_knowledge', 'reasoned-plain', 'reasoned', 'reinforced']
-    assert d.sequences['adapted'] == 160 and d.tokens['adapted'] == 20_000 and d.tokens_per_second['adapted'] == 2_000 and pd.isna(d.last_loss['reinforced'])
+
+every_report = pytest.mark.parametrize('name', NAMES)
+
+
+@every_report
+def test_report_is_whole(reported, name):
+    path = reported/f'{name}.ipynb'
+    text = said(path)
+    assert 'run: r (profile smoke, seed 42)' in text
+    assert '"stderr"' not in text
+    assert path.stat().st_size < 1024*1024
+
+
+@every_report
+def test_report_shows_no_missing_number(reported, name):
+    text = said(reported/f'{name}.ipynb')
+    without_images = re.sub(r'[\w/+]{60,}', '', text)
+    assert 'nan' not in without_images
+
+
+@every_report
+def test_report_shows_no_path_of_this_computer(reported, home, name):
+    text = said(reported/f'{name}.ipynb')
+    assert not LOCAL_PATH.search(text)
+    assert str(home) not in text
+    assert sys.prefix not in text
+
+
+def test_training_says_what_was_trained_on(reported):
+    table = pd.read_csv(reported/'training.csv').set_index('system')
+    assert list(table.index) == [
+        'base', 'adapted-0.5', 'adapted', 'reasoned-no_knowledge', 'reasoned-plain', 'reasoned', 'reinforced']
+    adapted = table.loc['adapted']
+    assert adapted.sequences == 160
+    assert adapted.tokens == 20_000
+    assert adapted.tokens_per_second == 2_000
+    assert pd.isna(table.last_loss['reinforced'])
+
+
+def test_training_says_what_was_left_out(reported):
     assert set(pd.read_csv(reported/'training_left_out.csv').samples) == {12, 4}
-    text = said(reported/'05_training.ipynb')
-    assert 'The gate, 80%, is not passed' in text and 'After 20,000 tokens and 9 seconds (20 steps) the model copies 42.0%' in text and 'before training it was 1.0%' in text
-    assert 'reward: 0.138 in the first quarter, 0.887 in the last' in text and 'Higher: yes.' in text
 
-def test_examples_and_answers_are_shown_escaped(reported):
+
+def test_training_says_that_the_gate_is_not_passed(reported):
+    text = said(reported/'05_training.ipynb')
+    assert 'The gate, 80%, is not passed' in text
+    assert 'After 20,000 tokens and 9 seconds (20 steps) the model copies 42.0%' in text
+    assert 'before training it was 1.0%' in text
+
+
+def test_training_says_that_the_reward_grows(reported):
+    text = said(reported/'05_training.ipynb')
+    assert 'reward: 0.138 in the first quarter, 0.887 in the last' in text
+    assert 'Higher: yes.' in text
+
+
+def test_examples_mark_what_is_learnt(reported):
     for name in ('adapted', 'reasoned'):
         page = (reported/f'example_{name}.html').read_text()
-        assert 'class="loss"' in page and 'class="seen"' in page
-    assert '## ' in ''.join(re.findall(r'class="loss"[^>]*>([^<]*)<', (reported/'example_reasoned.html').read_text()))
+        assert 'class="loss"' in page
+        assert 'class="seen"' in page
+    page = (reported/'example_reasoned.html').read_text()
+    learnt = re.findall(r'class="loss"[^>]*>([^<]*)<', page)
+    assert '## ' in ''.join(learnt)
+
+
+def test_answers_are_shown_escaped(reported):
     text = said(reported/'05_training.ipynb')
-    assert text.count('<h4>') == 3 and '<script>' not in text and '&lt;script&gt;' in text and '✓' in text
+    assert text.count('<h4>') == 3
+    assert '<script>' not in text
+    assert '&lt;script&gt;' in text
+    assert '✓' in text
+
 
 def test_expected_effects_are_judged_by_their_intervals(reported):
-    d = pd.read_csv(reported/'stages_effects.csv')
-    shows = dict(zip(d.measured, d.shows))
-    assert shows['F1, adapted minus frequency'] == 'yes' and shows['F1, adapted minus majority'] == 'yes' and shows['held-out reward, reinforced minus reasoned'] == 'yes'
-    assert shows['F1, reasoned minus adapted'] == 'no, it is worse' and shows['share valid, reasoned'].startswith('no') and shows['F1, reinforced minus reasoned'] == 'yes, and better'
+    table = pd.read_csv(reported/'stages_effects.csv')
+    shows = dict(zip(table.measured, table.shows))
+    assert shows['F1, adapted minus frequency'] == 'yes'
+    assert shows['F1, adapted minus majority'] == 'yes'
+    assert shows['held-out reward, reinforced minus reasoned'] == 'yes'
+    assert shows['F1, reasoned minus adapted'] == 'no, it is worse'
+    assert shows['share valid, reasoned'].startswith('no')
+    assert shows['F1, reinforced minus reasoned'] == 'yes, and better'
+
+
+def test_effects_are_told(reported):
     text = said(reported/'06_stages.ipynb')
-    assert 'Stage 2 is at least as good as stage 1 on decisions: no, it is worse.' in text and 'Stage 0 did not pass its gate' in text
+    assert 'Stage 2 is at least as good as stage 1 on decisions: no, it is worse.' in text
+    assert 'Stage 0 did not pass its gate' in text
+
+
+def test_effects_are_differences_of_scores(reported):
     scores = pd.read_csv(reported/'stages.csv')
-    f1 = scores[(scores.task == 'overall') & (scores.metric == 'f1')].set_index('system').value
-    row = d[d.measured == 'F1, reasoned minus adapted'].iloc[0]
-    assert row.value == pytest.approx(f1['reasoned'] - f1['adapted'], abs=2e-4) and row.low <= row.value <= row.high < 0
-    assert not {'EHR-R1-8B', 'GPT-4o'} & set(scores.system) and 'EHR-R1-8B' in set(pd.read_csv(reported/'stages_published.csv').system)
+    overall = scores[(scores.task == 'overall') & (scores.metric == 'f1')]
+    f1 = overall.set_index('system').value
+    effects = pd.read_csv(reported/'stages_effects.csv')
+    row = effects[effects.measured == 'F1, reasoned minus adapted'].iloc[0]
+    assert row.value == pytest.approx(f1['reasoned'] - f1['adapted'], abs=2e-4)
+    assert row.low <= row.value <= row.high < 0
 
-def test_chains_are_counted_by_what_is_wrong(reported, home):
-    run = Run('r', home)
-    records = asked_records(run, 'reasoned')
-    j = judge_answers(run, 'reasoned', records)
-    lines = [json.loads(l) for l in (run.answers/'reasoned'/'answers.jsonl').read_text().splitlines()]
-    unclosed = {l['sample_id'] for l in lines if l['status'] == 'unclosed'}
-    assert set(j.filter(pl.col('fault') == 'think block not closed')['sample_id']) == unclosed and unclosed
-    invented = {l['sample_id'] for l in lines if 'never happened' in l['text']}
-    assert invented and not j.filter(pl.col('sample_id').is_in(invented))['sound'].any()
-    assert all(x['accuracy'] == pytest.approx(0 if x['sample_id'] in unclosed else set_f1(records[x['sample_id']][1], [l for l in next(y for y in lines if y['sample_id'] == x['sample_id'])['text'].split('</think>')[-1].split('\n') if l]))
-               for x in j.head(30).iter_rows(named=True))
-    d = pd.read_csv(reported/'stages_faults.csv')
-    d = d[d.system == 'reasoned'].set_index('chain').chains
-    assert d['think block not closed'] == len(unclosed) and d.sum() == len(j) and d['sound'] == j['sound'].sum()
-    tasks = pd.read_csv(reported/'stages_invalid.csv')
-    tasks = tasks[tasks.system == 'reasoned'].set_index('task')
-    bad = j.filter(~pl.col('valid')).group_by('task').len()
-    assert tasks.invalid.to_dict() == dict(bad.rows()) and (tasks.ehr_ins > 0).all() and (tasks.answer_lines >= 1).all()
-    assert f'invalid chains are of {tasks.index[0]}' in said(reported/'06_stages.ipynb')
-    final = lambda l: l['text'].split('</think>')[0].split('## Final Results\n')[1].strip().split('\n')
-    ends = {(l['task'], frozenset(final(l)[:-1] if l['sample_id'] in unclosed else final(l))) for l in lines if l['kind'] == 'decision'}
-    assert tasks.lists.to_dict() == {t: sum(t == task for task, _ in ends) for t in tasks.index} and (tasks.lists < tasks.chains).any()
 
-def test_ablations_are_judged_beside_the_paper(reported):
+def test_published_systems_stand_apart(reported):
+    scored = set(pd.read_csv(reported/'stages.csv').system)
+    published = set(pd.read_csv(reported/'stages_published.csv').system)
+    assert not {'EHR-R1-8B', 'GPT-4o'} & scored
+    assert 'EHR-R1-8B' in published
+
+
+# -- its chains, of stage 2
+
+@pytest.fixture(scope='module')
+def lines(home, reported):
+    "Answers: sample -> line."
+    found = read_lines(Run('r', home).answers/'reasoned'/'answers.jsonl')
+    return {line['sample_id']: line for line in found}
+
+
+@pytest.fixture(scope='module')
+def unclosed(lines):
+    "Samples whose chain has no end."
+    return {sample for sample, line in lines.items() if line['status'] == 'unclosed'}
+
+
+@pytest.fixture(scope='module')
+def records(home, reported):
+    return asked_records(Run('r', home), 'reasoned')
+
+
+@pytest.fixture(scope='module')
+def judged(home, records):
+    return judge_answers(Run('r', home), 'reasoned', records)
+
+
+def test_unclosed_chains_are_told(judged, unclosed):
+    told = judged.filter(fault='think block not closed')
+    assert unclosed
+    assert set(told['sample_id']) == unclosed
+
+
+def test_chains_with_invented_evidence_are_not_sound(judged, lines):
+    invented = {sample for sample, line in lines.items() if 'never happened' in line['text']}
+    assert invented
+    assert not judged.filter(pl.col('sample_id').is_in(invented))['sound'].any()
+
+
+def answer_lines(text):
+    after = text.split('</think>')[-1]
+    return [line for line in after.split('\n') if line]
+
+
+def test_accuracy_is_f1_of_the_answer(judged, lines, unclosed, records):
+    for row in judged.head(30).iter_rows(named=True):
+        sample = row['sample_id']
+        gold = records[sample][1]
+        f1 = set_f1(gold, answer_lines(lines[sample]['text']))
+        assert row['accuracy'] == pytest.approx(0 if sample in unclosed else f1)
+
+
+def test_chains_are_counted_by_what_is_wrong(reported, judged, unclosed):
+    table = pd.read_csv(reported/'stages_faults.csv')
+    chains = table[table.system == 'reasoned'].set_index('chain').chains
+    assert chains['think block not closed'] == len(unclosed)
+    assert chains.sum() == len(judged)
+    assert chains['sound'] == judged['sound'].sum()
+
+
+@pytest.fixture(scope='module')
+def invalid(reported):
+    "Tasks with invalid chains."
+    table = pd.read_csv(reported/'stages_invalid.csv')
+    return table[table.system == 'reasoned'].set_index('task')
+
+
+def test_invalid_chains_are_counted_by_task(reported, judged, invalid):
+    bad = judged.filter(~pl.col('valid')).group_by('task').len()
+    assert invalid.invalid.to_dict() == dict(bad.rows())
+    assert (invalid.ehr_ins > 0).all()
+    assert (invalid.answer_lines >= 1).all()
+    assert f'invalid chains are of {invalid.index[0]}' in said(reported/'06_stages.ipynb')
+
+
+def final_list(line):
+    "The items a chain ends with, but for the last where the chain was cut off."
+    chain = line['text'].split('</think>')[0]
+    items = chain.split('## Final Results\n')[1].strip().split('\n')
+    return frozenset(items[:-1] if line['status'] == 'unclosed' else items)
+
+
+def test_lists_that_chains_end_with_are_counted_once(invalid, lines):
+    decisions = [line for line in lines.values() if line['kind'] == 'decision']
+    ends = {(line['task'], final_list(line)) for line in decisions}
+    counted = {task: sum(task == other for other, _ in ends) for task in invalid.index}
+    assert invalid.lists.to_dict() == counted
+    assert (invalid.lists < invalid.chains).any()
+
+
+def test_ablations_stand_beside_the_paper(reported):
     grid = pd.read_csv(reported/'reasoning_grid.csv')
-    assert list(grid.system) == ['reasoned-plain', 'reasoned-plain.think', 'reasoned.no_think', 'reasoned'] and grid.value.notna().all()
+    assert list(grid.system) == ['reasoned-plain', 'reasoned-plain.think', 'reasoned.no_think', 'reasoned']
+    assert grid.value.notna().all()
     assert list(grid.paper.dropna()) == [.506, .5438]
+
+
+def test_ablations_are_judged(reported):
     text = said(reported/'07_reasoning.ipynb')
-    assert "Ours shows the opposite of the paper's effect." in text and '0.5060 to 0.5438' in text
-    assert 'The graph has no established effect on F1 here' in text and 'The three sections: open.' in text and 'F1 grows with the data' in text
+    assert "Ours shows the opposite of the paper's effect." in text
+    assert '0.5060 to 0.5438' in text
+    assert 'The graph has no established effect on F1 here' in text
+    assert 'The three sections: open.' in text
+
+
+def test_scaling_is_judged(reported):
+    assert 'F1 grows with the data' in said(reported/'07_reasoning.ipynb')
     assert list(pd.read_csv(reported/'reasoning_scaling.csv').samples_read) == [70, 140]
+
 
 # -- runs that lack something
 
-def test_reports_of_a_run_without_chains_or_stage_0(home, tmp_path):
-    shutil.copytree(home/'runs', tmp_path/'runs')
-    run = Run('r', tmp_path)
-    for folder in (run.checkpoints, run.answers):
-        for f in folder.iterdir():
-            if f.name.startswith('re') or '-' in f.name: shutil.rmtree(f)
-    (run.checkpoints/'base'/'metrics.jsonl').unlink(); shutil.rmtree(run.checkpoints/'base'/'examples')
-    (run.checkpoints/'base'/'manifest.json').write_text(json.dumps(dict(key='b', params=dict(model='some/model'), counts=dict(checkpoint=str(tmp_path/'my-model'), parameters=5))))
-    gone = pl.any_horizontal(pl.col('^(system|first|second)$').str.contains('^re|-'))
-    for name in ('scores', 'comparisons'): pl.read_parquet(f := run.scores/f'models_{name}.parquet').filter(~gone).write_parquet(f)
-    out = execute(tmp_path, tmp_path/'out')
-    text = [said(out/f'{n}.ipynb') for n in NAMES]
-    assert 'the checkpoint my-model' in text[0] and str(tmp_path) not in text[0] and 'reasoned, reinforced are missing' in text[0] and 'there was no stage 0' in text[0]
-    assert 'open: not measured in this run, or not to be told' in text[1] and 'No model that thinks has answered' in text[1]
-    assert 'No model of stage 2 stands in this run' in text[2] and '**Open.** One size of stage 1' in text[2]
+def copied(home, folder):
+    "The run elsewhere, to be changed."
+    shutil.copytree(home/'runs', folder/'runs')
+    return Run('r', folder)
 
-def test_credentialed_data_show_no_text_and_no_small_count(home, tmp_path):
-    shutil.copytree(home/'runs', tmp_path/'runs')
-    run = Run('r', tmp_path)
-    manifest = json.loads((run.trajectories/'manifest.json').read_text()); manifest['counts'] |= dict(access='credentialed', source='unknown')
-    (run.trajectories/'manifest.json').write_text(json.dumps(manifest))
-    out = execute(tmp_path, tmp_path/'out', NAMES[:2])
-    assert not list(out.glob('*.html'))
-    counting, seen, hidden = re.compile('^(samples|patients|positives|negatives|examples|cut|dropped_events|chains|records_cut|answered|empty|unclosed)$'), 0, 0
-    for path in out.glob('*.csv'):
-        d = pl.read_csv(path, infer_schema_length=None)
-        for c in d.columns:
-            if not counting.match(c): continue
-            assert not d.filter(pl.col(c).cast(pl.Int64).is_between(1, SMALLEST - 1)).height, f'{path.name}: {c}'
-            seen += d[c].count(); hidden += d[c].null_count()
-    assert seen > 20 and hidden > 20
-    for name in NAMES[:2]:
-        text = said(out/f'{name}.ipynb')
-        assert 'access: credentialed' in text and 'sample_id' not in text and not re.search(r'1\d{7}-\w+-\d+', text) and '<h4>' not in text
-    assert 'no example is shown' in said(out/'05_training.ipynb')
+
+def take_away_chains(run):
+    "Stages 2 and 3, the ablations, and what was scored of them."
+    for folder in (run.checkpoints, run.answers):
+        for path in list(folder.iterdir()):
+            if path.name.startswith('re') or '-' in path.name:
+                shutil.rmtree(path)
+    names = pl.col('^(system|first|second)$')
+    gone = pl.any_horizontal(names.str.contains('^re|-'))
+    for name in ('scores', 'comparisons'):
+        path = run.scores/f'models_{name}.parquet'
+        pl.read_parquet(path).filter(~gone).write_parquet(path)
+
+
+def take_away_stage_0(run, model):
+    "A base model that was there before."
+    base = run.checkpoints/'base'
+    (base/'metrics.jsonl').unlink()
+    shutil.rmtree(base/'examples')
+    counts = dict(checkpoint=str(model), parameters=5)
+    write_json(base/'manifest.json', dict(key='b', params=dict(model='some/model'), counts=counts))
+
+
+@pytest.fixture(scope='module')
+def lacking(home, tmp_path_factory):
+    "Home of a run without chains and without stage 0, reported."
+    elsewhere = tmp_path_factory.mktemp('lacking')
+    run = copied(home, elsewhere)
+    take_away_chains(run)
+    take_away_stage_0(run, elsewhere/'my-model')
+    execute(elsewhere, elsewhere/'out')
+    return elsewhere
+
+
+def test_training_says_what_a_run_lacks(lacking):
+    text = said(lacking/'out'/'05_training.ipynb')
+    assert 'the checkpoint my-model' in text
+    assert str(lacking) not in text
+    assert 'reasoned, reinforced are missing' in text
+    assert 'there was no stage 0' in text
+
+
+def test_stages_say_what_a_run_lacks(lacking):
+    text = said(lacking/'out'/'06_stages.ipynb')
+    assert 'open: not measured in this run, or not to be told' in text
+    assert 'No model that thinks has answered' in text
+
+
+def test_reasoning_says_what_a_run_lacks(lacking):
+    text = said(lacking/'out'/'07_reasoning.ipynb')
+    assert 'No model of stage 2 stands in this run' in text
+    assert '**Open.** One size of stage 1' in text
+
+
+# -- credentialed data
+
+@pytest.fixture(scope='module')
+def credentialed(home, tmp_path_factory):
+    "Reports of the same run, were it of credentialed data."
+    elsewhere = tmp_path_factory.mktemp('credentialed')
+    path = copied(home, elsewhere).trajectories/'manifest.json'
+    manifest = json.loads(path.read_text())
+    manifest['counts'] |= dict(access='credentialed', source='unknown')
+    write_json(path, manifest)
+    return execute(elsewhere, elsewhere/'out', NAMES[:2])
+
+
+def test_credentialed_data_show_no_small_count(credentialed):
+    seen = hidden = 0
+    for path in credentialed.glob('*.csv'):
+        table = pl.read_csv(path, infer_schema_length=None)
+        counts = [column for column in table if column.name in COUNTING]
+        for column in counts:
+            small = column.cast(pl.Int64).is_between(1, SMALLEST - 1)
+            assert not small.any(), f'{path.name}: {column.name}'
+            seen += column.count()
+            hidden += column.null_count()
+    assert seen > 20
+    assert hidden > 20
+
+
+@pytest.mark.parametrize('name', NAMES[:2])
+def test_credentialed_data_show_no_sample(credentialed, name):
+    text = said(credentialed/f'{name}.ipynb')
+    assert 'access: credentialed' in text
+    assert 'sample_id' not in text
+    assert not re.search(r'1\d{7}-\w+-\d+', text)
+    assert '<h4>' not in text
+
+
+def test_credentialed_data_show_no_example(credentialed):
+    assert not list(credentialed.glob('*.html'))
+    assert 'no example is shown' in said(credentialed/'05_training.ipynb')
+
 
 # -- what the reports share
 
-def test_verdicts():
-    d = lambda v, low, high: dict(value=v, low=low, high=high)
-    assert better(d(.1, .01, .2)) == 'yes' and better(d(.1, 0., .2)).startswith('no, not established') and better(d(-.1, -.2, -.01)) == 'no, the opposite shows'
-    assert no_worse(d(.1, .01, .2)) == 'yes, and better' and no_worse(d(.1, -.05, .2)).endswith('a loss of 0.050') and no_worse(d(-.1, -.3, .1)).startswith('open') and no_worse(d(-.1, -.2, -.01)) == 'no, it is worse'
-    assert reaches(d(.97, .96, .98), .95) == 'yes' and reaches(d(.94, .9, .96), .95) == 'no, though the interval reaches it' and reaches(d(.5, .4, .6), .95) == 'no'
-    for f in (better, no_worse, lambda x: reaches(x, .95)): assert f(None).startswith('open')
-    assert better(d(.1, None, None)).startswith('open') and no_worse(d(.1, float('nan'), float('nan'))).startswith('open')
+def number(value, low, high):
+    return dict(value=value, low=low, high=high)
 
-def test_differences_keep_their_sign_whichever_way_they_were_made():
-    paired = pd.DataFrame([dict(first='a', second='b', task='overall', metric='f1', difference=.2, low=.1, high=.4, p=.01, samples=9, patients=3, tasks=2)])
-    r = Results(pd.DataFrame(dict(system=['a', 'b'], metric='f1', task='overall', value=[.3, None], low=.1, high=.4, samples=9, positives=None)), paired)
-    assert r.difference('a', 'b', 'f1')['low'] == .1 and (r.difference('b', 'a', 'f1')['low'], r.difference('b', 'a', 'f1')['high']) == (-.4, -.1)
-    assert r.difference('a', 'c', 'f1') is None and r.score('b', 'f1') is None and r.score('a', 'f1')['value'] == .3
+
+def test_a_gain_is_judged_by_its_interval():
+    assert better(number(.1, .01, .2)) == 'yes'
+    assert better(number(.1, 0., .2)).startswith('no, not established')
+    assert better(number(-.1, -.2, -.01)) == 'no, the opposite shows'
+
+
+def test_a_loss_is_judged_by_its_interval():
+    assert no_worse(number(.1, .01, .2)) == 'yes, and better'
+    assert no_worse(number(.1, -.05, .2)).endswith('a loss of 0.050')
+    assert no_worse(number(-.1, -.3, .1)).startswith('open')
+    assert no_worse(number(-.1, -.2, -.01)) == 'no, it is worse'
+
+
+def test_a_share_is_judged_by_its_interval():
+    assert reaches(number(.97, .96, .98), .95) == 'yes'
+    assert reaches(number(.94, .9, .96), .95) == 'no, though the interval reaches it'
+    assert reaches(number(.5, .4, .6), .95) == 'no'
+
+
+def test_what_is_not_measured_is_open():
+    assert better(None).startswith('open')
+    assert no_worse(None).startswith('open')
+    assert reaches(None, .95).startswith('open')
+
+
+def test_without_an_interval_all_is_open():
+    nan = float('nan')
+    assert better(number(.1, None, None)).startswith('open')
+    assert no_worse(number(.1, nan, nan)).startswith('open')
+
+
+@pytest.fixture
+def two_systems():
+    "Scores of a, and of b, which has none, and their difference."
+    about = dict(first='a', second='b', task='overall', metric='f1')
+    values = dict(difference=.2, low=.1, high=.4, p=.01, samples=9, patients=3, tasks=2)
+    scored = dict(metric='f1', task='overall', low=.1, high=.4, samples=9, positives=None)
+    scores = pd.DataFrame(dict(system=['a', 'b'], value=[.3, None]) | scored)
+    return Results(scores, pd.DataFrame([about | values]))
+
+
+def test_differences_keep_their_sign_whichever_way_they_were_made(two_systems):
+    assert two_systems.difference('a', 'b', 'f1')['low'] == .1
+    turned = two_systems.difference('b', 'a', 'f1')
+    assert (turned['low'], turned['high']) == (-.4, -.1)
+
+
+def test_what_is_not_known_is_none(two_systems):
+    assert two_systems.difference('a', 'c', 'f1') is None
+    assert two_systems.score('b', 'f1') is None
+    assert two_systems.score('a', 'f1')['value'] == .3
+
 
 def test_a_mean_over_one_patient_has_no_interval():
-    assert mean_over_patients([1, 0], [5, 5], 1, 100) == dict(value=.5, low=None, high=None, samples=2, patients=1)
-    m = mean_over_patients([1]*50 + [0]*50, range(100), 1, 500)
-    assert m['low'] == pytest.approx(.4, abs=.04) and m['high'] == pytest.approx(.6, abs=.04)
+    mean = mean_over_patients([1, 0], [5, 5], 1, 100)
+    assert mean == dict(value=.5, low=None, high=None, samples=2, patients=1)
 
-def test_hostile_answers_are_judged():
-    for text in ('', '</think>', '<think>'*5, '\ud800', '<think>\n## Extraction\n' + '**A [b]**: c\n'*1000, 'x'*10**6):
-        j = judge(text, ['a'], read_record('', 'compact'))
-        assert j['fault'] and not j['sound'] and j['reward'] <= 0
 
-def test_order_of_training(): assert sorted(['reinforced.no_think', 'reasoned-plain.think', 'adapted', 'base', 'adapted-0.1', 'reasoned'], key=training_order) == ['base', 'adapted-0.1', 'adapted', 'reasoned-plain.think', 'reasoned', 'reinforced.no_think']
+def test_a_mean_over_patients_has_an_interval():
+    mean = mean_over_patients([1]*50 + [0]*50, range(100), 1, 500)
+    assert mean['low'] == pytest.approx(.4, abs=.04)
+    assert mean['high'] == pytest.approx(.6, abs=.04)
+
+
+HOSTILE = dict(
+    empty='',
+    closed='</think>',
+    opened='<think>'*5,
+    surrogate='\ud800',
+    repeated='<think>\n## Extraction\n' + '**A [b]**: c\n'*1000,
+    long='x'*10**6)
+
+
+@pytest.mark.parametrize('kind', HOSTILE)
+def test_hostile_answers_are_judged(kind):
+    judged = judge(HOSTILE[kind], ['a'], read_record('', 'compact'))
+    assert judged['fault']
+    assert not judged['sound']
+    assert judged['reward'] <= 0
+
+
+def test_order_of_training():
+    ordered = ['base', 'adapted-0.1', 'adapted', 'reasoned-plain.think', 'reasoned', 'reinforced.no_think']
+    mixed = ['reinforced.no_think', 'reasoned-plain.think', 'adapted', 'base', 'adapted-0.1', 'reasoned']
+    assert sorted(mixed, key=training_order) == ordered

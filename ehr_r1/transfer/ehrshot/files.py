@@ -26,129 +26,220 @@ class ShotTask:
     yes: str  # what 'yes' means
 
     @property
-    def lab(self): return self.name.startswith('lab_')
-    @property
-    def question(self): return f'Given the record above, is it true that {self.yes}? Answer yes or no.'
+    def lab(self):
+        return self.name.startswith('lab_')
 
+    @property
+    def question(self):
+        return f'Given the record above, is it true that {self.yes}? Answer yes or no.'
+
+# %% ../../../nbs/08_transfer/04_ehrshot_files.ipynb #ee917d4f
 _TASKS = """
-guo_los         | Long stay       | 23:59 on the day of admission | this hospital stay will last 7 days or longer
-guo_readmission | Readmission     | 23:59 on the day of discharge | the patient will be back in hospital within 30 days
-guo_icu         | Intensive care  | 23:59 on the day of admission | the patient will be moved to intensive care during this stay
-lab_thrombocytopenia | Platelets  | a minute before the result | the next platelet count will be normal (150 x 10^9/L or more)
-lab_hyperkalemia     | Potassium  | a minute before the result | the next potassium will be normal (5.5 mmol/L or less)
-lab_hypoglycemia     | Glucose    | a minute before the result | the next glucose will be normal (3.9 mmol/L, 70 mg/dL, or more)
-lab_hyponatremia     | Sodium     | a minute before the result | the next sodium will be normal (135 mmol/L or more)
-lab_anemia           | Hemoglobin | a minute before the result | the next hemoglobin will be normal (120 g/L, 12 g/dL, or more)
-new_hypertension   | Hypertension      | 23:59 on the day of discharge | hypertension will be
-new_hyperlipidemia | Hyperlipidemia    | 23:59 on the day of discharge | hyperlipidemia will be
-new_pancan         | Pancreatic cancer | 23:59 on the day of discharge | pancreatic cancer will be
-new_celiac         | Celiac disease    | 23:59 on the day of discharge | celiac disease will be
-new_lupus          | Lupus             | 23:59 on the day of discharge | lupus will be
-new_acutemi        | Myocardial infarction | 23:59 on the day of discharge | acute myocardial infarction will be
+guo_los|Long stay|23:59 on the day of admission|this hospital stay will last 7 days or longer
+guo_readmission|Readmission|23:59 on the day of discharge|the patient will be back in hospital within 30 days
+guo_icu|Intensive care|23:59 on the day of admission|the patient will be moved to intensive care during this stay
+lab_thrombocytopenia|Platelets|a minute before the result|the next platelet count will be normal (150 x 10^9/L or more)
+lab_hyperkalemia|Potassium|a minute before the result|the next potassium will be normal (5.5 mmol/L or less)
+lab_hypoglycemia|Glucose|a minute before the result|the next glucose will be normal (3.9 mmol/L, 70 mg/dL, or more)
+lab_hyponatremia|Sodium|a minute before the result|the next sodium will be normal (135 mmol/L or more)
+lab_anemia|Hemoglobin|a minute before the result|the next hemoglobin will be normal (120 g/L, 12 g/dL, or more)
+new_hypertension|Hypertension|23:59 on the day of discharge|hypertension will be
+new_hyperlipidemia|Hyperlipidemia|23:59 on the day of discharge|hyperlipidemia will be
+new_pancan|Pancreatic cancer|23:59 on the day of discharge|pancreatic cancer will be
+new_celiac|Celiac disease|23:59 on the day of discharge|celiac disease will be
+new_lupus|Lupus|23:59 on the day of discharge|lupus will be
+new_acutemi|Myocardial infarction|23:59 on the day of discharge|acute myocardial infarction will be
 """
 def _tasks():
     for line in _TASKS.strip().splitlines():
         name, title, when, yes = (x.strip() for x in line.split('|'))
-        yield ShotTask(name, title, when, yes + ' diagnosed for the first time within a year'*name.startswith('new_'))
+        if name.startswith('new_'):
+            yes += ' diagnosed for the first time within a year'
+        yield ShotTask(name, title, when, yes)
 
+# %% ../../../nbs/08_transfer/04_ehrshot_files.ipynb #63837143
 SHOT_TASKS = {t.name: t for t in _tasks()}
 
 # %% ../../../nbs/08_transfer/04_ehrshot_files.ipynb #2ae178c3
+def _first(folder, *names):
+    "The first of some files that stands in a folder, or None."
+    there = (folder/name for name in names)
+    return next((path for path in there if path.is_file()), None)
+
+# %% ../../../nbs/08_transfer/04_ehrshot_files.ipynb #ee1eccf4
+def _event_files(folder):
+    "The files of events: one of the CSV release, or the Parquet files of the MEDS release."
+    file = _first(folder, 'data/ehrshot.csv', 'data/ehrshot.csv.gz')
+    if file:
+        return {'events': file}
+    data = folder/'data'
+    parquet = sorted(data.rglob('*.parquet'))
+    if not parquet:
+        raise fault(folder.name, 'neither data/ehrshot.csv nor a Parquet file under data/',
+                    'Name the folder EHRSHOT_ASSETS or EHRSHOT_MEDS itself in EHR_R1_EHRSHOT')
+    return {f'events/{path.relative_to(data)}': path for path in parquet}
+
+# %% ../../../nbs/08_transfer/04_ehrshot_files.ipynb #1973c8bc
+def _task_files(folder, task):
+    "The files of labels and shots of one task; None where there is none."
+    parquet = sorted((folder/'labels'/task).glob('*.parquet'))
+    others = [path.relative_to(folder) for path in parquet[:1]]
+    labels = _first(folder, f'benchmark/{task}/labeled_patients.csv', *others)
+    shots = _first(folder, f'benchmark/{task}/all_shots_data.json')
+    return {f'labels/{task}': labels, f'shots/{task}': shots}
+
+# %% ../../../nbs/08_transfer/04_ehrshot_files.ipynb #bf28a0dd
 def release_files(folder:str|Path # of a release
 )->dict: # name -> Path: events (several for MEDS), splits, labels/<task>, shots/<task>, words, license
     "The files of a release that are read."
     folder = Path(folder)
-    first = lambda *names: next((p for n in names if (p := folder/n).is_file()), None)
-    if file := first('data/ehrshot.csv', 'data/ehrshot.csv.gz'): out = {'events': file}
-    else:
-        out = {f'events/{p.relative_to(folder/"data")}': p for p in sorted((folder/'data').rglob('*.parquet'))}
-        if not out: raise fault(folder.name, 'neither data/ehrshot.csv nor a Parquet file under data/',
-                                'Name the folder EHRSHOT_ASSETS or EHRSHOT_MEDS itself in EHR_R1_EHRSHOT')
-    out['splits'] = first('splits/person_id_map.csv', 'metadata/subject_splits.parquet')
-    if out['splits'] is None:
+    files = _event_files(folder)
+    files['splits'] = _first(folder, 'splits/person_id_map.csv', 'metadata/subject_splits.parquet')
+    if files['splits'] is None:
         raise fault(folder.name, 'no splits', 'Add splits/person_id_map.csv or metadata/subject_splits.parquet')
-    for t in SHOT_TASKS:
-        parquet = sorted(p.relative_to(folder) for p in (folder/'labels'/t).glob('*.parquet'))[:1]
-        out[f'labels/{t}'] = first(f'benchmark/{t}/labeled_patients.csv', *parquet)
-        out[f'shots/{t}'] = first(f'benchmark/{t}/all_shots_data.json')
-    out |= dict(words=first('athena_download/CONCEPT.csv'), names=first('metadata/codes.parquet'), license=first('LICENSE.txt'))
-    out = {k: p for k, p in out.items() if p is not None}
-    if not any(k.startswith('labels/') for k in out):
+    for task in SHOT_TASKS:
+        files |= _task_files(folder, task)
+    files['words'] = _first(folder, 'athena_download/CONCEPT.csv')
+    files['names'] = _first(folder, 'metadata/codes.parquet')
+    files['license'] = _first(folder, 'LICENSE.txt')
+    there = {name: path for name, path in files.items() if path is not None}
+    if not any(name.startswith('labels/') for name in there):
         raise fault(folder.name, 'no labels of any of the 14 tasks',
                     'Add benchmark/<task>/labeled_patients.csv or labels/<task>/labels.parquet')
-    return out
+    return there
 
 # %% ../../../nbs/08_transfer/04_ehrshot_files.ipynb #6b34110c
-EVENTS = pl.Schema(dict(row=pl.UInt32, patient_id=pl.Int64, start=pl.Datetime('us'), code=pl.Categorical(), number=pl.Float32,
-                        text=pl.String, unit=pl.Categorical(), table=pl.Categorical()))
+EVENTS = pl.Schema({
+    'row': pl.UInt32,
+    'patient_id': pl.Int64,
+    'start': pl.Datetime('us'),
+    'code': pl.Categorical(),
+    'number': pl.Float32,
+    'text': pl.String,
+    'unit': pl.Categorical(),
+    'table': pl.Categorical(),
+})
 _REMEDY = 'Take the published file'
 
+def _read_time(text, form):
+    return text.str.to_datetime(form, time_unit='us', strict=False)
+
+# %% ../../../nbs/08_transfer/04_ehrshot_files.ipynb #0bf9467e
 def _moment(e):
     "Text to a time, null where it is none; with seconds, a fraction of them, or minutes only."
     text = e.str.replace('T', ' ', literal=True)
-    read = lambda form, text: text.str.to_datetime(form, time_unit='us', strict=False)
-    quick = read('%Y-%m-%d %H:%M:%S', text)
+    quick = _read_time(text, '%Y-%m-%d %H:%M:%S')
     rest = pl.when(quick.is_null()).then(text) # the slow forms only where needed
-    return pl.coalesce(quick, read('%Y-%m-%d %H:%M:%S%.f', rest), read('%Y-%m-%d %H:%M', rest))
+    fraction = _read_time(rest, '%Y-%m-%d %H:%M:%S%.f')
+    no_seconds = _read_time(rest, '%Y-%m-%d %H:%M')
+    return pl.coalesce(quick, fraction, no_seconds)
 
+# %% ../../../nbs/08_transfer/04_ehrshot_files.ipynb #4838ec88
 def _number(e):
     number = e.cast(pl.Float32, strict=False)
     return pl.when(number.is_finite()).then(number)
 
+# %% ../../../nbs/08_transfer/04_ehrshot_files.ipynb #8a786414
 def _unreadable(path, e):
     "The fault of a file that the engine could not read."
-    wrong = None if path.suffix == '.parquet' else bad_bytes(path, path.name) or ragged(path, path.name)
-    return wrong or fault(path.name, f'the file cannot be read ({str(e).splitlines()[0][:80]})', 'Fetch it again')
+    wrong = None
+    if path.suffix != '.parquet':
+        wrong = bad_bytes(path, path.name) or ragged(path, path.name)
+    reason = str(e).splitlines()[0][:80]
+    return wrong or fault(path.name, f'the file cannot be read ({reason})', 'Fetch it again')
 
+# %% ../../../nbs/08_transfer/04_ehrshot_files.ipynb #9ba60b58
 def _lacking(file, have, needed):
-    for c in needed:
-        if c not in have: raise fault(file, f"no such column among {', '.join(list(have)[:40])}", _REMEDY, column=c)
+    for column in needed:
+        if column not in have:
+            some = ', '.join(list(have)[:40])
+            raise fault(file, f'no such column among {some}', _REMEDY, column=column)
 
+# %% ../../../nbs/08_transfer/04_ehrshot_files.ipynb #f24dbbfe
 def _parquet(path, needed):
     "A Parquet file, checked for its columns."
-    try: lf = pl.scan_parquet(path); have = lf.collect_schema()
-    except (pl.exceptions.PolarsError, OSError) as e: raise _unreadable(path, e) from None
+    try:
+        lazy = pl.scan_parquet(path)
+        have = lazy.collect_schema()
+    except (pl.exceptions.PolarsError, OSError) as e:
+        raise _unreadable(path, e) from None
     _lacking(path.name, have.names(), needed)
-    return lf
+    return lazy
 
+# %% ../../../nbs/08_transfer/04_ehrshot_files.ipynb #e55ba317
 def _csv_events(path):
-    lf, have = stored(path, path.name, 'row')
-    _lacking(path.name, have, ('patient_id', 'start', 'code', 'value', 'unit', 'omop_table'))
-    of = lambda c: pl.col(have[c][0])
-    value = of('value').str.strip_chars()
-    return lf.select('row', patient_id=of('patient_id').cast(pl.Int64, strict=False), start=_moment(of('start')), code=of('code'),
-                     number=_number(value), text=value, unit=of('unit'), table=of('omop_table'))
+    "The events of the CSV release, before types are settled."
+    lazy, have = stored(path, path.name, 'row')
+    needed = ('patient_id', 'start', 'code', 'value', 'unit', 'omop_table')
+    _lacking(path.name, have, needed)
+    patient, start, code, value, unit, table = (pl.col(have[name][0]) for name in needed)
+    value = value.str.strip_chars()
+    return lazy.select(
+        'row',
+        patient_id=patient.cast(pl.Int64, strict=False),
+        start=_moment(start),
+        code=code,
+        number=_number(value),
+        text=value,
+        unit=unit,
+        table=table,
+    )
 
+# %% ../../../nbs/08_transfer/04_ehrshot_files.ipynb #b4fe1207
 def _meds_events(paths):
-    parts = []
-    for path in paths:
-        lf = _parquet(path, ('subject_id', 'time', 'code', 'numeric_value', 'text_value', 'unit', 'omop_table'))
-        of = lambda c: pl.col(c).cast(pl.String)
-        text = of('text_value').str.strip_chars()
-        parts.append(lf.select(
-            patient_id=pl.col('subject_id').cast(pl.Int64), code=of('code'), unit=of('unit'), table=of('omop_table'), text=text,
-            start=pl.col('time').cast(pl.Datetime('us')).fill_null(pl.datetime(1800, 1, 1)),
-            number=pl.coalesce(_number(pl.col('numeric_value')), _number(text))))
+    "The events of the MEDS release, before types are settled."
+    needed = ('subject_id', 'time', 'code', 'numeric_value', 'text_value', 'unit', 'omop_table')
+    beginning = pl.datetime(1800, 1, 1)
+    text = pl.col('text_value').cast(pl.String).str.strip_chars()
+    time = pl.col('time').cast(pl.Datetime('us'))
+    columns = dict(
+        patient_id=pl.col('subject_id').cast(pl.Int64),
+        code=pl.col('code').cast(pl.String),
+        unit=pl.col('unit').cast(pl.String),
+        table=pl.col('omop_table').cast(pl.String),
+        text=text,
+        start=time.fill_null(beginning),
+        number=pl.coalesce(_number(pl.col('numeric_value')), _number(text)),
+    )
+    parts = [_parquet(path, needed).select(**columns) for path in paths]
     return pl.concat(parts).with_row_index('row')
 
+# %% ../../../nbs/08_transfer/04_ehrshot_files.ipynb #6cda74d6
+def _whole(frame, file):
+    "An error if a row lacks its patient, time, code or table."
+    needed = ['patient_id', 'start', 'code', 'table']
+    lacks = pl.any_horizontal(pl.col(needed).is_null())
+    bad = frame.filter(lacks).sort('row').head(1)
+    if len(bad):
+        column = next(c for c in needed if bad[c][0] is None)
+        name = 'omop_table' if column == 'table' else column
+        what = 'a value is missing or is not what belongs there'
+        raise fault(file, what, _REMEDY, column=name, row=bad['row'][0] + 1)
+
+# %% ../../../nbs/08_transfer/04_ehrshot_files.ipynb #8b312ec2
 def read_events(files:dict,             # from `release_files`
                 patients:pl.Series|None=None # which; all by default
 )->pl.DataFrame: # `EVENTS` rows by patient and time
     "The events of a release."
-    paths = [p for k, p in files.items() if k.startswith('events')]
-    lf = _csv_events(paths[0]) if 'events' in files else _meds_events(paths)
-    if patients is not None: lf = lf.filter(pl.col('patient_id').is_in(patients.implode()) | pl.col('patient_id').is_null())
-    lf = lf.with_columns(text=pl.when(pl.col('number').is_null() & (pl.col('text') != '')).then('text'),
-                         unit=pl.when(pl.col('unit') != '').then('unit'))
-    try: frame = lf.select([pl.col(c).cast(t) for c, t in EVENTS.items()]).collect(engine='streaming')
-    except (pl.exceptions.PolarsError, OSError) as e: raise _unreadable(paths[0], e) from None
-    if 'events' in files and (wrong := ragged(paths[0], paths[0].name)): raise wrong # too many fields pass the engine unseen
-    named = dict(patient_id='patient_id', start='start', code='code', table='omop_table')
-    bad = frame.filter(pl.any_horizontal(pl.col(list(named)).is_null())).sort('row').head(1)
-    if len(bad):
-        column = next(c for c in named if bad[c][0] is None)
-        raise fault(paths[0].name, 'a value is missing or is not what belongs there', _REMEDY, column=named[column],
-                    row=bad['row'][0] + 1)
+    paths = [path for name, path in files.items() if name.startswith('events')]
+    one = 'events' in files
+    lazy = _csv_events(paths[0]) if one else _meds_events(paths)
+    if patients is not None:
+        who = pl.col('patient_id')
+        lazy = lazy.filter(who.is_in(patients.implode()) | who.is_null())
+    worded = pl.col('number').is_null() & (pl.col('text') != '')
+    text = pl.when(worded).then('text')
+    unit = pl.when(pl.col('unit') != '').then('unit')
+    lazy = lazy.with_columns(text=text, unit=unit)
+    columns = [pl.col(name).cast(kind) for name, kind in EVENTS.items()]
+    try:
+        frame = lazy.select(columns).collect(engine='streaming')
+    except (pl.exceptions.PolarsError, OSError) as e:
+        raise _unreadable(paths[0], e) from None
+    wrong = ragged(paths[0], paths[0].name) if one else None # too many fields pass the engine unseen
+    if wrong:
+        raise wrong
+    _whole(frame, paths[0].name)
     return frame.sort('patient_id', 'start', 'row')
 
 # %% ../../../nbs/08_transfer/04_ehrshot_files.ipynb #d2e0445e
@@ -158,45 +249,69 @@ def read_splits(files:dict # from `release_files`
 )->pl.DataFrame: # patient_id, split (train, tuning, held_out)
     "Who is in which split."
     file = files['splits']
-    parquet = file.suffix == '.parquet'
-    who = 'subject_id' if parquet else 'omop_person_id'
-    raw = _parquet(file, (who, 'split')).collect() if parquet else read_rows(file, (who, 'split'))
+    if file.suffix == '.parquet':
+        who = 'subject_id'
+        raw = _parquet(file, (who, 'split')).collect()
+    else:
+        who = 'omop_person_id'
+        raw = read_rows(file, (who, 'split'))
+    patient = pl.col(who).cast(pl.Int64, strict=False)
     split = pl.col('split').replace_strict(SPLITS, default=None, return_dtype=pl.String)
-    frame = raw.select(patient_id=pl.col(who).cast(pl.Int64, strict=False), split=split).with_row_index('row', 1)
+    frame = raw.select(patient_id=patient, split=split).with_row_index('row', 1)
     bad = frame.filter(pl.col('patient_id').is_null() | pl.col('split').is_null())
     if len(bad):
-        raise fault(file.name, f"a patient or a split that cannot be read; splits are {', '.join(SPLITS)}", _REMEDY,
-                    row=bad['row'][0])
+        known = ', '.join(SPLITS)
+        what = f'a patient or a split that cannot be read; splits are {known}'
+        raise fault(file.name, what, _REMEDY, row=bad['row'][0])
     twice = frame.filter(pl.col('patient_id').is_duplicated()).sort('patient_id', 'row')
     if len(twice):
-        raise fault(file.name, f"patient {twice['patient_id'][0]} stands there more than once", 'Keep one row a patient',
-                    row=twice['row'][1])
+        what = f"patient {twice['patient_id'][0]} stands there more than once"
+        raise fault(file.name, what, 'Keep one row a patient', row=twice['row'][1])
     return frame.drop('row')
 
+# %% ../../../nbs/08_transfer/04_ehrshot_files.ipynb #22e0c18b
 _YES = dict.fromkeys(('true', '1', '1.0'), 'yes') | dict.fromkeys(('false', '0', '0.0'), 'no')
-_NORMAL = dict.fromkeys(('normal', '0', '0.0', 'false'), 'yes') | dict.fromkeys(
-    ('mild', 'moderate', 'severe', *'123', '1.0', '2.0', '3.0', 'true'), 'no') # of laboratory tasks
+_NORMAL = dict.fromkeys(('normal', '0', '0.0', 'false'), 'yes') # of laboratory tasks
+_NORMAL |= dict.fromkeys(('mild', 'moderate', 'severe', '1', '2', '3', '1.0', '2.0', '3.0', 'true'), 'no')
 
 def _gold(task, value): # expression: yes, no or null
     known = _NORMAL if SHOT_TASKS[task].lab else _YES
-    return value.str.strip_chars().str.to_lowercase().replace_strict(known, default=None, return_dtype=pl.String)
+    word = value.str.strip_chars().str.to_lowercase()
+    return word.replace_strict(known, default=None, return_dtype=pl.String)
 
-LABELS = pl.Schema(dict(sample_id=pl.String, patient_id=pl.Int64, time=pl.Datetime('us'), task=pl.String, split=pl.String,
-                        gold=pl.String))
+# %% ../../../nbs/08_transfer/04_ehrshot_files.ipynb #5a56434e
+LABELS = pl.Schema({
+    'sample_id': pl.String,
+    'patient_id': pl.Int64,
+    'time': pl.Datetime('us'),
+    'task': pl.String,
+    'split': pl.String,
+    'gold': pl.String,
+})
 
+def _meds_labels(file):
+    "Labels of the MEDS release: patient_id, time, value."
+    values = ('boolean_value', 'integer_value')
+    raw = _parquet(file, ('subject_id', 'prediction_time', *values))
+    time = pl.col('prediction_time').cast(pl.Datetime('us'))
+    value = pl.coalesce(pl.col(name).cast(pl.String) for name in values)
+    return raw.select(patient_id='subject_id', time=time, value=value).collect()
+
+# %% ../../../nbs/08_transfer/04_ehrshot_files.ipynb #923e716f
+def _csv_labels(file):
+    "Labels of the CSV release: patient_id, value, time."
+    raw = read_rows(file, ('patient_id', 'prediction_time', 'value', 'label_type'))
+    return raw.select('patient_id', 'value', time=_moment(pl.col('prediction_time')))
+
+# %% ../../../nbs/08_transfer/04_ehrshot_files.ipynb #462ab640
 def read_labels(files:dict, # from `release_files`
                 task:str    # one of `SHOT_TASKS`
 )->pl.DataFrame: # patient_id, time, gold (yes or no), in the file's order
     "The labels of one task."
     file = files[f'labels/{task}']
-    if file.suffix == '.parquet':
-        raw = _parquet(file, ('subject_id', 'prediction_time', 'boolean_value', 'integer_value')).select(patient_id='subject_id',
-            time=pl.col('prediction_time').cast(pl.Datetime('us')),
-            value=pl.coalesce(pl.col(c).cast(pl.String) for c in ('boolean_value', 'integer_value'))).collect()
-    else:
-        raw = read_rows(file, ('patient_id', 'prediction_time', 'value', 'label_type')).select(
-            'patient_id', 'value', time=_moment(pl.col('prediction_time')))
-    frame = raw.select(pl.col('patient_id').cast(pl.Int64, strict=False), 'time', gold=_gold(task, pl.col('value')))
+    raw = _meds_labels(file) if file.suffix == '.parquet' else _csv_labels(file)
+    patient = pl.col('patient_id').cast(pl.Int64, strict=False)
+    frame = raw.select(patient, 'time', gold=_gold(task, pl.col('value')))
     bad = frame.with_row_index('row', 1).filter(pl.any_horizontal(pl.all().is_null()))
     if len(bad):
         column = next(c for c in ('patient_id', 'time', 'gold') if bad[c][0] is None)
@@ -204,75 +319,129 @@ def read_labels(files:dict, # from `release_files`
         raise fault(f'{task}/{file.name}', 'not what belongs there', _REMEDY, column=name, row=bad['row'][0])
     return frame
 
+# %% ../../../nbs/08_transfer/04_ehrshot_files.ipynb #b6d82287
 def all_labels(files:dict # from `release_files`
 )->tuple: # (`LABELS` rows, counts of what was left out)
     "The labels of every task with their splits."
-    parts = [read_labels(files, t).with_columns(task=pl.lit(t)) for t in SHOT_TASKS if f'labels/{t}' in files]
+    parts, missing = [], []
+    for task in SHOT_TASKS:
+        if f'labels/{task}' in files:
+            own = read_labels(files, task)
+            parts.append(own.with_columns(task=pl.lit(task)))
+        else:
+            missing.append(task)
     rows = pl.concat(parts).join(read_splits(files), on='patient_id', how='left', maintain_order='left')
-    there = rows.filter(pl.col('split').is_not_null()).sort('task', 'patient_id', 'time', maintain_order=True)
+    there = rows.filter(pl.col('split').is_not_null())
+    there = there.sort('task', 'patient_id', 'time', maintain_order=True)
     there = there.with_columns(stamp=pl.col('time').dt.strftime('%Y%m%d%H%M'))
     there = there.with_columns(again=pl.int_range(pl.len()).over('task', 'patient_id', 'stamp'))
-    there = there.with_columns(sample_id=pl.format('{}-{}-{}-{}', 'task', 'patient_id', 'stamp', 'again'))
-    counts = {'labels of patients without a split': len(rows) - len(there),
-              'tasks without labels': [t for t in SHOT_TASKS if f'labels/{t}' not in files]}
+    name = pl.format('{}-{}-{}-{}', 'task', 'patient_id', 'stamp', 'again')
+    there = there.with_columns(sample_id=name)
+    lost = len(rows) - len(there)
+    counts = {'labels of patients without a split': lost, 'tasks without labels': missing}
     return there.select(list(LABELS)), counts
 
 # %% ../../../nbs/08_transfer/04_ehrshot_files.ipynb #ad1f86a5
-SHOTS = pl.Schema(dict(k=pl.Int64, replicate=pl.Int64, split=pl.String, sample_id=pl.String))
+SHOTS = pl.Schema({'k': pl.Int64, 'replicate': pl.Int64, 'split': pl.String, 'sample_id': pl.String})
+_SHOT_ROWS = {
+    'k': pl.Int64,
+    'replicate': pl.Int64,
+    'split': pl.String,
+    'patient_id': pl.Int64,
+    'time': pl.String,
+    'value': pl.String,
+}
 
+def _shot_rows(content, task):
+    "What a file of shots names, as rows of `_SHOT_ROWS`; the key -1 is passed over."
+    shots = []
+    for k, replicates in json.loads(content)[task].items():
+        if int(k) > 0:
+            shots += [(int(k), int(replicate), shot) for replicate, shot in replicates.items()]
+    rows = []
+    for k, replicate, shot in shots:
+        for split, part in (('train', 'train'), ('tuning', 'val')):
+            people = shot[f'patient_ids_{part}_k']
+            times = shot[f'label_times_{part}_k']
+            values = shot[f'label_values_{part}_k']
+            for patient, time, value in zip(people, times, values, strict=True):
+                rows.append((k, replicate, split, int(patient), str(time), str(value)))
+    return rows
+
+# %% ../../../nbs/08_transfer/04_ehrshot_files.ipynb #fe0c726c
+def _said_shots(path, file, task):
+    "The labels that a file of shots names."
+    try:
+        rows = _shot_rows(path.read_bytes(), task)
+    except KeyError as e:
+        raise fault(file, f'no entry {e}', _REMEDY) from None
+    except (ValueError, TypeError, AttributeError) as e:
+        raise fault(file, f'it is not laid out as it should be ({str(e)[:80]})', _REMEDY) from None
+    said = pl.DataFrame(rows, orient='row', schema=_SHOT_ROWS)
+    minute = _moment(pl.col('time')).dt.truncate('1m')
+    return said.with_columns(time=minute, gold=_gold(task, pl.col('value')))
+
+# %% ../../../nbs/08_transfer/04_ehrshot_files.ipynb #562b2ac8
 def read_shots(files:dict,         # from `release_files`
                task:str,           # one of `SHOT_TASKS`
                labels:pl.DataFrame # `LABELS` rows of the task
 )->pl.DataFrame: # `SHOTS` rows, a label as often as it stands in a shot; empty where there is no file
     "Which labels each shot of a task consists of."
-    if f'shots/{task}' not in files: return pl.DataFrame(schema=SHOTS)
-    file = f'{task}/{files[f"shots/{task}"].name}'
-    wrong = lambda what: fault(file, what, _REMEDY)
-    try:
-        found = json.loads(files[f'shots/{task}'].read_bytes())[task]
-        shots = [(int(k), int(r), shot) for k, replicates in found.items() if int(k) > 0 for r, shot in replicates.items()]
-        rows = [(k, r, split, int(p), str(t), str(v)) for k, r, shot in shots
-                for split, part in (('train', 'train'), ('tuning', 'val')) for p, t, v in zip(
-                    *(shot[f'{x}_{part}_k'] for x in ('patient_ids', 'label_times', 'label_values')), strict=True)]
-    except KeyError as e: raise wrong(f'no entry {e}') from None
-    except (ValueError, TypeError, AttributeError) as e:
-        raise wrong(f'it is not laid out as it should be ({str(e)[:80]})') from None
-    said = pl.DataFrame(rows, orient='row', schema=dict(k=pl.Int64, replicate=pl.Int64, split=pl.String, patient_id=pl.Int64,
-                                                        time=pl.String, value=pl.String))
-    said = said.with_columns(time=_moment(pl.col('time')).dt.truncate('1m'), gold=_gold(task, pl.col('value')))
+    path = files.get(f'shots/{task}')
+    if path is None:
+        return pl.DataFrame(schema=SHOTS)
+    file = f'{task}/{path.name}'
+    said = _said_shots(path, file, task)
     key = ['split', 'patient_id', 'time', 'gold']
-    known = labels.with_columns(pl.col('time').dt.truncate('1m')).unique(key, keep='first', maintain_order=True)
-    shots = said.join(known.select(*key, 'sample_id'), on=key, how='left', maintain_order='left')
+    known = labels.with_columns(pl.col('time').dt.truncate('1m'))
+    known = known.unique(key, keep='first', maintain_order=True).select(*key, 'sample_id')
+    shots = said.join(known, on=key, how='left', maintain_order='left')
     lost = shots.filter(pl.col('sample_id').is_null())
-    if len(lost): raise wrong(f"k={lost['k'][0]}, replicate {lost['replicate'][0]}: no {lost['split'][0]} label of patient "
-                              f"{lost['patient_id'][0]} at {lost['time'][0]} with this value")
+    if len(lost):
+        one = lost.row(0, named=True)
+        shot = f"k={one['k']}, replicate {one['replicate']}"
+        label = f"no {one['split']} label of patient {one['patient_id']} at {one['time']} with this value"
+        raise fault(file, f'{shot}: {label}', _REMEDY)
     return shots.select(list(SHOTS))
 
 # %% ../../../nbs/08_transfer/04_ehrshot_files.ipynb #9355b195
+def _concept_names(path, wanted):
+    "Names in OMOP's vocabulary download, code -> name."
+    try:
+        lazy = pl.scan_csv(path, separator='\t', quote_char=None, infer_schema=False)
+        _lacking(path.name, lazy.collect_schema().names(), ('vocabulary_id', 'concept_code', 'concept_name'))
+        code = pl.format('{}/{}', 'vocabulary_id', 'concept_code')
+        named = lazy.select(code=code, name='concept_name').join(wanted, on='code', how='semi')
+        found = named.filter(pl.col('name') != '').collect(engine='streaming')
+    except (pl.exceptions.PolarsError, OSError) as e:
+        wrong = bad_bytes(path, path.name)
+        raise wrong or fault(path.name, f'it cannot be read ({str(e)[:80]})', 'Fetch it again') from None
+    return dict(found.sort('code', 'name', descending=True).rows())
+
+# %% ../../../nbs/08_transfer/04_ehrshot_files.ipynb #7b96c28c
 def read_words(files:dict, # from `release_files`
                codes:list  # which
 )->dict: # code -> name, for the codes that have one
     "What codes mean in words."
-    out, wanted = {}, pl.DataFrame(dict(code=codes), schema=dict(code=pl.String)).lazy()
+    words = {}
+    wanted = pl.DataFrame(dict(code=codes), schema=dict(code=pl.String)).lazy()
     if 'words' in files:
-        path = files['words']
-        try:
-            lf = pl.scan_csv(path, separator='\t', quote_char=None, infer_schema=False)
-            _lacking(path.name, lf.collect_schema().names(), ('vocabulary_id', 'concept_code', 'concept_name'))
-            named = lf.select(code=pl.format('{}/{}', 'vocabulary_id', 'concept_code'), name='concept_name')
-            named = named.join(wanted, on='code', how='semi').filter(pl.col('name') != '')
-            out |= dict(named.collect(engine='streaming').sort('code', 'name', descending=True).rows())
-        except (pl.exceptions.PolarsError, OSError) as e:
-            raise bad_bytes(path, path.name) or fault(path.name, f'it cannot be read ({str(e)[:80]})', 'Fetch it again') from None
+        words |= _concept_names(files['words'], wanted)
     if 'names' in files:
-        named = _parquet(files['names'], ('code', 'description')).select('code', name='description')
-        out |= dict(named.join(wanted, on='code', how='semi').filter(pl.col('name') != '').collect().sort('code', 'name').rows())
-    return out
+        named = _parquet(files['names'], ('code', 'description'))
+        named = named.select('code', name='description').join(wanted, on='code', how='semi')
+        found = named.filter(pl.col('name') != '').collect()
+        words |= dict(found.sort('code', 'name').rows())
+    return words
 
 # %% ../../../nbs/08_transfer/04_ehrshot_files.ipynb #9a7cd3be
 def standing(files:dict # from `release_files`
 )->dict: # release (csv or meds), source (synthetic or EHRSHOT), access (open or credentialed)
     "What a folder is."
-    text = files['license'].read_text(errors='replace').lower() if 'license' in files else ''
-    return dict(release='csv' if 'events' in files else 'meds', source='synthetic' if 'synthetic' in text else 'EHRSHOT',
-                access='open' if 'cc0' in text or 'open database license' in text else 'credentialed')
+    text = ''
+    if 'license' in files:
+        text = files['license'].read_text(errors='replace').lower()
+    release = 'csv' if 'events' in files else 'meds'
+    source = 'synthetic' if 'synthetic' in text else 'EHRSHOT'
+    is_open = 'cc0' in text or 'open database license' in text
+    return dict(release=release, source=source, access='open' if is_open else 'credentialed')
