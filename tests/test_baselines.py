@@ -7,7 +7,6 @@ from ehr_r1.config import Run
 from ehr_r1.data.events import DISPLAY
 from ehr_r1.data.samples import SAMPLES, read_samples
 from ehr_r1.evaluation.baselines import SYSTEMS, best_cut, f1_at_k, fit_task, run_baselines
-from ehr_r1.evaluation.published import published
 from ehr_r1.evaluation.benchmark import score_run
 from ehr_r1.evaluation.features import (
     COUNTED,
@@ -20,6 +19,7 @@ from ehr_r1.evaluation.features import (
     unit_rows,
 )
 from ehr_r1.evaluation.predictions import predict_baselines, predict_ceiling, read_predictions
+from ehr_r1.evaluation.published import published
 from ehr_r1.intervals import score_all
 from ehr_r1.profiles import profile
 
