@@ -24,9 +24,8 @@ from ehr_r1.ehrmind.cross import build_cross
 from ehr_r1.ehrmind.passing import ATTEMPTS, entropy, pass_at, pass_table, r_squared, reliable, verdict
 from ehr_r1.ehrmind.recipe import Course, answer_in_form, in_form, train_questions, warmup_questions
 from ehr_r1.ehrmind.stages import build_rewarded, build_warmed, recipe_of, trained
-from ehr_r1.inference.teachers import Teacher
+from ehr_r1.inference.teachers import Reply, Teacher
 from ehr_r1.profiles import profile
-from ehr_r1.scoring import Answer
 from ehr_r1.stages import build, read_manifest
 from ehr_r1.training.examples import Writer
 from ehr_r1.training.metrics import read_metrics
@@ -349,7 +348,7 @@ def test_least_confident_rationales_are_dropped(tmp_path, monkeypatch):
                 assert 'The right answer is' in r.messages[1]['content']
                 unreadable = {3: 'no confidence at all', 5: '<answer>red</answer>\nConfidence: 99'}
                 said = unreadable.get(i, f'Seen in the note.\nConfidence: {i*10}')
-                yield r, Answer(said, 1, 1, 'stop', 'sure')
+                yield r, Reply(said, 1, 1, 'stop', 'sure')
     monkeypatch.setattr(examples_module, 'open_teacher', lambda kind, file: Sure())
     kept = teacher_rationales(Run('r', tmp_path), profile('smoke', teacher='server'), COURSE, rows)
     asked = rows['sample_id'].to_list()[::-1]
