@@ -78,15 +78,15 @@ docs: env ## site of notebooks, API and executed reports, into _docs/
 	$(BIN)/python docs/pages.py
 
 notebooks: env ## re-execute and clean the notebooks, export the library, write README.md (NB=nbs/x.ipynb for one)
-	$(BIN)/python .ci/export.py
+	$(BIN)/nbdev_export
 	$(BIN)/python .ci/execute.py $(NB)
 	$(BIN)/nbdev_clean
-	$(BIN)/python .ci/export.py
+	$(BIN)/nbdev_export
 	$(BIN)/python docs/readme.py
 
 export: env ## clean the notebooks, export the library, write README.md, without running anything
 	$(BIN)/nbdev_clean
-	$(BIN)/python .ci/export.py
+	$(BIN)/nbdev_export
 	$(BIN)/python docs/readme.py
 
 readme: env ## README.md from nbs/index.ipynb

@@ -13,7 +13,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 KEPT = ('nbs', 'ehr_r1', 'docs', '.ci', 'settings.ini', 'pyproject.toml', 'README.md')
 LEFT_BEHIND = {'__pycache__', '.ipynb_checkpoints'}
-COMMANDS = (['python', '.ci/export.py'], ['nbdev_clean'], ['python', 'docs/readme.py'])
+COMMANDS = (['nbdev_export'], ['nbdev_clean'], ['python', 'docs/readme.py'])
 
 
 def files(root):
