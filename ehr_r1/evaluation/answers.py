@@ -127,7 +127,7 @@ def engine_kind()->str: # transformers, vllm or an address
     usual = 'vllm' if torch.cuda.is_available() else 'transformers'
     kind = os.environ.get('EHR_R1_ENGINE') or usual
     if kind not in ('transformers', 'vllm') and '://' not in kind:
-        raise ValueError(f'EHR_R1_ENGINE={kind!r}: must be transformers, vllm or an address like http://127.0.0.1:8000/v1')
+        raise ValueError(f'EHR_R1_ENGINE={kind!r}: must be transformers, vllm or an address (http://127.0.0.1:8000/v1)')
     return kind
 
 # %% ../../nbs/07_evaluation/04_answers.ipynb #a6e445be
