@@ -510,7 +510,7 @@ def test_ten_million_characters_cost_a_moment(name):
         earned = reward(text)
         seconds = time.process_time() - start
         assert earned in (-2, -1, 0, 1)
-        assert seconds < 1.5
+        assert seconds < 5  # one on a quiet machine; what grows with the square of the length takes hours
 
 
 def test_importing_needs_no_model():
