@@ -1,4 +1,5 @@
 """Execute notebooks in place: those named, else every one under nbs/ except folders with a .notest file."""
+import os
 import sys
 from pathlib import Path
 
@@ -24,6 +25,7 @@ def execute(path):
 
 
 if __name__ == '__main__':
+    os.environ['TQDM_DISABLE'] = '1'  # for the kernels: a bar's steps are not worth keeping
     named = [Path(name) for name in sys.argv[1:]]
     for notebook in (bar := tqdm(named or list(notebooks()))):
         bar.set_description(str(notebook))
