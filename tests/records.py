@@ -4,7 +4,7 @@ from datetime import datetime, timedelta
 import numpy as np
 import polars as pl
 
-from ehr_r1.data.events import DISPLAY, FIELD, MERGED, MODULES_IN_ORDER, TIE
+from ehr_r1.data.events import DISPLAY, FIELD, MERGED, MODULES_IN_ORDER, TABLE_ORDER
 from ehr_r1.data.trajectories import number_events, order_rows
 
 FIRST_DAY = datetime(2150, 1, 1)
@@ -28,7 +28,7 @@ def row(table, time=None, hadm=None, cells=(), until=None, died=None, stay=None,
     module = MODULES_IN_ORDER.index(display.module)
     order = module * 2**61 + n
     order += (stay or 0) % 2**26 * 2**35
-    order += TIE[table] * 2**30
+    order += TABLE_ORDER[table] * 2**30
     return dict(
         subject_id=subject,
         table=table,

@@ -14,7 +14,7 @@ from ehr_r1.config import Run
 from ehr_r1.data.sampling import split_of
 from ehr_r1.data.table_files import TableError
 from ehr_r1.data.tables import open_source
-from ehr_r1.data.trajectories import build_trajectories, scan_store
+from ehr_r1.data.trajectories import build_trajectories, scan_trajectories
 from ehr_r1.hospital.hospital import build_hospital
 from ehr_r1.profiles import profile
 from ehr_r1.stages import read_manifest
@@ -555,7 +555,7 @@ def test_synthetic_files_are_the_same_bytes_again(hospital, tmp_path):
 def test_synthetic_labels_are_what_happened(hospital):
     run, p, folder = hospital
     files = release_files(folder)
-    events, store = read_events(files), scan_store(run.trajectories).collect()
+    events, store = read_events(files), scan_trajectories(run.trajectories).collect()
     code = events['code'].cast(pl.String)
     labels = {t: read_labels(files, t) for t in SHOT_TASKS}
     stays = {

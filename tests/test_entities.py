@@ -16,7 +16,7 @@ from ehr_r1.data.rrf import write_rrf
 from ehr_r1.data.tables import open_source
 from ehr_r1.data.task_events import Events
 from ehr_r1.data.tasks import GROUP_TARGETS, TASKS
-from ehr_r1.data.trajectories import build_trajectories, scan_store
+from ehr_r1.data.trajectories import build_trajectories, scan_trajectories
 from ehr_r1.hospital.hospital import build_hospital
 from ehr_r1.profiles import profile
 from ehr_r1.synthesis.compiling import compile_knowledge
@@ -37,7 +37,7 @@ def hospital(tmp_path_factory):
     build_hospital(folder/'tables', 40, 7, fmt='csv', workers=1, progress=False)
     source, run = open_source(folder/'tables'), Run('entities', folder)
     build_trajectories(source, run, profile('smoke', protocol='official', workers=1))
-    return SimpleNamespace(source=source, rows=scan_store(run.trajectories).collect())
+    return SimpleNamespace(source=source, rows=scan_trajectories(run.trajectories).collect())
 
 
 # values

@@ -15,8 +15,8 @@ from ehr_r1.profiles import VARIANTS, profile
 from ehr_r1.scoring import parse_answer
 from ehr_r1.synthesis.support import read_record, supported
 from ehr_r1.training.examples import (
+    _SHUFFLE_BLOCK,
     EXAMPLES,
-    SHUFFLE_BLOCK,
     Writer,
     encode,
     in_order,
@@ -468,7 +468,7 @@ def test_texts_of_stage_0_are_read_until_there_are_enough(stored, tokenizer, tmp
 @pytest.fixture
 def two_files(tmp_path):
     "Examples of more than two blocks in two files; their ids in order."
-    number = 2*SHUFFLE_BLOCK + 5
+    number = 2*_SHUFFLE_BLOCK + 5
     ids = [f's{i}' for i in range(number)]
     frame = pl.DataFrame([dict(sample_id=name) for name in ids], EXAMPLES)
     frame.head(1_500).write_parquet(tmp_path/'examples-00000.parquet')

@@ -33,9 +33,9 @@ from ehr_r1.transfer.mimic_cdm.benchmark import (
 )
 from ehr_r1.transfer.mimic_cdm.cases import lab_line, read_cdm_cases
 from ehr_r1.transfer.mimic_cdm.files import (
+    _REPORT_KEYS,
     CDM_DISEASES,
     RECORD_KEYS,
-    REPORT_KEYS,
     cdm_is_synthetic,
     pickle_name,
     read_cdm_records,
@@ -731,7 +731,7 @@ def test_made_reports_show_the_abdomen_and_do_not_tell(made_records):
     for disease, _, of_one in made_records:
         assert any(report['Region'] == 'Abdomen' for report in of_one['Radiology'])
         for report in of_one['Radiology']:
-            assert set(report) == set(REPORT_KEYS)
+            assert set(report) == set(_REPORT_KEYS)
             assert not re.search(f'{disease}|IMPRESSION|INDICATION', report['Report'], re.I)
             assert 'FINDINGS:\n' in report['Report']
 

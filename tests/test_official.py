@@ -25,7 +25,7 @@ from ehr_r1.data.official_writing import write_index, write_samples
 from ehr_r1.data.tables import open_source
 from ehr_r1.data.task_events import INDEX
 from ehr_r1.data.tasks import TASKS
-from ehr_r1.data.trajectories import read_patient, store_files
+from ehr_r1.data.trajectories import read_trajectory, store_files
 from ehr_r1.profiles import Profile
 from ehr_r1.stages import read_manifest
 
@@ -333,7 +333,7 @@ def test_patients_are_in_the_shard_of_their_number(stored):
 
 def test_the_store_holds_what_the_files_hold(stored, three_patients):
     expected = read_patient_file(three_patients/'9.parquet', LOOKUPS)
-    assert read_patient(stored.trajectories, 9).equals(expected)
+    assert read_trajectory(stored.trajectories, 9).equals(expected)
 
 
 def test_the_manifest_of_the_store(stored):

@@ -17,7 +17,7 @@ from ehr_r1.data.samples import build_samples, scan_samples
 from ehr_r1.data.sampling import SETS
 from ehr_r1.data.table_files import TableError
 from ehr_r1.data.tables import open_source
-from ehr_r1.data.trajectories import build_trajectories, count_rows, read_patient, scan_store
+from ehr_r1.data.trajectories import build_trajectories, count_rows, read_trajectory, scan_trajectories
 from ehr_r1.hospital.hospital import build_hospital
 from ehr_r1.pipeline import Reproduction, main
 from ehr_r1.profiles import profile
@@ -141,18 +141,18 @@ def test_store_counts_agree_with_the_tables(tables, prepared, table):
 
 
 def test_every_trajectory_begins_with_the_patient(prepared):
-    first = scan_store(prepared.trajectories).filter(event=0).collect()
+    first = scan_trajectories(prepared.trajectories).filter(event=0).collect()
     assert first['table'].unique().to_list() == ['patients']
 
 
 def test_a_patient_is_read_in_order(prepared):
-    patient = scan_store(prepared.trajectories).first().collect()['subject_id'].item()
-    assert read_patient(prepared.trajectories, patient)['event'].is_sorted()
+    patient = scan_trajectories(prepared.trajectories).first().collect()['subject_id'].item()
+    assert read_trajectory(prepared.trajectories, patient)['event'].is_sorted()
 
 
 def test_a_patient_who_is_not_there(prepared):
     with pytest.raises(KeyError, match='no patient 5'):
-        read_patient(prepared.trajectories, 5)
+        read_trajectory(prepared.trajectories, 5)
 
 
 def test_rows_of_unknown_patients_are_dropped_and_counted(changed, tmp_path):
@@ -163,7 +163,7 @@ def test_rows_of_unknown_patients_are_dropped_and_counted(changed, tmp_path):
     run = Run('t', tmp_path/'home')
     build_trajectories(open_source(changed), run, settings())
     dropped = read_manifest(run.trajectories)['counts']['dropped']['subject_id not in patients']
-    kept = scan_store(run.trajectories).collect()['subject_id']
+    kept = scan_trajectories(run.trajectories).collect()['subject_id']
     assert dropped['admissions'] >= 1
     assert gone not in kept.to_list()
 

@@ -13,7 +13,7 @@ from ehr_r1.inference.checkpoints import answer_text
 from ehr_r1.scoring import parse_answer, set_f1
 from ehr_r1.synthesis import reasoning
 from ehr_r1.training.rewards import (
-    BRACKETS,
+    _BRACKETS,
     LONGEST,
     THINK_SECTIONS,
     accuracy_reward,
@@ -431,7 +431,7 @@ def test_an_answer_that_was_closed_before_it_began_is_malformed(text):
     assert ehrmind_reward(text, always, ('prediction', 'idx')) == -2
 
 
-@pytest.mark.parametrize('depth', [BRACKETS - 1, BRACKETS + 1, 4_000])
+@pytest.mark.parametrize('depth', [_BRACKETS - 1, _BRACKETS + 1, 4_000])
 @pytest.mark.parametrize('opening, closing', ['[]', ('{"a":', '}')])
 def test_deep_json_is_malformed(depth, opening, closing):
     nested = opening*depth + '1' + closing*depth
@@ -449,7 +449,7 @@ NUMBER = st.integers(-10**300, 10**300) | FINITE
 @given(ONE_LINE | st.booleans() | NUMBER)
 def test_a_single_value_comes_back_as_it_was_written(value):
     found = ehrmind_answer(f'<think>t</think><answer>{json.dumps(dict(answer=value))}</answer>', ('answer',))
-    if str(value).count('[') + str(value).count('{') < BRACKETS:
+    if str(value).count('[') + str(value).count('{') < _BRACKETS:
         assert found == dict(answer=value)
         assert type(found['answer']) is type(value)
     if isinstance(value, int):

@@ -4,10 +4,7 @@
 
 # %% auto #0
 __all__ = ['SEXES', 'RACES', 'ALLERGIES', 'LANGUAGES', 'MARITAL_STATUS', 'INSURANCE_FROM_65', 'INSURANCE_BEFORE_65',
-           'YEAR_GROUPS', 'FRAILTY_TO_CHRONIC', 'FRAIL_LABS', 'OWN_LAB_SPREAD', 'OWN_VITAL_SPREAD', 'INCHES',
-           'INCHES_SPREAD', 'BMI', 'BMI_OBESE', 'BMI_SPREAD', 'BMI_SPREAD_OBESE', 'BMI_LIMITS', 'AGE_MEAN',
-           'AGE_SPREAD', 'AGE_LIMITS', 'DATES', 'FIRST_HOURS', 'places', 'choices', 'chronic_conditions',
-           'home_medicines', 'own_labs', 'own_vitals', 'height_and_weight', 'background', 'patients']
+           'YEAR_GROUPS', 'patients']
 
 # %% ../../nbs/03_hospital/05_patients.ipynb #4d9a02d0
 import numpy as np

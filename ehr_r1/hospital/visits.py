@@ -5,8 +5,7 @@
 # %% auto #0
 __all__ = ['ADMISSION_TYPES', 'ADMISSION_LOCATIONS', 'DIRECT_KINDS', 'DIRECT_PLACES', 'EMERGENCY_PLACES', 'NURSING_AGE',
            'OUTSIDE_USUAL', 'OUTSIDE_OTHER', 'MILD_OBSERVATION', 'ADMISSION_DRAWS', 'DISCHARGE_LOCATIONS', 'FACILITIES',
-           'AGAINST_ADVICE', 'SERVICES', 'ONCOLOGY', 'BEGINS_ON_MEDICINE', 'SERVICE_DRAWS', 'day_of_death', 'people',
-           'from_outside', 'admission_kinds', 'admission_places', 'homes', 'admissions', 'services', 'chart_visits']
+           'AGAINST_ADVICE', 'homes', 'chart_visits']
 
 # %% ../../nbs/03_hospital/10_visits.ipynb #6f7e32b9
 import numpy as np

@@ -4,8 +4,7 @@
 
 # %% auto #0
 __all__ = ['PER_LETTER', 'KnowledgeError', 'knowledge_fault', 'rrf_file', 'concept_number', 'concept_id', 'concept_ids',
-           'numbers_of_bytes', 'read_block', 'checked_lines', 'line_blocks', 'FieldPlaces', 'field_places',
-           'read_concepts', 'rrf_parts']
+           'line_blocks', 'rrf_parts']
 
 # %% ../../nbs/05_synthesis/02_release_files.ipynb #de66e4c6
 import gzip
