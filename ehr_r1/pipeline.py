@@ -57,6 +57,15 @@ def run_name(
     return '.'.join(words).replace(' ', '_')
 
 # %% ../nbs/10_pipeline/01_pipeline.ipynb #9ddefbcf
+def check_data(
+    profile_name:str, # one of `PROFILES`
+    data:str|None     # folder of tables
+)->None:
+    "A ValueError where a profile is not for the synthetic hospital."
+    if profile_name == 'paper' and not data:
+        raise ValueError('profile paper is for real tables: give DATA=<folder of MIMIC-IV>')
+
+# %% ../nbs/10_pipeline/01_pipeline.ipynb #e497f56f
 class Reproduction:
     "One profile on one data set."
     def __init__(
@@ -70,18 +79,21 @@ class Reproduction:
         **overrides               # profile fields
     ):
         self.profile = profile(profile_name, **overrides)
-        if profile_name == 'paper' and not data:
-            raise ValueError('profile paper is for real tables: give DATA=<folder of MIMIC-IV>')
+        check_data(profile_name, data)
         self.data, self.codes, self.knowledge = data, codes, knowledge
         self.dataset = Path(data).resolve().name if data else 'hospital'
         settings = vars(self.profile.only(*overrides))
         self.run = Run(run or run_name(profile_name, data, settings), home)
-        self.home = self.run.folder.parent.parent
 
     @property
     def tables(self)->Path: # folder
         "Where the tables lie."
         return Path(self.data) if self.data else self.run.hospital/'tables'
+
+    @property
+    def home(self)->Path: # folder
+        "What holds runs/ and reports/."
+        return self.run.folder.parent.parent
 
     @property
     def trains(self)->bool:
@@ -93,15 +105,16 @@ class Reproduction:
         "Whether there is medical knowledge, without which nothing is argued."
         return self.run.knowledge.exists()
 
-    def source(self): # data.tables.Source
-        "The tables, opened."
-        return open_source(self.tables, codes=self.codes)
-
     def make(self,
              *names # of `STAGES`
     )->list: # for each: True if it ran, False if it was up to date, None if it was left out
         "Bring stages up to date."
         return [STAGES[name](self) for name in names]
+
+# %% ../nbs/10_pipeline/01_pipeline.ipynb #f114c67c
+def opened_tables(r:Reproduction): # data.tables.Source
+    "The tables of a reproduction."
+    return open_source(r.tables, codes=r.codes)
 
 # %% ../nbs/10_pipeline/01_pipeline.ipynb #4970d4d1
 def make_hospital(r:Reproduction)->bool:
@@ -119,7 +132,7 @@ def make_hospital(r:Reproduction)->bool:
 def make_trajectories(r:Reproduction)->bool:
     "Tables to trajectories."
     inputs = None if r.data else dict(hospital=r.run.hospital)
-    return build_trajectories(r.source(), r.run, r.profile, inputs)
+    return build_trajectories(opened_tables(r), r.run, r.profile, inputs)
 
 def make_index(r:Reproduction)->bool:
     "Trajectories to the index of all tasks."
@@ -133,7 +146,7 @@ def make_samples(r:Reproduction)->bool:
 def make_meds(r:Reproduction)->bool:
     "The trajectories and the labels of EHR-Ins and EHR-Bench as a MEDS data set, for other tools."
     from ehr_r1.data.meds import build_meds  # whose schemas take seconds to import
-    return build_meds(r.run, r.profile, r.source())
+    return build_meds(r.run, r.profile, opened_tables(r))
 
 # %% ../nbs/10_pipeline/01_pipeline.ipynb #336f614a
 def make_knowledge(r:Reproduction)->bool|None:
@@ -143,7 +156,7 @@ def make_knowledge(r:Reproduction)->bool|None:
 
 def make_graphs(r:Reproduction)->bool|None:
     "Thinking graphs of the decision samples."
-    return build_graphs(r.run, r.profile, r.source()) if r.reasons else None
+    return build_graphs(r.run, r.profile, opened_tables(r)) if r.reasons else None
 
 def make_chains(r:Reproduction)->bool|None:
     "Reasoning chains, written by the profile's teacher and filtered."

@@ -26,15 +26,22 @@ def listed(
     "A field that names several things."
     return tuple(word for word in text.split(',') if word)
 
-# %% ../nbs/01_run/02_profiles.ipynb #afd7b1a1
+# %% ../nbs/01_run/02_profiles.ipynb #58e7a810
 @dataclass(frozen=True)
-class Profile:
-    "The settings of one reproduction; see `PROFILES` for the four that exist."
+class TableSettings:
+    "What a run is made from."
     name: str                       # smoke, demo, study or paper
     patients: int = 4_000           # size of the synthetic hospital (not used with real tables)
     seed: int = 42                  # every draw derives from it and from the item drawn
     protocol: str = 'strict'        # strict (no look-ahead) or official (as the published code)
     time_policy: str = ''           # available or charttime; '' takes the protocol's own
+    shard_patients: int = 1000      # patients a file of the trajectory store, about; at most 512 files
+    workers: int = 2                # processes where a stage runs shards side by side
+
+# %% ../nbs/01_run/02_profiles.ipynb #d30d50f0
+@dataclass(frozen=True)
+class SampleSettings:
+    "What becomes a sample, and how it reads."
     style: str = 'compact'          # text of an event: compact or official
     caps: str = 'paper'             # paper: filters and caps of EHR-R1; none: every index row becomes a sample
     token_budget: int = 8192        # longest prompt; EHR-R1 trains stage 1 at 8,192 tokens
@@ -43,17 +50,44 @@ class Profile:
     window_max: int = 100           # and fewer than this (EHR-R1: 100)
     ins_per_task: int = 0           # EHR-Ins samples a task at most; 0: the paper's own caps
     bench_per_task: int = 500       # EHR-Bench samples a task at most (released: 500; risk 250 yes, 250 no)
+
+# %% ../nbs/01_run/02_profiles.ipynb #075a7d16
+@dataclass(frozen=True)
+class ChainSettings:
+    "Who writes reasoning chains, and how many."
     teacher: str = 'verbaliser'     # who writes the chains: verbaliser, server, vllm or replay
     variants: str = ','.join(VARIANTS) # ways of asking the teacher, the first is the one to train on
     chains_per_task: int = 0        # samples a task that get a chain at most; 0: all that have a graph
+
+# %% ../nbs/01_run/02_profiles.ipynb #137f02eb
+@dataclass(frozen=True)
+class ModelSettings:
+    "The model, and how long a prompt and an answer may be."
     model: str = 'small'            # a size of `training.models`, a checkpoint (folder or name on the hub), or none
     lora: int = 0                   # rank of the adapters; 0: all weights are trained
     context: int = 256              # longest prompt in the model's tokens (EHR-R1: 8,192, reasoning 10,000 to 12,288)
     answer_tokens: int = 192        # longest answer, reasoning included (EHR-R1: 2,048 in training, 4,096 when asked)
+    lm_per_task: int = 5            # samples a decision task that models answer, of risks four times that; 0: all
+    replicates: int = 1000          # bootstrap replicates of the intervals
+
+# %% ../nbs/01_run/02_profiles.ipynb #f0a19611
+@dataclass(frozen=True)
+class StepSettings:
+    "Steps of each training stage."
     base_steps: int = 240           # stage 0, for models from scratch only
     adapt_steps: int = 400          # stage 1; 0: one epoch, as EHR-R1
     reason_steps: int = 250         # stage 2; 0: five epochs, as EHR-R1
     reinforce_steps: int = 6        # stage 3; 0: one epoch, as EHR-R1
+    warmup_steps: int = 60          # EHRMind's warm-up on another benchmark; 0: its epochs, as EHRMind
+    ehrmind_steps: int = 2          # its GRPO there; 0: one epoch
+    curriculum: bool = False        # short answers first, instead of a drawn order
+    ablations: str = ''             # more stage 2 models: some of no_knowledge, no_sections, plain
+    scaling: str = ''               # more stage 1 models, on these shares of the steps, e.g. 0.1,0.3
+
+# %% ../nbs/01_run/02_profiles.ipynb #284e6415
+@dataclass(frozen=True)
+class RateSettings:
+    "Learning rates and batches."
     base_rate: float = 3e-3         # learning rates; EHR-R1's 2e-5, 2e-5 and 2e-6 are for models that can already read
     adapt_rate: float = 1e-3
     reason_rate: float = 1e-3
@@ -63,35 +97,42 @@ class Profile:
     prompts: int = 4                # a step of stage 3 (EHR-R1: 4)
     completions: int = 8            # of each prompt (EHR-R1: 16)
     micro_batch: int = 0            # sequences a device holds at a time; 0: a step's (stage 3: a prompt's completions)
-    curriculum: bool = False        # short answers first, instead of a drawn order
-    ablations: str = ''             # more stage 2 models: some of no_knowledge, no_sections, plain
-    scaling: str = ''               # more stage 1 models, on these shares of the steps, e.g. 0.1,0.3
-    warmup_steps: int = 60          # EHRMind's warm-up on another benchmark; 0: its epochs, as EHRMind
-    ehrmind_steps: int = 2          # its GRPO there; 0: one epoch
-    lm_per_task: int = 5            # samples a decision task that models answer, of risks four times that; 0: all
-    shard_patients: int = 1000      # patients a file of the trajectory store, about; at most 512 files
-    replicates: int = 1000          # bootstrap replicates of the intervals
-    workers: int = 2                # processes where a stage runs shards side by side
 
+# %% ../nbs/01_run/02_profiles.ipynb #26664377
+def check_choices(
+    settings # a `Profile`
+)->None:
+    "A ValueError where a field is none of its `CHOICES`, or a number is below zero."
+    for field in fields(settings):
+        value, allowed = getattr(settings, field.name), CHOICES.get(field.name)
+        if allowed and value not in allowed:
+            names = ', '.join(choice or repr(choice) for choice in allowed)
+            raise ValueError(f'{field.name}={value!r}: must be one of {names}')
+        if isinstance(value, (int, float)) and value < 0:
+            raise ValueError(f'{field.name}={value}: must not be negative')
+
+# %% ../nbs/01_run/02_profiles.ipynb #037b871f
+def check_names(
+    field:str,    # its name
+    text:str,     # words between commas
+    allowed:tuple # words
+)->None:
+    "A ValueError where a field names something that there is not."
+    if unknown := sorted(set(listed(text)) - set(allowed)):
+        raise ValueError(f"{field}={text!r}: {', '.join(unknown)} is not among {', '.join(allowed)}")
+
+# %% ../nbs/01_run/02_profiles.ipynb #afd7b1a1
+@dataclass(frozen=True)
+class Profile(RateSettings, StepSettings, ModelSettings, ChainSettings, SampleSettings, TableSettings):
+    "The settings of one reproduction; see `PROFILES` for the four that exist."
     def __post_init__(self):
-        for key, allowed in CHOICES.items():
-            if (value := getattr(self, key)) not in allowed:
-                names = ', '.join(v or repr(v) for v in allowed)
-                raise ValueError(f'{key}={value!r}: must be one of {names}')
+        check_choices(self)
+        check_names('variants', self.variants, VARIANTS)
+        check_names('ablations', self.ablations, (*VARIANTS[1:], 'plain'))
         if not listed(self.variants):
-            raise ValueError("variants: name at least one of " + ", ".join(VARIANTS))
-        self._check_names('variants', VARIANTS)
-        self._check_names('ablations', (*VARIANTS[1:], 'plain'))
+            raise ValueError('variants: name at least one of ' + ', '.join(VARIANTS))
         if not all(0 < share < 1 for share in self.shares):
             raise ValueError(f'scaling={self.scaling!r}: shares lie between 0 and 1')
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if isinstance(value, (int, float)) and value < 0:
-                raise ValueError(f'{field.name}={value}: must not be negative')
-
-    def _check_names(self, key, allowed):
-        if bad := sorted(set(listed(getattr(self, key))) - set(allowed)):
-            raise ValueError(f"{key}={getattr(self, key)!r}: {', '.join(bad)} is not among {', '.join(allowed)}")
 
     @property
     def shares(self)->tuple: # of the steps of stage 1

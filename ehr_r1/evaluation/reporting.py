@@ -48,8 +48,51 @@ def suppress(
     is_small = pl.any_horizontal([pl.col(column).is_between(1, SMALLEST - 1) for column in counts]).fill_null(False)
     return table.with_columns([pl.when(~is_small).then(pl.col(column)).alias(column) for column in numbers])
 
+# %% ../../nbs/07_evaluation/09_reporting.ipynb #1fe905b0
+def count_in_words(
+    number:int, # people, stays, rows or samples
+    access:str  # open or credentialed
+)->str: # for a sentence
+    "A count, unless it is one to nine of credentialed data."
+    hidden = access != 'open' and 0 < number < SMALLEST
+    return f'fewer than {SMALLEST}' if hidden else f'{number:,}'
+
+# %% ../../nbs/07_evaluation/09_reporting.ipynb #c1dc5598
+def about_data(
+    store:dict, # counts of the trajectories' manifest
+    params:dict # of the samples' manifest
+)->str: # three lines
+    "What a run was made from."
+    settings = ', '.join(f'{key} {params[key]}' for key in ('protocol', 'style', 'caps'))
+    source = RELEASES.get(store['source'], store['source'])
+    return f"data: {source}\naccess: {store['access']}\nsettings: {settings}"
+
+# %% ../../nbs/07_evaluation/09_reporting.ipynb #05e3b9ec
+def save_table(
+    table:pl.DataFrame, # an aggregate
+    file:Path           # a CSV
+)->pd.DataFrame: # the same, whole numbers with room for missing ones
+    "Write a table with four decimals and return it for pandas."
+    with writing(file) as beside:
+        table.write_csv(beside, float_precision=4)
+    whole = {column: 'Int64' for column, kind in table.schema.items() if kind.is_integer()}
+    return table.to_pandas().astype(whole)
+
+# %% ../../nbs/07_evaluation/09_reporting.ipynb #414337f6
+def save_figure(
+    figure:Figure, # a matplotlib figure
+    folder:Path,   # where it goes
+    name:str       # file name without ending
+)->None:
+    "Write a figure as PNG and SVG, the same bytes for the same data."
+    kinds = dict(png={'Software': None}, svg={'Date': None, 'Creator': None})
+    with matplotlib.rc_context({'svg.hashsalt': name}):
+        for kind, metadata in kinds.items():
+            with writing(folder/f'{name}.{kind}') as file:
+                figure.savefig(file, format=kind, dpi=150, bbox_inches='tight', metadata=metadata)
+
 # %% ../../nbs/07_evaluation/09_reporting.ipynb #753a967b
-class Report:
+class ReportFolder:
     "Where a report notebook writes: the folder it runs in."
     def __init__(
         self,
@@ -57,30 +100,9 @@ class Report:
         folder:str|Path='.' # where tables and figures go
     ):
         self.run, self.folder = run, Path(folder)
-        self.store, self.params = read_manifest(run.trajectories)['counts'], read_manifest(run.samples)['params']
+        self.store = read_manifest(run.trajectories)['counts']
+        self.params = read_manifest(run.samples)['params']
         self.access, self.source = self.store['access'], self.store['source']
-
-    def about(
-        self,
-        profile:str, # as the report was told
-        seed:int     # the same; a ValueError where it is not the run's
-    )->None:
-        "Print what the run was made from; every report starts with it."
-        if seed != self.params['seed']:
-            raise ValueError(f"run {self.run.name} was made with seed {self.params['seed']}, not {seed}")
-        settings = ', '.join(f'{key} {self.params[key]}' for key in ('protocol', 'style', 'caps'))
-        print(f'run: {self.run.name} (profile {profile}, seed {seed})')
-        print(f'data: {RELEASES.get(self.source, self.source)}')
-        print(f'access: {self.access}')
-        print(f'settings: {settings}')
-
-    def count(
-        self,
-        number:int # people, stays, rows or samples
-    )->str: # for a sentence
-        "A count in words; from credentialed data small ones are not told."
-        hidden = self.access != 'open' and 0 < number < SMALLEST
-        return f'fewer than {SMALLEST}' if hidden else f'{number:,}'
 
     def table(
         self,
@@ -89,23 +111,37 @@ class Report:
         counts:list=()      # columns to suppress by, see `suppress`
     )->pd.DataFrame: # for `readable` and for figures: what was suppressed is missing here too
         "Write a table as CSV and return it."
-        table = suppress(table, list(counts), self.access) if counts else table
-        with writing(self.folder/f'{name}.csv') as f:
-            table.write_csv(f, float_precision=4)
-        whole = {column: 'Int64' for column, kind in table.schema.items() if kind.is_integer()}
-        return table.to_pandas().astype(whole)
+        told = suppress(table, list(counts), self.access) if counts else table
+        return save_table(told, self.folder/f'{name}.csv')
 
     def figure(
         self,
         figure:Figure, # a matplotlib figure
         name:str       # file name without ending
     )->None: # the notebook shows the figure itself
-        "Write a figure as PNG and SVG, the same bytes for the same data."
-        kinds = dict(png={'Software': None}, svg={'Date': None, 'Creator': None})
-        with matplotlib.rc_context({'svg.hashsalt': name}):
-            for kind, metadata in kinds.items():
-                with writing(self.folder/f'{name}.{kind}') as f:
-                    figure.savefig(f, format=kind, dpi=150, bbox_inches='tight', metadata=metadata)
+        "Write a figure as PNG and SVG."
+        save_figure(figure, self.folder, name)
+
+# %% ../../nbs/07_evaluation/09_reporting.ipynb #a795dda2
+class Report(ReportFolder):
+    "What every report has: where it writes, what its run was made from, counts as they may be told."
+    def about(
+        self,
+        profile:str, # as the report was told
+        seed:int     # the same; a ValueError where it is not the run's
+    )->None:
+        "Print what the run was made from; every report starts with it."
+        if seed != self.params['seed']:
+            raise ValueError(f"run {self.run.name} was made with seed {self.params['seed']}, not {seed}")
+        print(f'run: {self.run.name} (profile {profile}, seed {seed})')
+        print(about_data(self.store, self.params))
+
+    def count(
+        self,
+        number:int # people, stays, rows or samples
+    )->str: # for a sentence
+        "A count in words; from credentialed data small ones are not told."
+        return count_in_words(number, self.access)
 
 # %% ../../nbs/07_evaluation/09_reporting.ipynb #9954270b
 def readable_cell(
