@@ -22,15 +22,12 @@ from ehr_r1.data.events import (
     DEATHS,
     DISPLAY,
     FIELD,
-    HIDDEN,  # noqa: F401  also imported from here
-    ITEM,  # noqa: F401
     MERGED,
     MODULES_IN_ORDER,
     STAY_ENDS,
     STORE,
     TABLE,
     TABLE_ORDER,
-    TIMES,  # noqa: F401
     time_columns,
 )
 from .lookups import dictionaries, padded_ndc

@@ -32,7 +32,6 @@ class Drawn:
     v:dict                  # visits, as in hospital.illness
     number:int              # of the block
     random:Draws            # draws by name
-    rng:np.random.Generator # one stream, for what has no name yet
     # ids
     subject:np.ndarray      # subject_id, one a patient
     hadm:np.ndarray         # hadm_id, -1 if not admitted
@@ -214,7 +213,6 @@ def new_block(
         v=visits,
         number=number,
         random=random,
-        rng=np.random.Generator(np.random.Philox(key=seed_of(seed, 'hospital', number))),
         severity=severity,
         provider=random.integers('provider', 0, len(PROVIDERS), n),
         **ids(visits, number),

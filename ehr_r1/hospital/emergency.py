@@ -36,16 +36,15 @@ def vital_signs(
     b:Block,          # the block
     visit:np.ndarray, # which visits, one a row
     fade,             # what remains of the illness, 1 for all of it, one a row
-    rng_scale=1.,     # factor on the noise
-    random:Draws=None # of the table; without it the block's one stream
+    random:Draws,     # of the table
+    spread=1.         # factor on the noise
 )->np.ndarray: # rows x 5
     "Vital signs of visits."
     own = NORMAL + b.p['vitals'][b.who[visit]]
     factor = (b.severity[visit]*fade)[:, None]
     of_condition = b.lib.arrays['vitals'][b.k[visit]]*factor
     of_severity = SICK*(b.s[visit]*fade)[:, None]
-    normal = random.normal('vital signs', own.shape) if random else b.rng.normal(0, 1, own.shape)
-    noise = normal*NOISE*rng_scale
+    noise = random.normal('vital signs', own.shape)*NOISE*spread
     return (own + of_condition + of_severity + noise).clip(LOWEST, HIGHEST)
 
 # %% ../../nbs/03_hospital/12_emergency.ipynb #dd0973db

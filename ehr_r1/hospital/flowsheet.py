@@ -119,7 +119,7 @@ def icu_vitals(
     hours:dict # rows of `charted_hours`
 )->np.ndarray: # hours x (heart rate, breaths, saturation, systolic pressure, temperature)
     "Vital signs in intensive care."
-    signs = vital_signs(b, hours['visit'], hours['fade'], .9, b.random.of('flowsheet'))
+    signs = vital_signs(b, hours['visit'], hours['fade'], b.random.of('flowsheet'), spread=.9)
     stays = len(b.icu['visit'])
     drift = b.random.normal('drift of vital signs', (stays, 5))*DRIFT
     signs = signs + drift[hours['stay']]
