@@ -1,6 +1,7 @@
 """Lift: the same pairs as counting in dictionaries with exact fractions, whatever the blocks and the order."""
 from collections import defaultdict
 from fractions import Fraction
+from itertools import product
 
 import numpy as np
 import polars as pl
@@ -26,8 +27,9 @@ def frame(pairs):
 
 def random_pairs(rng, samples, term_rate, n):
     "Pairs of which a few terms are common and most are rare."
-    drawn = zip(rng.integers(0, samples, n), rng.geometric(term_rate, n))
-    return [(int(sample), int(term)) for sample, term in drawn]
+    drawn_samples = rng.integers(0, samples, n)
+    drawn_terms = rng.geometric(term_rate, n)
+    return list(zip(drawn_samples.tolist(), drawn_terms.tolist()))
 
 
 def samples_by_term(pairs):
@@ -40,8 +42,8 @@ def samples_by_term(pairs):
 def dictionary_lift(targets, history, samples, least=5, above=5., keep=20):
     "The definition, literally: sets of samples, a dictionary of dictionaries, fractions."
     in_target, in_history = samples_by_term(targets), samples_by_term(history)
-    terms = {*in_target, *in_history}
-    n = {term: len(in_target[term] | in_history[term]) for term in terms}
+    in_either = samples_by_term([*targets, *history])
+    n = {term: len(found) for term, found in in_either.items()}
     rows = []
     for target in sorted(in_target):
         some = []
@@ -50,15 +52,17 @@ def dictionary_lift(targets, history, samples, least=5, above=5., keep=20):
             value = Fraction(n_pair*samples, n[target]*n[shown])
             if n_pair and shown != target and n[shown] >= least and value > above:
                 some.append((-value, -n_pair, shown))
-        for value, n_pair, shown in sorted(some)[:keep]:
-            as_float = -value.numerator/value.denominator
-            rows.append((target, shown, -n_pair, n[target], n[shown], samples, as_float))
+        for minus_value, minus_n_pair, shown in sorted(some)[:keep]:
+            counts = (-minus_n_pair, n[target], n[shown], samples)
+            rows.append((target, shown, *counts, float(-minus_value)))
     return rows
 
 
 LARGEST = 2**32 - 1
-IDS = st.sampled_from([*range(10), 40_000, 2**31, LARGEST])  # numbers need not be dense nor small
+SMALL = range(10)
+IDS = st.sampled_from([*SMALL, 40_000, 2**31, LARGEST])  # numbers need not be dense nor small
 PAIRS = st.lists(st.tuples(IDS, IDS), max_size=60)
+BLOCK_SIZES = st.sampled_from([1, 2, 5, 1000])
 LIMITS = st.fixed_dictionaries(dict(
     samples=st.integers(12, 60),
     least=st.integers(1, 4),
@@ -67,29 +71,39 @@ LIMITS = st.fixed_dictionaries(dict(
 
 
 @settings(max_examples=300, deadline=None)
-@given(PAIRS, PAIRS, LIMITS, st.sampled_from([1, 2, 5, 1000]))
+@given(PAIRS, PAIRS, LIMITS, BLOCK_SIZES)
 def test_same_pairs_as_the_definition(targets, history, limits, block):
     found = lift_pairs(frame(targets), frame(history), block=block, **limits)
+    expected = dictionary_lift(targets, history, **limits)
     assert found.schema == LIFT
-    assert found.rows() == dictionary_lift(targets, history, **limits)
+    assert found.rows() == expected
+
+
+SEEDS = st.integers(0, LARGEST)
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.integers(0, LARGEST), st.sampled_from([1, 7, 100, 10**6]))
+@given(SEEDS, st.sampled_from([1, 7, 100, 10**6]))
 def test_order_repetitions_parts_and_blocks_change_nothing(seed, block):
     rng = np.random.default_rng(seed)
     targets = random_pairs(rng, 80, .15, 120)
     history = random_pairs(rng, 80, .15, 700)
-    limits = dict(samples=100, least=3, above=1.25, keep=4)
+    limits = dict(
+        samples=100,
+        least=3,
+        above=1.25,
+        keep=4)
     whole = lift_pairs(frame(targets), frame(history), **limits)
     assert len(whole)
     assert whole.rows() == dictionary_lift(targets, history, **limits)
 
-    shuffled = [history[i] for i in rng.permutation(len(history))] + history[:50]
-    cut = int(rng.integers(0, len(shuffled)))
-    parts = [frame(shuffled[:cut]), frame(shuffled[cut:]).lazy()]
+    some_again = history[:50]
+    mixed = [history[i] for i in rng.permutation(len(history))] + some_again
+    cut = int(rng.integers(0, len(mixed)))
+    first, second = frame(mixed[:cut]), frame(mixed[cut:])
     twice = frame(targets[::-1] + targets)
-    assert lift_pairs(twice, parts, block=block, **limits).equals(whole)
+    found = lift_pairs(twice, [first, second.lazy()], block=block, **limits)
+    assert found.equals(whole)
 
 
 # the limits
@@ -106,19 +120,22 @@ def test_defaults_are_the_published_limits():
     five_samples = of(2, range(5))
     too_few = of(3, range(4))
     lift_of_five = of(4, range(20))  # lift must be above 5
-    found = lift_pairs(TARGET, frame(five_samples + too_few + lift_of_five), 100)
+    history = frame(five_samples + too_few + lift_of_five)
+    found = lift_pairs(TARGET, history, 100)
     assert found.rows() == [(1, 2, 5, 10, 5, 100, 10.)]
 
 
 def test_twenty_pairs_a_target_are_the_default():
-    thirty_facts = [pair for fact in range(30) for pair in of(100 + fact, range(5))]
-    found = lift_pairs(TARGET, frame(thirty_facts), 100)
+    facts, samples = range(100, 130), range(5)
+    found = lift_pairs(TARGET, frame(product(samples, facts)), 100)
     assert found['history'].to_list() == list(range(100, 120))
 
 
 @pytest.mark.parametrize('keep', [1, 2, 3, 4])
 def test_equal_lifts_go_by_samples_then_by_term(keep):
-    history = [*of(3, range(5)), *of(9, range(10)), *of(8, range(5)), *of(4, range(6))]  # lift is 10 for all of them
+    history = []
+    for term, samples in {3: 5, 9: 10, 8: 5, 4: 6}.items():
+        history += of(term, range(samples))  # lift is 10 for all of them
     found = lift_pairs(TARGET, frame(history), 100, keep=keep)
     assert found['history'].to_list() == [9, 4, 3, 8][:keep]
 
@@ -132,17 +149,22 @@ def test_a_term_is_counted_on_both_sides_together():
 
 
 def test_common_terms_are_left_out_before_pairs_are_counted():
-    target = of(1, range(4)) + of(2, range(4, 40))
-    history = of(3, range(40)) + of(4, range(5))
-    counts = TermCounts(frame(target), frame(history), 40)
+    rare_target, common_target = of(1, range(4)), of(2, range(4, 40))
+    common_shown, rare_shown = of(3, range(40)), of(4, range(5))
+    counts = TermCounts(frame(rare_target + common_target), frame(common_shown + rare_shown), 40)
+    shown = np.unique(counts.history.indices)
     assert counts.terms[counts.targets].tolist() == [1]
-    assert counts.terms[np.unique(counts.history.indices)].tolist() == [4]
+    assert counts.terms[shown].tolist() == [4]
 
 
-@pytest.mark.parametrize('samples, lifts', [(101, [5.05]), (100, [])])
+@pytest.mark.parametrize('samples, lifts', [
+    (101, [5.05]),
+    (100, []),
+])
 def test_a_term_as_common_as_can_be_still_passes(samples, lifts):
-    target, history = of(1, range(20)), of(2, range(20))
-    found = lift_pairs(frame(target), frame(history), samples)
+    target = frame(of(1, range(20)))
+    history = frame(of(2, range(20)))
+    found = lift_pairs(target, history, samples)
     assert found['lift'].to_list() == lifts
 
 
@@ -161,15 +183,18 @@ def test_files_of_many_row_groups_read_like_frames(tmp_path):
     rng = np.random.default_rng(1)
     targets = random_pairs(rng, 300, .03, 600)
     history = random_pairs(rng, 300, .03, 9_000)
-    frame(targets).write_parquet(tmp_path/'t.parquet')
+    path = tmp_path/'t.parquet'
+    frame(targets).write_parquet(path)
     for i in range(3):
         part = frame(history[i::3]).with_columns(other=pl.lit('x'))
         part.write_parquet(tmp_path/f'h-{i}.parquet', row_group_size=100)
     expected = dictionary_lift(targets, history, 300, 5, 2., 20)
-    of_paths = lift_pairs(tmp_path/'t.parquet', sorted(tmp_path.glob('h-*')), 300, above=2.)
-    of_pattern = lift_pairs(str(tmp_path/'t.parquet'), str(tmp_path/'h-*.parquet'), 300, above=2., block=50)
+    parts = sorted(tmp_path.glob('h-*'))
+    of_paths = lift_pairs(path, parts, 300, above=2.)
+    of_pattern = lift_pairs(str(path), str(tmp_path/'h-*.parquet'), 300, above=2., block=50)
     assert expected
-    assert of_paths.rows() == of_pattern.rows() == expected
+    assert of_paths.rows() == expected
+    assert of_pattern.rows() == expected
 
 
 NONE = frame([])
@@ -193,7 +218,8 @@ def test_nothing_to_pair_gives_an_empty_frame(targets, history):
 def test_a_column_of_another_type_is_named(tmp_path):
     path = tmp_path/'pairs.parquet'
     sample = pl.Series([0], dtype=pl.UInt32)
-    pl.DataFrame(dict(sample=sample, term='Sodium')).write_parquet(path)
+    pairs = pl.DataFrame(dict(sample=sample, term='Sodium'))
+    pairs.write_parquet(path)
     with pytest.raises(ValueError, match=r"pairs\.parquet: column 'term' is String; number"):
         lift_pairs(ONE, path, 10)
 
@@ -211,8 +237,9 @@ def test_a_missing_value_is_named(tmp_path):
 
 
 def test_more_samples_than_the_task_has_are_an_error():
+    targets, history = frame(of(1, [0, 1])), frame(of(2, [7]))
     with pytest.raises(ValueError, match='3 samples have terms, but the task has 2'):
-        lift_pairs(frame(of(1, [0, 1])), frame(of(2, [7])), 2)
+        lift_pairs(targets, history, 2)
 
 
 # blocks
@@ -230,24 +257,25 @@ BLOCKS = pytest.mark.parametrize('block', [1, 300, 5_000, 10**9])
 
 @BLOCKS
 def test_runs_cover_all_targets(counts, block):
-    runs = target_runs(counts, block)
-    begins, ends = [begin for begin, _ in runs], [end for _, end in runs]
-    assert begins == [0, *ends[:-1]]
+    begins, ends = zip(*target_runs(counts, block))
+    assert begins == (0, *ends[:-1])
     assert ends[-1] == len(counts.targets)
 
 
 @BLOCKS
 def test_runs_hold_no_more_than_a_block(counts, block):
-    runs = target_runs(counts, block)
-    pairs = [(counts.by_target[begin:end]@counts.history).nnz for begin, end in runs]
-    for (begin, end), n in zip(runs, pairs):
-        assert n <= block or end - begin == 1
-    assert sum(pairs) == (counts.by_target@counts.history).nnz
+    all_pairs = 0
+    for begin, end in target_runs(counts, block):
+        pairs = counts.by_target[begin:end]@counts.history
+        assert pairs.nnz <= block or end - begin == 1
+        all_pairs += pairs.nnz
+    assert all_pairs == (counts.by_target@counts.history).nnz
 
 
 @BLOCKS
 def test_two_runs_do_not_fit_in_one_block(counts, block):
-    most = np.minimum(counts.by_target@np.diff(counts.history.indptr), len(counts.terms))
+    terms_of_samples = np.diff(counts.history.indptr)
+    most = np.minimum(counts.by_target@terms_of_samples, len(counts.terms))
     begins, ends = zip(*target_runs(counts, block))
     for begin, end in zip(begins, ends[1:]):
         assert most[begin:end].sum() > block

@@ -2,6 +2,7 @@
 import json
 import math
 import random
+import re
 import subprocess
 import sys
 from dataclasses import asdict, replace
@@ -46,10 +47,16 @@ def colours(folder, p):
     for i in range(72):
         colour = rng.choice(COLOURS)
         room = rng.randint(100, 999)
-        split = 'train' if i < 48 else 'held_out'
-        note = [f'Room {room} is {colour}.']
-        rows.append((f'{i}', f'note {i//2}', 'colour', split, 'decision', note, 'Which colour?', [colour]))
-    return pl.DataFrame(rows, QUESTIONS, orient='row'), {}
+        rows.append(dict(
+            sample_id=f'{i}',
+            group=f'note {i//2}',
+            task='colour',
+            split='train' if i < 48 else 'held_out',
+            kind='decision',
+            context=[f'Room {room} is {colour}.'],
+            question='Which colour?',
+            gold=[colour]))
+    return pl.DataFrame(rows, QUESTIONS), {}
 
 def all_colours():
     "The questions alone."
@@ -67,7 +74,8 @@ def colour_target(question):
 
 def reasons(rows):
     "A rationale for each question."
-    return {sample_id: f'It is {gold[0]}.' for sample_id, gold in rows.select('sample_id', 'gold').rows()}
+    golds = rows.select('sample_id', 'gold').rows()
+    return {sample_id: f'It is {colour}.' for sample_id, (colour,) in golds}
 
 def colour_rationales(run, p, folder, rows):
     return reasons(rows)
@@ -75,14 +83,23 @@ def colour_rationales(run, p, folder, rows):
 BENCH = Benchmark('colours', 'Colours', colours, None, None, no_documents, True, ('answer',), right_colour)
 COURSE = Course(BENCH, colour_target, colour_rationales, share=.5)
 SMALL = profile(
-    'smoke', context=160, answer_tokens=48, prompts=2, completions=4, reason_batch=8, reason_steps=6,
-    reinforce_steps=4, reason_rate=3e-3, reinforce_rate=1e-3)
+    'smoke',
+    context=160,
+    answer_tokens=48,
+    prompts=2,
+    completions=4,
+    reason_batch=8,
+    reason_steps=6,
+    reinforce_steps=4,
+    reason_rate=3e-3,
+    reinforce_rate=1e-3)
 
 def write_job(out, examples, **job):
     "A folder that can be trained."
     (out/'examples').mkdir(parents=True)
     examples.write_parquet(out/'examples'/'examples-00000.parquet')
-    (out/'job.json').write_text(json.dumps(job | dict(profile=asdict(SMALL))))
+    job['profile'] = asdict(SMALL)
+    (out/'job.json').write_text(json.dumps(job))
 
 def all_texts(rows):
     "Every question with every answer."
@@ -101,12 +118,14 @@ def base(tmp_path_factory):
     rows = all_colours()
 
     def make(out):
+        start = out/'start'
         tokenizer = train_tokenizer(all_texts(rows), 512)
-        tokenizer.save_pretrained(out/'start')
-        new_model('tiny', tokenizer, 1, 256).save_pretrained(out/'start')
-        examples, _ = course_examples(rows, COURSE, Writer(tokenizer, 160, 48), reasons(rows))
+        tokenizer.save_pretrained(start)
+        new_model('tiny', tokenizer, 1, 256).save_pretrained(start)
+        writer = Writer(tokenizer, 160, 48)
+        examples, _ = course_examples(rows, COURSE, writer, reasons(rows))
         settings = dict(rate=1e-2, batch=16)
-        write_job(out, examples, stage='warmup', start=str(out/'start'), steps=70, settings=settings)
+        write_job(out, examples, stage='warmup', start=str(start), steps=70, settings=settings)
         train(out)
         return dict(parameters=1)
 
@@ -115,7 +134,9 @@ def base(tmp_path_factory):
 
 # --- pass@k
 
-@given(st.lists(st.booleans(), min_size=1, max_size=8), st.integers(1, 8))
+RIGHT = st.lists(st.booleans(), min_size=1, max_size=8)
+
+@given(RIGHT, st.integers(1, 8))
 def test_pass_at_k_is_the_share_of_choices_that_hold_a_right_answer(right, k):
     n, correct = len(right), sum(right)
     if k > n:
@@ -123,52 +144,93 @@ def test_pass_at_k_is_the_share_of_choices_that_hold_a_right_answer(right, k):
             pass_at(n, correct, k)
         return
     chosen = [any(choice) for choice in combinations(right, k)]
-    assert pass_at(n, correct, k) == pytest.approx(sum(chosen)/len(chosen), abs=1e-12)
+    share = sum(chosen)/len(chosen)
+    assert pass_at(n, correct, k) == pytest.approx(share, abs=1e-12)
 
-def test_pass_at_k_by_hand():
-    assert pass_at(12, 3, 1) == .25 and pass_at(12, 1, 12) == 1 and pass_at(12, 0, 12) == 0
-    assert pass_at(4, 2, 2) == pytest.approx(5/6) and pass_at(5, 1, 3) == pytest.approx(3/5)
+@pytest.mark.parametrize('n, correct, k, expected', [
+    (12, 3, 1, 1/4),
+    (12, 1, 12, 1),
+    (12, 0, 12, 0),
+    (4, 2, 2, 5/6),
+    (5, 1, 3, 3/5),
+])
+def test_pass_at_k_by_hand(n, correct, k, expected):
+    assert pass_at(n, correct, k) == pytest.approx(expected, abs=1e-15)
 
-@pytest.mark.parametrize('m, need', [(7, 3), (21, 2), (3, 6), (2, 8), (5, 4), (12, 3), (13, 2)]) # k//m + 2 of 12
+@pytest.mark.parametrize('m, need', [ # 12//m + 2
+    (2, 8),
+    (3, 6),
+    (5, 4),
+    (7, 3),
+    (12, 3),
+    (13, 2),
+    (21, 2),
+])
 def test_reliable_needs_so_many_right_answers(m, need):
     enough = ['a']*need + ['b']*(12 - need)
     agree = entropy(enough) < .8*math.log(m)
     assert reliable(enough, need, m) is agree
-    one_less = ['a']*(need - 1) + ['b']*(13 - need)
-    assert not reliable(one_less, need - 1, m)
+    fewer = need - 1
+    not_enough = ['a']*fewer + ['b']*(12 - fewer)
+    assert not reliable(not_enough, fewer, m)
+
+# .8 ln 7 = 1.557: answers over five classes have 1.517, over six 1.699
+FIVE = list('aaaabbbcccde')
+SIX = list('aaaabbccddef')
+
+def test_entropy_by_hand():
+    a, b, d = 4/12, 3/12, 1/12
+    by_hand = -(a*math.log(a) + 2*b*math.log(b) + 2*d*math.log(d))
+    assert entropy(FIVE) == pytest.approx(by_hand)
+    assert entropy(FIVE) < .8*math.log(7) < entropy(SIX)
 
 def test_reliable_needs_answers_that_agree():
-    # .8 ln 7 = 1.557: answers over five classes have 1.517, over six 1.699
-    five = ['a']*4 + ['b']*3 + ['c']*3 + ['d', 'e']
-    six = ['a']*4 + ['b']*2 + ['c']*2 + ['d']*2 + ['e', 'f']
-    by_hand = -(4/12*math.log(4/12) + 6/12*math.log(3/12) + 2/12*math.log(1/12))
-    assert entropy(five) == pytest.approx(by_hand)
-    assert entropy(five) < .8*math.log(7) < entropy(six)
-    assert reliable(five, 4, 7) and not reliable(six, 4, 7)
+    assert reliable(FIVE, 4, 7)
+    assert not reliable(SIX, 4, 7)
+
+def test_reliable_needs_ten_of_twelve_where_there_are_two_answers():
     # .8 ln 2 = .555: 9 of 12 have .562, 10 of 12 .451
-    assert not reliable(['yes']*9 + ['no']*3, 9, 2) and reliable(['yes']*10 + ['no']*2, 10, 2)
-    # malformed answers count as an answer of their own
-    assert not reliable(['yes']*8 + ['no']*2 + [None]*2, 8, 2)
+    nine = ['yes']*9 + ['no']*3
+    ten = ['yes']*10 + ['no']*2
+    assert not reliable(nine, 9, 2)
+    assert reliable(ten, 10, 2)
+
+def test_malformed_answers_count_as_an_answer_of_their_own():
+    answers = ['yes']*8 + ['no']*2 + [None]*2
+    assert not reliable(answers, 8, 2)
 
 def test_a_space_of_one_answer_is_refused():
     with pytest.raises(ValueError, match='m=1'):
         reliable(['a']*12, 12, 1)
 
+def attempts_at(sample_id, answers):
+    "Attempts at a question whose right answer is 1."
+    about = ('m', 0., 'before', 'train', sample_id, 'stage')
+    return [(*about, i, answer, answer == '1') for i, answer in enumerate(answers)]
+
 def test_pass_table_by_hand():
-    said = dict(x=['1']*9 + ['2']*3, y=['1'] + ['2', '3', '4', None]*2 + ['5']*3)
-    rows = []
-    for sample_id, answers in said.items():
-        for i, answer in enumerate(answers):
-            rows.append(('m', 0., 'before', 'train', sample_id, 'stage', i, answer, answer == '1'))
-    t = pass_table(pl.DataFrame(rows, ATTEMPTS, orient='row'), dict(stage=5)).row(0, named=True)
-    assert (t['m'], t['items'], t['k'], t['pass_12'], t['reliable']) == (5, 2, 12, 1., .5)
-    assert t['pass_1'] == pytest.approx((9/12 + 1/12)/2) and t['malformed'] == pytest.approx(2/24)
-    assert t['pass_2'] == pytest.approx((1 - 3/66 + 1 - 55/66)/2) # C(3,2) = 3, C(11,2) = 55, C(12,2) = 66
+    nine_right = ['1']*9 + ['2']*3
+    one_right = ['1'] + ['2', '3', '4', None]*2 + ['5']*3
+    rows = attempts_at('x', nine_right) + attempts_at('y', one_right)
+    attempts = pl.DataFrame(rows, ATTEMPTS, orient='row')
+    t = pass_table(attempts, dict(stage=5)).row(0, named=True)
+    assert t['m'] == 5
+    assert t['items'] == 2
+    assert t['k'] == 12
+    assert t['pass_1'] == pytest.approx((9/12 + 1/12)/2)
+    both_wrong = (3/66 + 55/66)/2 # C(3,2) = 3, C(11,2) = 55, C(12,2) = 66
+    assert t['pass_2'] == pytest.approx(1 - both_wrong)
+    assert t['pass_12'] == 1.
+    assert t['reliable'] == .5
+    assert t['malformed'] == pytest.approx(2/24)
     assert t['verdict'] == 'misapplied'
 
-VERDICTS = [(.9, .9, 'known'), (.4, .6, 'misapplied'), (.3, .3, 'between'), (.05, .1, 'missing')]
-
-@pytest.mark.parametrize('single, often, expected', VERDICTS)
+@pytest.mark.parametrize('single, often, expected', [
+    (.9, .9, 'known'),
+    (.4, .6, 'misapplied'),
+    (.3, .3, 'between'),
+    (.05, .1, 'missing'),
+])
 def test_verdicts(single, often, expected):
     assert verdict(single, often) == expected
 
@@ -179,54 +241,88 @@ def test_r_squared_agrees_with_scikit_learn():
     y = [2*value + rng.random() for value in x]
     column = [[value] for value in x]
     fit = LinearRegression().fit(column, y)
-    assert r_squared(x, y) == pytest.approx(fit.score(column, y))
+    by_scikit_learn = fit.score(column, y)
+    assert r_squared(x, y) == pytest.approx(by_scikit_learn)
 
 # --- calculators
 
-def test_calculators_have_right_answers_in_their_space():
-    rows, worked, read = draw_questions(3, 'train', 150)
-    for name, c in CALCULATORS.items():
-        some = rows.filter(pl.col('task') == name)
-        answers = some.group_by('question').agg(n=pl.col('gold').list.first().n_unique())['n'] # to one question
-        assert 1 < answers.max() <= c.m
-        known = 0
-        for question in some.iter_rows(named=True):
-            sample_id = question['sample_id']
-            known += read[sample_id] == (worked[sample_id], gold_object(question)['answer'])
-        share = known/len(some)
-        both_ways_may_agree = name in ('threshold', 'criteria')
-        assert abs(share - c.known) < .15 or both_ways_may_agree, (name, share)
-    text = pl.col('context').list.first() + pl.col('question')
-    notes = rows.select(text).to_series()
-    held_out, _, _ = draw_questions(3, 'held_out', 150)
-    held = held_out.select(text).to_series()
-    assert notes.is_in(held.implode()).mean() < .05
+@pytest.fixture(scope='module')
+def drawn():
+    "Training questions of every calculator, with their worked steps and what each reading leads to."
+    return draw_questions(3, 'train', 150)
 
-def test_worked_steps_lead_to_the_right_answer():
+@pytest.mark.parametrize('name', CALCULATORS)
+def test_calculators_have_answers_in_their_space(drawn, name):
+    rows, _, _ = drawn
+    gold = pl.col('gold').list.first()
+    of_one_question = rows.filter(task=name).group_by('question').agg(answers=gold.n_unique())
+    assert 1 < of_one_question['answers'].max() <= CALCULATORS[name].m
+
+@pytest.mark.parametrize('name', CALCULATORS)
+def test_calculators_are_known_as_often_as_they_say(drawn, name):
+    rows, worked, read = drawn
+    of_calculator = rows.filter(task=name)
+    known = 0
+    for question in of_calculator.iter_rows(named=True):
+        sample_id = question['sample_id']
+        right = gold_object(question)['answer']
+        known += read[sample_id] == (worked[sample_id], right)
+    share = known/len(of_calculator)
+    both_ways_may_agree = name in ('threshold', 'criteria')
+    assert both_ways_may_agree or abs(share - CALCULATORS[name].known) < .15
+
+def test_hardly_a_training_question_is_held_out(drawn):
+    rows, _, _ = drawn
+    held_out, _, _ = draw_questions(3, 'held_out', 150)
+    text = pl.col('context').list.first() + pl.col('question')
+    trained = rows.select(text).to_series()
+    tested = held_out.select(text).to_series()
+    assert trained.is_in(tested.implode()).mean() < .05
+
+@pytest.fixture(scope='module')
+def worked_questions():
+    "Task -> (note, question, right answer, last worked step) of its questions."
     rows, worked, _ = draw_questions(5, 'train', 60)
-    for q in rows.iter_rows(named=True):
-        last = worked[q['sample_id']].split()[-1]
-        assert last == q['gold'][0] or (q['task'], last) in (('threshold', 'above'), ('threshold', 'below')), q
-        if q['task'] == 'gap':
-            lines = q['context'][0].splitlines()
-            cations, = [int(line.split()[-1]) for line in lines if 'Cations' in line]
-            anions, = [int(line.split()[-1]) for line in lines if 'Anions' in line]
-            assert cations - anions == int(q['gold'][0])
-        if q['task'] == 'criteria':
-            asked = [line.removeprefix('- ') for line in q['question'].splitlines() if line.startswith('- ')]
-            assert sum(f'{a}: yes' in q['context'][0] for a in asked) == int(q['gold'][0])
+    by_task = {}
+    for row in rows.iter_rows(named=True):
+        (note,), (gold,) = row['context'], row['gold']
+        *_, last_step = worked[row['sample_id']].split()
+        by_task.setdefault(row['task'], []).append((note, row['question'], gold, last_step))
+    return by_task
+
+def test_worked_steps_lead_to_the_right_answer(worked_questions):
+    assert worked_questions.keys() == CALCULATORS.keys()
+    for task, questions in worked_questions.items():
+        for question in questions:
+            *_, gold, last_step = question
+            a_comparison = task == 'threshold' and last_step in ('above', 'below')
+            assert a_comparison or last_step == gold, question
+
+def test_a_gap_is_cations_less_anions(worked_questions):
+    for note, _, gold, _ in worked_questions['gap']:
+        cations, = re.findall(r'Cations.* (\d+)$', note, re.M)
+        anions, = re.findall(r'Anions.* (\d+)$', note, re.M)
+        assert int(cations) - int(anions) == int(gold)
+
+def test_criteria_are_those_that_the_note_says_are_met(worked_questions):
+    for note, question, gold, _ in worked_questions['criteria']:
+        asked = re.findall('^- (.*)$', question, re.M)
+        met = [criterion for criterion in asked if f'{criterion}: yes' in note]
+        assert len(met) == int(gold)
 
 def test_draws_depend_on_the_item_alone():
-    few, many = (draw_questions(3, 'train', n)[0] for n in (2, 5))
+    few, _, _ = draw_questions(3, 'train', 2)
+    many, _, _ = draw_questions(3, 'train', 5)
     assert many.head(len(few)).equals(few)
 
 # --- rewards
 
-TAGS = [
-    '<think>', '</think>', '<answer>', '</answer>', '{"answer": ', '"red"', '"\\ud800"', '}', '1e999', 'NaN',
-    '\x00', 'It is red.', '{', '[', '9'*400, ' ']
+TAGS = ['<think>', '</think>', '<answer>', '</answer>']
+PARTS = ['{"answer": ', '"red"', '"\\ud800"', '}', '{', '[', '1e999', 'NaN', '9'*400]
+PIECES = st.sampled_from([*TAGS, *PARTS, 'It is red.', '\x00', ' '])
+TEXTS = st.lists(PIECES, max_size=14).map(''.join)
 
-@given(st.lists(st.sampled_from(TAGS), max_size=14).map(''.join), st.sampled_from(COLOURS))
+@given(TEXTS, st.sampled_from(COLOURS))
 def test_no_text_earns_what_is_not_foreseen(text, gold):
     reward, = course_rewards(BENCH)
     earned, = reward(completions=[text], label=[[gold]], sample_id=['x'])
@@ -236,21 +332,29 @@ def test_no_text_earns_what_is_not_foreseen(text, gold):
     else:
         assert earned == (1.1 if found['answer'] == gold else 0.)
 
-SCALARS = st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(max_size=20)
+GOLDS = st.sampled_from(['0', '7', '39', 'yes', 'no'])
+SCALARS = st.one_of(
+    st.booleans(),
+    st.integers(),
+    st.floats(allow_nan=False, allow_infinity=False),
+    st.text(max_size=20))
 
-@given(st.sampled_from(['0', '7', '39', 'yes', 'no']), SCALARS)
+@given(GOLDS, SCALARS)
 def test_the_pilots_judge_has_an_opinion_on_everything(gold, value):
-    assert right_sum([gold], dict(answer=value)) in (True, False)
-    if isinstance(value, bool):
-        assert not right_sum([gold], dict(answer=value))
-    if isinstance(value, float) and not value.is_integer():
-        assert not right_sum([gold], dict(answer=value))
+    verdict = right_sum([gold], dict(answer=value))
+    assert verdict in (True, False)
+    a_fraction = isinstance(value, float) and not value.is_integer()
+    if isinstance(value, bool) or a_fraction:
+        assert not verdict
 
 def test_all_answers_at_once_earn_nothing():
     reward, = course_rewards(BENCH)
-    all_answers = ''.join(f'<answer>{{"answer": "{colour}"}}</answer>' for colour in COLOURS)
+    def in_tags(answer):
+        return f'<answer>{answer}</answer>'
+
+    each_in_tags = ''.join(in_tags(json.dumps(dict(answer=colour))) for colour in COLOURS)
     cheats = [
-        f'<think>t</think>{all_answers}',
+        f'<think>t</think>{each_in_tags}',
         answer_in_form('t', dict(answer=' '.join(COLOURS))),
         '<think>t</think><answer>{"answer": ["red", "green", "blue", "white"]}</answer>',
         '<think>t</think><answer>{"answer": "red", "answer": "green"}</answer>']
@@ -263,118 +367,187 @@ def test_trecs_scale_cannot_be_swapped():
     "TREC: 0 not relevant, 1 excluded, 2 eligible; EHRMind's reward had 0 and 1 the other way round."
     course = course_of('trials')
     reward, = course_rewards(course.benchmark)
-    scale = {0: 'Irrelevant', 1: 'Excluded', 2: 'Eligible'}
-    for number, word in scale.items():
-        assert course.target(dict(gold=[word])) == dict(prediction=word, idx=number)
-        for i in scale:
-            for w in scale.values():
-                said = answer_in_form('t', dict(prediction=w, idx=i))
-                earned, = reward(completions=[said], label=[[word]])
-                assert earned == (1.1 if (i, w) == (number, word) else 0.), (word, i, w)
+    words = ['Irrelevant', 'Excluded', 'Eligible']
+    answers = [dict(prediction=word, idx=number) for word in words for number in range(3)]
+    for number, word in enumerate(words):
+        right = dict(prediction=word, idx=number)
+        assert course.target(dict(gold=[word])) == right
+        for answer in answers:
+            said = answer_in_form('t', answer)
+            earned, = reward(completions=[said], label=[[word]])
+            assert earned == (1.1 if answer == right else 0.), (word, answer)
 
-@pytest.mark.parametrize('name', ['medcalc', 'trials', 'ehrshot'])
-def test_courses_have_the_published_values(name):
+@pytest.mark.parametrize('name, context, answer_tokens, batch, samples, share', [
+    ('medcalc', 2_048, 1_500, 16, 12, .2),
+    ('trials', 1_500, 2_048, 32, 12, 1.),
+    ('ehrshot', 4_000, 800, 32, 8, 0.),
+])
+def test_courses_have_the_published_values(name, context, answer_tokens, batch, samples, share):
     if find_spec(f'ehr_r1.transfer.{name}') is None:
         pytest.skip(f'no module {name} yet')
     course = course_of(name)
-    r = recipe_of(profile('paper'), course)
-    published = dict(
-        medcalc=(2_048, 1_500, 16, 12, .2),
-        trials=(1_500, 2_048, 32, 12, 1.),
-        ehrshot=(4_000, 800, 32, 8, 0.))
-    lengths = (r.profile.context, r.profile.answer_tokens)
-    assert (*lengths, r.warmup['batch'], r.grpo['samples'], r.share) == published[name]
-    assert r.warmup['rate'] == 2e-5
-    assert r.grpo['rate'] == 1e-6
-    assert r.grpo['prompts'] == 32
+    recipe = recipe_of(profile('paper'), course)
+    assert recipe.profile.context == context
+    assert recipe.profile.answer_tokens == answer_tokens
+    assert recipe.warmup['batch'] == batch
+    assert recipe.warmup['rate'] == 2e-5
+    assert recipe.grpo['samples'] == samples
+    assert recipe.grpo['rate'] == 1e-6
+    assert recipe.grpo['prompts'] == 32
+    assert recipe.share == share
     assert course.epochs == 2
-    assert (course.most, course.balanced) == ((3_000, True) if name == 'trials' else (0, False))
+    of_trials = name == 'trials'
+    assert course.most == (3_000 if of_trials else 0)
+    assert course.balanced is of_trials
 
-def test_settings_of_the_two_stages_are_the_published_ones():
-    p = profile('paper', answer_tokens=1_500)
-    w, g = (CONFIGS[s](p, Path('x'), 100) for s in ('warmup', 'ehrmind'))
-    assert w.learning_rate == 2e-5
-    assert w.per_device_train_batch_size*w.gradient_accumulation_steps == 32
-    assert w.completion_only_loss
-    assert (g.learning_rate, g.num_generations, g.beta) == (1e-6, 12, .001)
-    assert (g.temperature, g.top_p, g.max_completion_length) == (.6, .95, 1_500)
-    assert g.per_device_train_batch_size*g.gradient_accumulation_steps == 32*12
+PUBLISHED = profile('paper', answer_tokens=1_500)
+
+def batch_of(settings):
+    return settings.per_device_train_batch_size*settings.gradient_accumulation_steps
+
+def test_settings_of_the_warm_up_are_the_published_ones():
+    warmup = CONFIGS['warmup'](PUBLISHED, Path('x'), 100)
+    assert warmup.learning_rate == 2e-5
+    assert batch_of(warmup) == 32
+    assert warmup.completion_only_loss
+
+def test_settings_of_grpo_are_the_published_ones():
+    grpo = CONFIGS['ehrmind'](PUBLISHED, Path('x'), 100)
+    assert grpo.learning_rate == 1e-6
+    assert grpo.num_generations == 12
+    assert grpo.beta == .001
+    assert grpo.temperature == .6
+    assert grpo.top_p == .95
+    assert grpo.max_completion_length == 1_500
+    assert batch_of(grpo) == 32*12
 
 # --- examples
 
-def test_shares_of_the_warm_up_are_nested_and_exact():
-    rows = train_questions(all_colours(), 42)
-    assert rows['split'].unique().to_list() == ['train'] and len(rows) == 48
-    parts = [set(warmup_questions(rows, s)['sample_id']) for s in (0., .1, .15, .2, 1.)]
-    assert [len(x) for x in parts] == [0, 5, 7, 10, 48] and all(a <= b for a, b in zip(parts, parts[1:]))
-    assert train_questions(rows.sample(fraction=1., shuffle=True, seed=3), 42).equals(rows)
-    even = warmup_questions(rows, 1., 20, True)
-    fewest = rows['gold'].list.first().value_counts()['count'].min()
-    assert even['gold'].list.first().value_counts()['count'].to_list() == [min(5, fewest)]*4
-    examples = rows.with_columns(split=pl.lit('example'))
-    assert len(train_questions(examples, 42)) == 48 # the worked examples, where there is no training file
+@pytest.fixture(scope='module')
+def to_learn():
+    "The questions to train on."
+    return train_questions(all_colours(), 42)
 
-def test_what_cannot_be_learned_is_left_out_and_counted(base):
+def sizes_of_classes(questions):
+    colours = questions['gold'].list.first()
+    return colours.value_counts()['count']
+
+def test_training_questions_are_those_of_the_training_split(to_learn):
+    assert len(to_learn) == 48
+    assert set(to_learn['split']) == {'train'}
+
+def test_training_questions_do_not_depend_on_the_order_of_rows(to_learn):
+    shuffled = to_learn.sample(fraction=1., shuffle=True, seed=3)
+    assert train_questions(shuffled, 42).equals(to_learn)
+
+def test_worked_examples_are_learned_where_there_is_no_training_file(to_learn):
+    examples = to_learn.with_columns(split=pl.lit('example'))
+    assert len(train_questions(examples, 42)) == 48
+
+def test_shares_of_the_warm_up_are_nested_and_exact(to_learn):
+    sizes = {0.: 0, .1: 5, .15: 7, .2: 10, 1.: 48}
+    smaller = set()
+    for share, size in sizes.items():
+        part = set(warmup_questions(to_learn, share)['sample_id'])
+        assert len(part) == size
+        assert smaller <= part
+        smaller = part
+
+def test_a_balanced_warm_up_has_as_many_of_each_class(to_learn):
+    even = warmup_questions(to_learn, 1., 20, True)
+    rarest = sizes_of_classes(to_learn).min()
+    assert sizes_of_classes(even).to_list() == [min(5, rarest)]*4
+
+@pytest.fixture(scope='module')
+def tokenizer(base):
     from transformers import AutoTokenizer
-    tokenizer = AutoTokenizer.from_pretrained(base.checkpoints/'base'/'model')
-    rows = all_colours().head(4)
-    writer = Writer(tokenizer, 160, 48)
-    why = {s: 'A first sentence. '*20 + 'It is so.' for s in rows['sample_id'][:3]}
-    made, counts = course_examples(rows, COURSE, writer, why)
+    return AutoTokenizer.from_pretrained(base.checkpoints/'base'/'model')
+
+@pytest.fixture(scope='module')
+def writer(tokenizer):
+    return Writer(tokenizer, 160, 48)
+
+FOUR = all_colours().head(4)
+LONG_REASON = 'A first sentence. '*20 + 'It is so.'
+REASONS_OF_THREE = dict.fromkeys(FOUR['sample_id'][:3], LONG_REASON)
+
+def test_long_rationales_are_cut_and_missing_ones_left_out(writer):
+    made, counts = course_examples(FOUR, COURSE, writer, REASONS_OF_THREE)
     assert counts == dict(rationales_cut=3, left_out={'no rationale': 1})
     assert (made['answer_tokens'] <= 48).all()
-    for answer, gold in zip(made['answer'], made['label']):
+    for answer, (colour,) in made.select('answer', 'label').iter_rows():
         assert 'It is so.' in answer
-        assert ehrmind_answer(answer, ('answer',)) == dict(answer=gold[0])
-    _, counts = course_examples(rows, COURSE, Writer(tokenizer, 12, 48), why)
+        assert ehrmind_answer(answer, ('answer',)) == dict(answer=colour)
+
+def test_questions_that_do_not_fit_the_context_are_left_out(tokenizer):
+    short = Writer(tokenizer, 12, 48)
+    _, counts = course_examples(FOUR, COURSE, short, REASONS_OF_THREE)
     assert counts['left_out'] == {'question is longer than the context': 4}
 
+def test_examples_with_a_wrong_answer_are_left_out(writer):
     def black(question):
         return dict(answer='black')
 
-    _, counts = course_examples(rows, replace(COURSE, target=black), writer, why)
+    wrong = replace(COURSE, target=black)
+    _, counts = course_examples(FOUR, wrong, writer, REASONS_OF_THREE)
     assert counts['left_out'] == {'its own answer is not judged right': 4}
-    silent, counts = course_examples(rows, COURSE, writer, {})
+
+def test_without_rationales_nothing_is_thought(writer):
+    silent, counts = course_examples(FOUR, COURSE, writer, {})
     assert len(silent) == 4
     assert counts['rationales_cut'] == 0
     assert all('<think>\n\n</think>' in answer for answer in silent['answer'])
 
-def test_least_confident_rationales_are_dropped(tmp_path, monkeypatch):
-    rows = train_questions(all_colours(), 42).head(10)
-    class Sure(Teacher):
-        name = model = 'sure'
-        def ask(self, requests):
-            for i, r in enumerate(reversed(list(requests))):
-                assert 'The right answer is' in r.messages[1]['content']
-                unreadable = {3: 'no confidence at all', 5: '<answer>red</answer>\nConfidence: 99'}
-                said = unreadable.get(i, f'Seen in the note.\nConfidence: {i*10}')
-                yield r, Reply(said, 1, 1, 'stop', 'sure')
+class Sure(Teacher):
+    "Is asked from the last question to the first, and ever surer; two of its answers cannot be read."
+    name = model = 'sure'
+    unreadable = {
+        3: 'no confidence at all',
+        5: '<answer>red</answer>\nConfidence: 99'}
+
+    def ask(self, requests):
+        for i, request in enumerate(reversed(list(requests))):
+            _, question = request.messages
+            assert 'The right answer is' in question['content']
+            said = self.unreadable.get(i, f'Seen in the note.\nConfidence: {i*10}')
+            yield request, Reply(said, 1, 1, 'stop', 'sure')
+
+def test_least_confident_rationales_are_dropped(to_learn, tmp_path, monkeypatch):
+    ten = to_learn.head(10)
     monkeypatch.setattr(examples_module, 'open_teacher', lambda kind, file: Sure())
-    kept = teacher_rationales(Run('r', tmp_path), profile('smoke', teacher='server'), COURSE, rows)
-    asked = rows['sample_id'].to_list()[::-1]
+    kept = teacher_rationales(Run('r', tmp_path), profile('smoke', teacher='server'), COURSE, ten)
+    asked = ten['sample_id'].reverse()
     # two cannot be read; of the other eight a fifth, two, is dropped
-    assert set(kept) == {asked[i] for i in (2, 4, 6, 7, 8, 9)}
-    assert teacher_rationales(Run('r', tmp_path), profile('smoke'), COURSE, rows) == {} # no model, no rationales
+    assert set(kept) == set(asked.gather([2, 4, 6, 7, 8, 9]))
 
-NO_RATIONALES = [
-    '', 'Confidence: 50', 'Because.', 'Because.\nConfidence: 101', 'Because <think>.\nConfidence: 50',
-    'Confidence: 50\nBecause.']
+def test_no_model_writes_no_rationales(to_learn, tmp_path):
+    run = Run('r', tmp_path)
+    assert teacher_rationales(run, profile('smoke'), COURSE, to_learn.head(10)) == {}
 
-@pytest.mark.parametrize('text', NO_RATIONALES)
+@pytest.mark.parametrize('text', [
+    '',
+    'Confidence: 50',
+    'Because.',
+    'Because.\nConfidence: 101',
+    'Because <think>.\nConfidence: 50',
+    'Confidence: 50\nBecause.',
+])
 def test_rationales_without_their_parts_are_refused(text):
     assert read_rationale(text) is None
 
 # --- trainings
 
-def stopped(out, step, rewards, monkeypatch):
-    "Train up to a step."
+def train_up_to(out, step, rewards):
+    "A training that is interrupted at a step."
     import transformers.trainer
+
     class Stop(transformers.TrainerCallback):
         def on_step_begin(self, args, state, control, **kwargs):
             if state.global_step == step:
                 raise KeyboardInterrupt
-    with monkeypatch.context() as patch:
-        callbacks = [*transformers.trainer.DEFAULT_CALLBACKS, Stop]
+
+    callbacks = [*transformers.trainer.DEFAULT_CALLBACKS, Stop]
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(transformers.trainer, 'DEFAULT_CALLBACKS', callbacks)
         with pytest.raises(KeyboardInterrupt):
             train(out, rewards)
@@ -382,34 +555,55 @@ def stopped(out, step, rewards, monkeypatch):
 def lasting_metrics(folder):
     "What a training logged, but for the clock."
     lines = read_metrics(folder)
-    return [{key: value for key, value in line.items() if key not in ('seconds', 'step_time')} for line in lines]
+    for line in lines:
+        for key in ('seconds', 'step_time'):
+            line.pop(key, None)
+    return lines
 
-def test_interrupted_grpo_comes_out_the_same(base, tmp_path, monkeypatch):
-    from safetensors.torch import load_file
-    from transformers import AutoTokenizer
-    start = base.checkpoints/'base'/'model'
-    writer = Writer(AutoTokenizer.from_pretrained(start), 160, 48)
+@pytest.fixture(scope='module')
+def whole_and_stopped(base, writer, tmp_path_factory):
+    "Folders of two trainings with GRPO: one that ran to its end, and one that was stopped and went on."
     few = all_colours().head(7) # fewer than are asked
     rows, _ = course_examples(few, COURSE, writer)
-    folders = [tmp_path/name for name in ('whole', 'stopped')]
-    settings = dict(rate=1e-3, prompts=2, samples=4)
-    for out in folders:
-        write_job(out, rows, stage='ehrmind', start=str(start), steps=11, settings=settings)
     rewards = course_rewards(BENCH)
-    train(folders[0], rewards)
-    stopped(folders[1], 7, rewards, monkeypatch)
-    assert {c.name for c in (folders[1]/'trainer').glob('checkpoint-*')} == {'checkpoint-6'}
-    train(folders[1], rewards)
-    one, two = map(lasting_metrics, folders)
-    assert one == two
-    assert len(one) == 11
-    assert all(-2 <= line['rewards/ehrmind/mean'] < 1.1001 for line in one)
-    assert one[-1]['kl'] > 0 # held to the model it started from
-    assert sum(line['reward_std'] > 0 and line['grad_norm'] > 0 for line in one) > 1
-    models = (folders[0]/'model', folders[1]/'model', start)
-    a, b, old = (load_file(model/'model.safetensors') for model in models)
-    assert all((a[name] == b[name]).all() for name in a)
-    assert any((a[name] != old[name]).any() for name in old)
+    job = dict(
+        stage='ehrmind',
+        start=str(base.checkpoints/'base'/'model'),
+        steps=11,
+        settings=dict(rate=1e-3, prompts=2, samples=4))
+    folder = tmp_path_factory.mktemp('grpo')
+    whole, stopped = folder/'whole', folder/'stopped'
+    for out in (whole, stopped):
+        write_job(out, rows, **job)
+    train(whole, rewards)
+    train_up_to(stopped, 7, rewards)
+    checkpoints = [path.name for path in (stopped/'trainer').glob('checkpoint-*')]
+    assert checkpoints == ['checkpoint-6']
+    train(stopped, rewards)
+    return whole, stopped
+
+def weights_of(model):
+    from safetensors.torch import load_file
+    return load_file(model/'model.safetensors')
+
+def test_interrupted_grpo_comes_out_the_same(whole_and_stopped):
+    whole, stopped = whole_and_stopped
+    assert lasting_metrics(stopped) == lasting_metrics(whole)
+    expected, weights = weights_of(whole/'model'), weights_of(stopped/'model')
+    for name, values in expected.items():
+        assert (weights[name] == values).all()
+
+def test_grpo_changes_weights_and_is_held_to_where_it_started(base, whole_and_stopped):
+    whole, _ = whole_and_stopped
+    lines = lasting_metrics(whole)
+    assert len(lines) == 11
+    assert all(-2 <= line['rewards/ehrmind/mean'] < 1.1001 for line in lines)
+    learned = [line for line in lines if line['reward_std'] > 0 and line['grad_norm'] > 0]
+    assert len(learned) > 1
+    assert lines[-1]['kl'] > 0
+    before = weights_of(base.checkpoints/'base'/'model')
+    after = weights_of(whole/'model')
+    assert any((after[name] != values).any() for name, values in before.items())
 
 def test_grpo_without_a_judge_is_refused(tmp_path):
     job = dict(stage='ehrmind', start='x', steps=1, profile=asdict(SMALL))
@@ -417,41 +611,72 @@ def test_grpo_without_a_judge_is_refused(tmp_path):
     with pytest.raises(ValueError, match='rewards of its benchmark'):
         train(tmp_path)
 
-def test_recipe_runs_once_and_starts_where_it_should(base):
+@pytest.fixture(scope='module')
+def recipe(base):
+    "The run after a warm-up, the reinforcement of it and one without."
     assert build_warmed(base, SMALL, COURSE, None)
-    assert not build_warmed(base, SMALL, COURSE, None)
     assert build_rewarded(base, SMALL, COURSE, None)
-    assert not build_rewarded(base, SMALL, COURSE, None)
     assert build_rewarded(base, SMALL, COURSE, None, 0.)
-    warm, rewarded, alone = (read_manifest(trained(base, n)) for n in ('colours-warmup', 'colours', 'colours-0'))
-    assert warm['counts']['questions'] == warm['counts']['rationales'] == 24 and rewarded['counts']['questions'] == 48
-    assert rewarded['inputs'] == {'colours-warmup': warm['content']}
-    assert alone['inputs'] == {'base': read_manifest(base.checkpoints/'base')['content']}
-    assert warm['counts']['steps'] == 6 # two epochs of 24 by 8
-    assert rewarded['counts']['steps'] == 4 # one of 48 by 2, but at most 4
+    return base
+
+def manifest_of(run, name):
+    return read_manifest(trained(run, name))
+
+def test_recipe_runs_once(recipe):
+    assert not build_warmed(recipe, SMALL, COURSE, None)
+    assert not build_rewarded(recipe, SMALL, COURSE, None)
+
+def test_recipe_counts_its_questions_and_steps(recipe):
+    warmup = manifest_of(recipe, 'colours-warmup')['counts']
+    rewarded = manifest_of(recipe, 'colours')['counts']
+    assert warmup['questions'] == 24
+    assert warmup['rationales'] == 24
+    assert warmup['steps'] == 6 # two epochs of 24 by 8
+    assert rewarded['questions'] == 48
+    assert rewarded['steps'] == 4 # one of 48 by 2, but at most 4
+
+def test_recipe_starts_where_it_should(recipe):
+    base = read_manifest(recipe.checkpoints/'base')
+    warmup = manifest_of(recipe, 'colours-warmup')
+    after_warmup = manifest_of(recipe, 'colours')
+    alone = manifest_of(recipe, 'colours-0')
+    assert after_warmup['inputs'] == {'colours-warmup': warmup['content']}
+    assert alone['inputs'] == {'base': base['content']}
+
+def test_a_warm_up_of_nothing_is_refused(recipe):
     with pytest.raises(ValueError, match='share 0'):
-        build_warmed(base, SMALL, COURSE, None, 0.)
-    with pytest.raises(FileNotFoundError): # its warm-up does not stand
-        build_rewarded(base, SMALL, COURSE, None, .1)
-    # each model on each benchmark
+        build_warmed(recipe, SMALL, COURSE, None, 0.)
+
+def test_a_warm_up_that_does_not_stand_is_missed(recipe):
+    with pytest.raises(FileNotFoundError):
+        build_rewarded(recipe, SMALL, COURSE, None, .1)
+
+def test_each_model_is_asked_each_benchmark(recipe):
     def never_right(gold, found):
         return False
 
-    other = replace(COURSE, benchmark=replace(BENCH, name='others', right=never_right))
-    courses = [(COURSE, None), (other, None)]
-    assert build_cross(base, SMALL, courses)
-    assert not build_cross(base, SMALL, courses)
-    table = pl.read_parquet(base.folder/'transfer'/'cross'/'cross.parquet')
-    expected = []
-    for tested in ('colours', 'others'):
-        for model in ('base', 'colours'):
-            expected += [(model, tested, 'accuracy'), (model, tested, 'malformed')]
-    assert table.select('trained', 'tested', 'metric').rows() == expected
-    assert table.filter(tested='others', metric='accuracy')['value'].to_list() == [0, 0]
+    others = replace(BENCH, name='others', right=never_right)
+    courses = [(COURSE, None), (replace(COURSE, benchmark=others), None)]
+    assert build_cross(recipe, SMALL, courses)
+    assert not build_cross(recipe, SMALL, courses)
+    table = pl.read_parquet(recipe.folder/'transfer'/'cross'/'cross.parquet')
+    assert table.select('trained', 'tested', 'metric').rows() == [
+        ('base', 'colours', 'accuracy'),
+        ('base', 'colours', 'malformed'),
+        ('colours', 'colours', 'accuracy'),
+        ('colours', 'colours', 'malformed'),
+        ('base', 'others', 'accuracy'),
+        ('base', 'others', 'malformed'),
+        ('colours', 'others', 'accuracy'),
+        ('colours', 'others', 'malformed')]
+    accuracy = table.filter(tested='others', metric='accuracy')['value']
+    assert accuracy.to_list() == [0, 0]
     assert (table['samples'] == SMALL.lm_per_task).all()
 
 def test_launcher_knows_its_benchmarks_only(tmp_path):
-    (tmp_path/'job.json').write_text(json.dumps(dict(benchmark='os')))
+    job = dict(benchmark='os')
+    (tmp_path/'job.json').write_text(json.dumps(job))
     command = [sys.executable, '-m', 'ehr_r1.ehrmind.stages', str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode and "no course 'os'" in done.stderr
+    assert done.returncode
+    assert "no course 'os'" in done.stderr

@@ -24,19 +24,23 @@ def bench(n=300, patients=100, tasks=('t1', 't2')):
     rng = np.random.default_rng(0)
     rows = n*len(tasks)
     happened = rng.random(rows) < .4
+    labels = np.where(happened, 'yes', 'no')
     samples = pl.DataFrame(dict(
         sample_id=[f'{task}/{i}' for task in tasks for i in range(n)],
         subject_id=rng.integers(0, patients, rows),
-        task=[task for task in tasks for _ in range(n)],
-        family=['risk']*rows,
-        label=[['yes'] if yes else ['no'] for yes in happened]))
-    risk = np.clip(.4 + .15*happened + .2*rng.normal(size=rows), 0, 1)
-    return samples, samples.select('sample_id', 'task', risk=pl.Series(risk))
+        task=np.repeat(tasks, n),
+        family='risk',
+        label=[[label] for label in labels.tolist()]))
+    noise = .2*rng.normal(size=rows)
+    risk = np.clip(.4 + .15*happened + noise, 0, 1)
+    system = samples.select('sample_id', 'task', risk=pl.Series(risk))
+    return samples, system
 
 
 def scored(samples, system, replicates=100, seed=0):
     "The table of one system, in a fixed order."
-    return score_all(samples, dict(s=system), seed=seed, replicates=replicates).sort('task', 'metric')
+    table = score_all(samples, dict(s=system), seed=seed, replicates=replicates)
+    return table.sort('task', 'metric')
 
 
 def numbers(table):
@@ -44,7 +48,8 @@ def numbers(table):
 
 
 def row_of(table, task, metric='auroc'):
-    return table.filter((pl.col('task') == task) & (pl.col('metric') == metric)).row(0, named=True)
+    rows = table.filter(task=task, metric=metric)
+    return rows.row(0, named=True)
 
 
 # ---- the table
@@ -53,8 +58,9 @@ def test_overall_is_the_mean_over_the_tasks_given():
     samples, system = bench(tasks=('t1', 't2', 'next_event'))
     table = score_all(samples, dict(s=system), tasks={'t1', 't2'}, replicates=20)
     overall = row_of(table, 'overall')
-    parts = [row_of(table, task)['value'] for task in ('t1', 't2')]
-    assert overall['value'] == pytest.approx(sum(parts)/2)
+    first, second = row_of(table, 't1'), row_of(table, 't2')
+    mean = (first['value'] + second['value'])/2
+    assert overall['value'] == pytest.approx(mean)
     assert overall['tasks'] == 2
     assert overall['samples'] == 600
     assert overall['low'] < overall['value'] < overall['high']
@@ -62,9 +68,14 @@ def test_overall_is_the_mean_over_the_tasks_given():
 
 
 def test_decision_overall_weighs_tasks_not_samples():
-    samples = pl.DataFrame(dict(sample_id=['a', 'b', 'c'], subject_id=[1, 2, 3], task=['x', 'x', 'y'],
-                                family=['decision']*3, label=[['p'], ['p'], ['p']]))
-    system = samples.select('sample_id', 'task', answer=pl.Series([['p'], ['p'], ['q']]))
+    samples = pl.DataFrame(dict(
+        sample_id=['a', 'b', 'c'],
+        subject_id=[1, 2, 3],
+        task=['x', 'x', 'y'],
+        family='decision',
+        label=[['p'], ['p'], ['p']]))
+    answers = pl.Series([['p'], ['p'], ['q']])
+    system = samples.select('sample_id', 'task', answer=answers)
     table = score_all(samples, dict(s=system), replicates=10)
     assert row_of(table, 'overall', 'f1')['value'] == .5
 
@@ -73,9 +84,11 @@ def test_decision_overall_weighs_tasks_not_samples():
 def one_class():
     "A benchmark whose second task has only no."
     samples, system = bench()
-    second = pl.col('task') == 't2'
-    samples = samples.with_columns(label=pl.when(second).then(pl.lit(['no'])).otherwise('label'))
-    return samples, system, scored(samples, system, replicates=50)
+    first = pl.col('task') == 't1'
+    label = pl.when(first).then('label').otherwise(pl.lit(['no']))
+    samples = samples.with_columns(label=label)
+    table = scored(samples, system, replicates=50)
+    return samples, system, table
 
 
 def test_one_class_is_null_with_a_reason(one_class):
@@ -85,7 +98,8 @@ def test_one_class_is_null_with_a_reason(one_class):
     assert row['low'] is None
     assert row['note'] == 'only no'
     assert row['positives'] == 0
-    assert score_risk(samples, system).filter(pl.col('task') == 't2')['auroc'].to_list() == [None]
+    risks = score_risk(samples, system).filter(task='t2')
+    assert risks['auroc'].to_list() == [None]
 
 
 def test_one_class_stays_out_of_the_mean(one_class):
@@ -105,62 +119,88 @@ def test_one_patient_has_no_interval():
 
 # ---- the draws
 
-def test_each_replicate_draws_as_many_patients_as_there_are():
-    resamples = resample_patients([5, 5, 7, 9, 9, 9], 50, 1)
+@pytest.fixture(scope='module')
+def resamples():
+    "Fifty draws of three patients, who have six samples."
+    return resample_patients([5, 5, 7, 9, 9, 9], 50, 1)
+
+
+def test_each_replicate_draws_as_many_patients_as_there_are(resamples):
     assert resamples.subjects.tolist() == [5, 7, 9]
     assert (resamples.counts.sum(1) == 3).all()
 
 
-def test_samples_of_a_patient_weigh_the_same():
-    resamples = resample_patients([5, 5, 7, 9, 9, 9], 50, 1)
-    weights = resamples.weights([9, 5, 9])
-    assert (weights[:, 0] == weights[:, 2]).all()
-    assert (weights[:, 1] == resamples.counts[:, 0]).all()
+def test_samples_of_a_patient_weigh_the_same(resamples):
+    first_of_9, of_5, second_of_9 = resamples.weights([9, 5, 9]).T
+    counts_of_5, *_ = resamples.counts.T
+    assert (first_of_9 == second_of_9).all()
+    assert (of_5 == counts_of_5).all()
+
+
+def shuffled(frame, seed):
+    return frame.sample(fraction=1, shuffle=True, seed=seed)
 
 
 def test_intervals_do_not_depend_on_the_order_of_rows():
     samples, system = bench()
-    shuffled = samples.sample(fraction=1, shuffle=True, seed=1), system.sample(fraction=1, shuffle=True, seed=2)
-    assert numbers(scored(samples, system)) == pytest.approx(numbers(scored(*shuffled)), abs=1e-12)
+    in_order = numbers(scored(samples, system))
+    of_shuffled = numbers(scored(shuffled(samples, 1), shuffled(system, 2)))
+    assert of_shuffled == pytest.approx(in_order, abs=1e-12)
 
 
 def test_intervals_depend_on_the_seed():
     samples, system = bench()
     first = scored(samples, system, seed=5)
-    assert scored(samples, system, seed=5).equals(first)
-    assert not scored(samples, system, seed=6)['low'].equals(first['low'])
+    again = scored(samples, system, seed=5)
+    other = scored(samples, system, seed=6)
+    assert again.equals(first)
+    assert not other['low'].equals(first['low'])
 
 
 def fourfold(frame):
     "Every row four times, under names of their own."
-    return pl.concat([frame.with_columns(sample_id=pl.col('sample_id') + f'#{i}') for i in range(4)])
+    name = pl.col('sample_id')
+    return pl.concat([frame.with_columns(name + f'#{i}') for i in range(4)])
 
 
-def test_copies_of_a_patients_samples_are_no_new_evidence():
+@pytest.fixture(scope='module')
+def few_per_patient():
+    "Samples of which hardly two are of one patient, a system, and its table."
     samples, system = bench(n=200, patients=10**6)
-    one = scored(samples, system, replicates=200)
+    table = scored(samples, system, replicates=200)
+    return samples, system, table
+
+
+def test_copies_of_a_patients_samples_are_no_new_evidence(few_per_patient):
+    samples, system, one = few_per_patient
     four = scored(fourfold(samples), fourfold(system), replicates=200)
-    assert numbers(one) == pytest.approx(numbers(four), abs=1e-12)
+    assert numbers(four) == pytest.approx(numbers(one), abs=1e-12)
 
 
-def test_resampling_rows_would_claim_more():
-    samples, system = bench(n=200, patients=10**6)
-    one = scored(samples, system, replicates=200)
-    each_a_patient = fourfold(samples).with_row_index('row').with_columns(subject_id=pl.col('row').cast(pl.Int64))
-    rows = scored(each_a_patient.drop('row'), fourfold(system), replicates=200)
-    assert ((rows['high'] - rows['low']) < .7*(one['high'] - one['low'])).all()
+def widths(table):
+    return table['high'] - table['low']
+
+
+def test_resampling_rows_would_claim_more(few_per_patient):
+    samples, system, one = few_per_patient
+    copies = fourfold(samples)
+    each_a_patient = copies.with_columns(subject_id=pl.int_range(len(copies)))
+    rows = scored(each_a_patient, fourfold(system), replicates=200)
+    assert (widths(rows) < .7*widths(one)).all()
 
 
 def test_intervals_cover_the_truth_about_as_often_as_they_say():
-    rng, trials, covered = np.random.default_rng(0), 300, 0
+    rng = np.random.default_rng(0)
     patients = np.repeat(np.arange(60), 5)
-    for trial in range(trials):
-        of_patient = .2*rng.normal(size=60)[patients]  # samples of a patient resemble each other
-        values = .5 + of_patient + .1*rng.normal(size=300)
+    covered = []
+    for trial in range(300):
+        of_patient = .2*rng.normal(size=60)  # samples of a patient resemble each other
+        of_sample = .1*rng.normal(size=300)
+        values = .5 + of_patient[patients] + of_sample
         weights = resample_patients(patients, 200, trial).weights(patients)
         low, high = interval(weighted_mean(values, weights))
-        covered += low <= .5 <= high
-    assert .89 <= covered/trials <= .98
+        covered.append(low <= .5 <= high)
+    assert .89 <= np.mean(covered) <= .98
 
 
 def test_overall_interval_uses_joint_draws():
@@ -168,14 +208,17 @@ def test_overall_interval_uses_joint_draws():
     samples, system = bench(tasks=('t1',))
 
     def twin(frame):
-        return pl.concat([frame, frame.with_columns(sample_id=pl.col('sample_id') + 'b', task=pl.lit('t2'))])
+        second = frame.with_columns(pl.col('sample_id') + 'b', task=pl.lit('t2'))
+        return pl.concat([frame, second])
 
     table = scored(twin(samples), twin(system))
-    assert row_of(table, 'overall')['low'] == pytest.approx(row_of(table, 't1')['low'])
+    overall, first = row_of(table, 'overall'), row_of(table, 't1')
+    assert overall['low'] == pytest.approx(first['low'])
 
 
 def test_a_thousand_replicates_are_quick():
-    samples, system = bench(n=500, patients=4000, tasks=tuple(f't{i}' for i in range(18)))
+    tasks = [f't{i}' for i in range(18)]
+    samples, system = bench(n=500, patients=4000, tasks=tasks)
     start = time.process_time()
     score_all(samples, dict(s=system))
     assert time.process_time() - start < 10
@@ -187,9 +230,11 @@ def test_a_thousand_replicates_are_quick():
 def three_systems():
     "Scores of a system, of the same with noise, and of the first again."
     samples, better = bench(n=400)
-    noise = .3*np.random.default_rng(1).normal(size=better.height)
-    worse = better.with_columns(risk=pl.Series(np.clip(better['risk'] + noise, 0, 1)))
-    return evaluate(samples, dict(a=better, b=worse, c=better), replicates=300)
+    rng = np.random.default_rng(1)
+    noise = pl.Series(.3*rng.normal(size=better.height))
+    worse = better.with_columns((pl.col('risk') + noise).clip(0, 1))
+    systems = dict(a=better, b=worse, c=better)
+    return evaluate(samples, systems, replicates=300)
 
 
 def overall_of(scores, first, second):
@@ -204,7 +249,8 @@ def test_a_better_system_is_found_better(three_systems):
 
 
 def test_a_comparison_turned_round_has_the_other_sign(three_systems):
-    there, back = overall_of(three_systems, 'a', 'b'), overall_of(three_systems, 'b', 'a')
+    there = overall_of(three_systems, 'a', 'b')
+    back = overall_of(three_systems, 'b', 'a')
     assert back['difference'] == -there['difference']
     assert back['p'] == there['p']
 
@@ -217,15 +263,18 @@ def test_a_system_does_not_differ_from_itself(three_systems):
 
 def test_a_paired_interval_is_narrower_than_both(three_systems):
     row = overall_of(three_systems, 'a', 'b')
-    table = score_table(three_systems).filter((pl.col('task') == 'overall') & (pl.col('metric') == 'auroc'))
-    spread = dict(zip(table['system'], table['high'] - table['low']))
-    assert row['high'] - row['low'] < spread['a'] + spread['b']
+    table = score_table(three_systems).filter(task='overall', metric='auroc')
+    width = dict(zip(table['system'], widths(table)))
+    assert row['high'] - row['low'] < width['a'] + width['b']
 
 
 def test_false_alarms_are_as_rare_as_the_p_value_says():
-    rng, trials, alarms = np.random.default_rng(0), 300, 0
+    rng = np.random.default_rng(0)
     patients = np.arange(80)
-    for trial in range(trials):
+    alarms = []
+    for trial in range(300):
+        no_difference = rng.normal(size=80)
         weights = resample_patients(patients, 200, trial).weights(patients)
-        alarms += p_value(weighted_mean(rng.normal(size=80), weights)) < .05
-    assert alarms/trials < .11
+        p = p_value(weighted_mean(no_difference, weights))
+        alarms.append(p < .05)
+    assert np.mean(alarms) < .11

@@ -1,6 +1,7 @@
 "Knowledge in RRF files: reading, compiling, shortest paths; the hospital's own terms."
 import gzip
 import shutil
+from itertools import pairwise, product
 from types import SimpleNamespace
 
 import networkx as nx
@@ -25,31 +26,52 @@ def cui(i):
 
 
 def frame(rows, columns):
-    return pl.DataFrame(rows, orient='row', schema=dict.fromkeys(columns.split(), pl.String))
+    schema = dict.fromkeys(columns.split(), pl.String)
+    return pl.DataFrame(rows, orient='row', schema=schema)
+
+
+def write_tables(folder, names, relations=(), kinds=()):
+    "An RRF folder of (cui, name, source, code), all preferred, (cui1, relation, cui2, source) and (cui, tui, kind)."
+    preferred = frame(names, 'cui name source code').with_columns(preferred=True)
+    related = frame(relations, 'cui1 relation cui2 source')
+    write_rrf(folder, preferred, related, frame(kinds, 'cui tui kind'))
 
 
 def write_edges(folder, edges, n=None):
-    "An RRF folder of concepts 0…n-1 and the relations given as (a, b) or (a, label, b)."
-    edges = [edge if len(edge) == 3 else (edge[0], 'may_treat', edge[1]) for edge in edges]
-    n = n or 1 + max(max(a, b) for a, _, b in edges)
+    "An RRF folder of concepts 0…n-1, the first a disease, and the relations given as (a, b) or (a, label, b)."
+    named, relations = set(), []
+    for first, *label, second in edges:
+        named |= {first, second}
+        relation = label[0] if label else 'may_treat'
+        relations.append((cui(first), relation, cui(second), 'TEST'))
+    n = n or 1 + max(named)
     names = [(cui(i), f'name {i}', 'TEST', str(i)) for i in range(n)]
-    relations = [(cui(a), label, cui(b), 'TEST') for a, label, b in edges]
-    write_rrf(folder, frame(names, 'cui name source code').with_columns(preferred=True),
-              frame(relations, 'cui1 relation cui2 source'),
-              frame([(cui(0), 'T047', 'Disease')], 'cui tui kind'))
+    disease = (cui(0), 'T047', 'Disease')
+    write_tables(folder, names, relations, [disease])
 
 
 def compiled(folder, edges, n=None):
     write_edges(folder/'rrf', edges, n)
-    compile_knowledge(folder/'rrf', folder/'k')
-    return Knowledge(folder/'k')
+    return knowledge_of(folder/'rrf', folder/'k')
 
 
-def name_line(cui='C0000001', text='Fever', lat='ENG', ts='P', stt='PF', pref='Y', sab='MSH', code='D1', suppress='N'):
+def name_line(
+    cui='C0000001',
+    text='Fever',
+    lat='ENG',
+    ts='P',
+    stt='PF',
+    pref='Y',
+    sab='MSH',
+    code='D1',
+    suppress='N',
+):
+    "A line of MRCONSO.RRF."
     return f'{cui}|{lat}|{ts}|L1|{stt}|S1|{pref}|A1||||{sab}|MH|{code}|{text}|0|{suppress}|256|\n'
 
 
 def relation_line(a='C0000001', b='C0000002', rel='RO', rela='', suppress='N'):
+    "A line of MRREL.RRF."
     return f'{a}|A1|AUI|{rel}|{b}|A2|AUI|{rela}|R1||MSH|MSH||Y|{suppress}||\n'
 
 
@@ -69,10 +91,17 @@ def files_of(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
+def knowledge_of(rrf, folder):
+    "What is compiled from an RRF folder."
+    compile_knowledge(rrf, folder)
+    return Knowledge(folder)
+
+
 # normal form
 
 def normal_forms(*texts):
-    return pl.DataFrame(dict(text=texts)).select(normal_form(pl.col('text')))['text'].to_list()
+    forms = pl.select(normal_form(pl.lit(pl.Series(texts))))
+    return forms.to_series().to_list()
 
 
 @pytest.mark.parametrize('first, second', [
@@ -102,15 +131,19 @@ def test_what_changes_the_meaning_stays(first, second):
     assert one != other
 
 
-SOME_TEXTS = st.lists(st.text(max_size=30), min_size=1, max_size=5)
+SHORT_TEXT = st.text(max_size=30)
+SOME_TEXTS = st.lists(SHORT_TEXT, min_size=1, max_size=5)
 
 
 @settings(deadline=None, max_examples=50)
 @given(SOME_TEXTS)
 def test_the_order_of_words_changes_no_form(texts):
+    def turned(form):
+        return ' '.join(reversed(form.split()))
+
     once = normal_forms(*texts)
-    turned = [' '.join(reversed(form.split())) for form in once]
-    assert normal_forms(*turned) == normal_forms(*once)
+    of_turned = normal_forms(*map(turned, once))
+    assert of_turned == normal_forms(*once)
 
 
 @settings(deadline=None, max_examples=50)
@@ -124,23 +157,33 @@ def test_a_form_is_sorted_words_between_single_spaces(texts):
 
 # reading
 
-@pytest.mark.parametrize('file, text, says', [
-    ('MRCONSO.RRF', name_line() + name_line()[:-5] + '\n', 'MRCONSO.RRF, line 2: 17 fields'),
-    ('MRCONSO.RRF', name_line() + '|' + name_line(), 'MRCONSO.RRF, line 2: 19 fields'),
-    ('MRCONSO.RRF', name_line() + name_line().replace('|\n', '|x\n'),
-     r'MRCONSO.RRF, line 2: 18 fields ended by a \|, must be 18 with nothing after'),
-    ('MRCONSO.RRF', name_line() + '\n', 'line 2: 0 fields'),
-    ('MRCONSO.RRF', name_line() + name_line(cui='C12345'), "MRCONSO.RRF, line 2: 'C12345' is not a concept id"),
-    ('MRCONSO.RRF', name_line() + name_line(cui='C00000O1'), "line 2: 'C00000O1' is not"),
-    ('MRCONSO.RRF', name_line() + name_line(cui='c0000001'), "line 2: 'c0000001' is not"),
-    ('MRCONSO.RRF', name_line() + name_line(cui=''), "line 2: '' is not"),
-    ('MRREL.RRF', relation_line() + relation_line(b='0000002'), "MRREL.RRF, line 2: '0000002' is not"),
-    ('MRREL.RRF', relation_line() + relation_line().replace('|MSH', 'MSH', 1), 'MRREL.RRF, line 2: 15 fields'),
-    ('MRSTY.RRF', FEVER + 'C0000001|T184|\n', 'MRSTY.RRF, line 2: 2 fields'),
-])
-def test_a_broken_line_is_named_and_nothing_is_compiled(tmp_path, file, text, says):
-    folder = write_lines(tmp_path/'rrf', name_line() + COLD, relation_line())
-    (folder/file).write_text(text)
+NAME, RELATION = name_line(), relation_line()
+MORE_AFTER = r'MRCONSO.RRF, line 2: 18 fields ended by a \|, must be 18 with nothing after'
+FIRST_LINE = {
+    'MRCONSO.RRF': NAME,
+    'MRREL.RRF': RELATION,
+    'MRSTY.RRF': FEVER}
+
+
+BROKEN = {
+    'field too few': ('MRCONSO.RRF', NAME[:-5] + '\n', 'MRCONSO.RRF, line 2: 17 fields'),
+    'field too many': ('MRCONSO.RRF', '|' + NAME, 'MRCONSO.RRF, line 2: 19 fields'),
+    'text after the fields': ('MRCONSO.RRF', NAME.replace('|\n', '|x\n'), MORE_AFTER),
+    'empty line': ('MRCONSO.RRF', '\n', 'line 2: 0 fields'),
+    'short id': ('MRCONSO.RRF', name_line(cui='C12345'), "MRCONSO.RRF, line 2: 'C12345' is not a concept id"),
+    'letter for a digit': ('MRCONSO.RRF', name_line(cui='C00000O1'), "line 2: 'C00000O1' is not"),
+    'small letter': ('MRCONSO.RRF', name_line(cui='c0000001'), "line 2: 'c0000001' is not"),
+    'no id': ('MRCONSO.RRF', name_line(cui=''), "line 2: '' is not"),
+    'id without a letter': ('MRREL.RRF', relation_line(b='0000002'), "MRREL.RRF, line 2: '0000002' is not"),
+    'relation too short': ('MRREL.RRF', RELATION.replace('|MSH', 'MSH', 1), 'MRREL.RRF, line 2: 15 fields'),
+    'kind too short': ('MRSTY.RRF', 'C0000001|T184|\n', 'MRSTY.RRF, line 2: 2 fields'),
+}
+
+
+@pytest.mark.parametrize('file, line, says', BROKEN.values(), ids=BROKEN)
+def test_a_broken_line_is_named_and_nothing_is_compiled(tmp_path, file, line, says):
+    folder = write_lines(tmp_path/'rrf', NAME + COLD, RELATION)
+    (folder/file).write_text(FIRST_LINE[file] + line)
     with pytest.raises(KnowledgeError, match=says):
         compile_knowledge(folder, tmp_path/'k')
     with pytest.raises(KnowledgeError, match='compile_knowledge'):
@@ -153,7 +196,7 @@ def test_a_broken_line_is_named_and_nothing_is_compiled(tmp_path, file, text, sa
 ])
 def test_the_line_is_right_in_later_parts_of_a_file(tmp_path, line, says):
     path = tmp_path/'MRREL.RRF'
-    right = relation_line().encode()
+    right = RELATION.encode()
     path.write_bytes(right*500 + line + right)
     with pytest.raises(KnowledgeError, match=says):
         list(rrf_parts(path, ('CUI1',), size=1000))
@@ -161,20 +204,23 @@ def test_the_line_is_right_in_later_parts_of_a_file(tmp_path, line, says):
 
 def test_parts_do_not_matter(tmp_path):
     path = tmp_path/'MRREL.RRF'
-    lines = [relation_line(a=cui(i), rela=f'r{"é"*(i % 7)}') for i in range(300)]
+    labels = ['r' + 'é'*(i % 7) for i in range(300)]
+    lines = [relation_line(a=cui(i), rela=label) for i, label in enumerate(labels)]
     path.write_text(''.join(lines))
-    whole, = rrf_parts(path, ('CUI1', 'RELA'))
-    parts = pl.concat(rrf_parts(path, ('CUI1', 'RELA'), size=123))
+    columns = ('CUI1', 'RELA')
+    whole, = rrf_parts(path, columns)
+    parts = pl.concat(rrf_parts(path, columns, size=123))
     assert parts.equals(whole)
-    assert whole['CUI1'].to_list() == [20_000_000 + i for i in range(300)]
+    assert whole['CUI1'].to_list() == list(range(20_000_000, 20_000_300))
 
 
 def test_quotes_windows_line_ends_and_a_missing_last_line_end(tmp_path):
     text = name_line(text='6" wound') + name_line('C0000002', '"quoted')
+    of_windows = text.replace('\n', '\r\n').encode()
     folder = write_lines(tmp_path/'rrf', text)
-    (folder/'MRCONSO.RRF').write_bytes(text.replace('\n', '\r\n').encode()[:-2])
-    compile_knowledge(folder, tmp_path/'k')
-    assert Knowledge(tmp_path/'k').names.collect()['name'].to_list() == ['6" wound', '"quoted']
+    (folder/'MRCONSO.RRF').write_bytes(of_windows[:-2])
+    names = knowledge_of(folder, tmp_path/'k').names.collect()
+    assert names['name'].to_list() == ['6" wound', '"quoted']
 
 
 @pytest.fixture
@@ -184,7 +230,8 @@ def gzipped(tmp_path):
     write_edges(plain, [(0, 1), (1, 2)])
     packed.mkdir()
     for name in RRF:
-        (packed/f'{name}.gz').write_bytes(gzip.compress((plain/name).read_bytes()))
+        content = (plain/name).read_bytes()
+        (packed/f'{name}.gz').write_bytes(gzip.compress(content))
     return SimpleNamespace(plain=plain, packed=packed)
 
 
@@ -221,8 +268,7 @@ def test_the_public_sample_lines_of_umls(umls_sample, tmp_path):
         shutil.copy(umls_sample/name, tmp_path/name)
     line = 'C0000005|A26634265|AUI|RB|C0000039|A0016515|AUI||R1||MSH|MSH||Y|N||\n'
     (tmp_path/'MRREL.RRF').write_text(line)
-    compile_knowledge(tmp_path, tmp_path/'k')
-    k = Knowledge(tmp_path/'k')
+    k = knowledge_of(tmp_path, tmp_path/'k')
     path, = k.paths('C0000039', 'C0000005')
     assert k.name('C0000005') == '(131)I-Macroaggregated Albumin'
     assert k.kinds('C0000039') == ['Organic Chemical', 'Pharmacologic Substance']
@@ -231,9 +277,12 @@ def test_the_public_sample_lines_of_umls(umls_sample, tmp_path):
 
 def test_the_layout_is_that_of_umls(umls_sample):
     lines = (umls_sample/'MRFILES.RRF').read_text().splitlines()
-    layout = dict(line.split('|')[::2][:2] for line in lines)
+    layout = {}
+    for line in lines:
+        name, _, columns, *_ = line.split('|')
+        layout[name] = tuple(columns.split(','))
     for name, columns in RRF.items():
-        assert tuple(layout[name].split(',')) == columns
+        assert layout[name] == columns
 
 
 # names
@@ -255,7 +304,8 @@ def named(tmp_path):
     folder = write_lines(tmp_path/'rrf', MANY_NAMES)
     counts = compile_knowledge(folder, tmp_path/'k')
     knowledge = Knowledge(tmp_path/'k')
-    return SimpleNamespace(knowledge=knowledge, counts=counts, names=knowledge.names.collect())
+    names = knowledge.names.collect()
+    return SimpleNamespace(knowledge=knowledge, counts=counts, names=names)
 
 
 def test_the_preferred_name_is_the_marked_one_or_the_first_in_the_alphabet(named):
@@ -264,17 +314,22 @@ def test_the_preferred_name_is_the_marked_one_or_the_first_in_the_alphabet(named
 
 
 def test_one_name_of_a_concept_is_preferred(named):
-    of_concept = named.names.filter(cui='C0000001')
-    preferred = named.names.group_by('cui').agg(pl.col('preferred').sum())['preferred']
-    assert of_concept.select('name', 'source', 'code', 'preferred').rows() == [
-        ('Fever', 'MSH', 'D1', True), ('Fever', 'ICD10CM', 'R50.9', False), ('Pyrexia', 'MSH', 'D1', False)]
-    assert preferred.to_list() == [1, 1]
+    of_fever = named.names.filter(cui='C0000001')
+    assert of_fever.select('name', 'source', 'code', 'preferred').rows() == [
+        ('Fever', 'MSH', 'D1', True),
+        ('Fever', 'ICD10CM', 'R50.9', False),
+        ('Pyrexia', 'MSH', 'D1', False)]
+    by_concept = named.names.group_by('cui').agg(pl.col('preferred').sum())
+    assert by_concept['preferred'].to_list() == [1, 1]
 
 
 def test_names_that_are_left_out_are_counted(named):
-    expected = dict(names_read=8, names_kept=5, names_foreign=1, names_suppressed=2, concepts=2)
     assert 'C0000003' not in named.knowledge
-    assert {what: named.counts[what] for what in expected} == expected
+    assert named.counts['names_read'] == 8
+    assert named.counts['names_kept'] == 5
+    assert named.counts['names_foreign'] == 1
+    assert named.counts['names_suppressed'] == 2
+    assert named.counts['concepts'] == 2
 
 
 def test_no_english_name_is_an_error(tmp_path):
@@ -287,7 +342,8 @@ def test_no_english_name_is_an_error(tmp_path):
 def test_unknown_concepts_have_no_paths(tmp_path, wrong):
     k = compiled(tmp_path, [(0, 1)])
     assert wrong not in k
-    assert k.paths(wrong, cui(0)) == k.paths(cui(0), wrong) == []
+    assert k.paths(wrong, cui(0)) == []
+    assert k.paths(cui(0), wrong) == []
 
 
 def test_an_unknown_concept_has_no_name(tmp_path):
@@ -303,24 +359,29 @@ def test_kinds_of_concepts_with_and_without(tmp_path):
 
 
 def test_ids_of_several_letters(tmp_path):
-    names = ''.join(name_line(cui=c, text=c) for c in ('C0000001', 'C0000002', 'H0000001', 'Z9999999'))
-    relations = relation_line(a='H0000001', b='Z9999999', rela='isa') + relation_line(a='B0000001')
-    counts = compile_knowledge(write_lines(tmp_path/'rrf', names, relations), tmp_path/'k')
+    concepts = ('C0000001', 'C0000002', 'H0000001', 'Z9999999')
+    names = ''.join(name_line(cui=concept, text=concept) for concept in concepts)
+    named = relation_line(a='H0000001', b='Z9999999', rela='isa')
+    unnamed = relation_line(a='B0000001')
+    folder = write_lines(tmp_path/'rrf', names, named + unnamed)
+    counts = compile_knowledge(folder, tmp_path/'k')
     k = Knowledge(tmp_path/'k')
     path, = k.paths('Z9999999', 'H0000001')
     assert path.describe(k) == 'Z9999999 —isa→ H0000001'
-    assert (counts['relations_unnamed'], counts['edges']) == (1, 2)
+    assert counts['relations_unnamed'] == 1
+    assert counts['edges'] == 2
 
 
 # relations
 
 def described(folder, relations):
     "The paths from one to two and back, as text."
-    names = name_line(text='one') + name_line('C0000002', 'two')
-    compile_knowledge(write_lines(folder/'rrf', names, relations), folder/'k')
-    k = Knowledge(folder/'k')
-    there, back = k.paths(cui(1), cui(2)), k.paths(cui(2), cui(1))
-    return [path.describe(k) for path in there + back]
+    one, two = 'C0000001', 'C0000002'
+    names = name_line(one, 'one') + name_line(two, 'two')
+    rrf = write_lines(folder/'rrf', names, relations)
+    k = knowledge_of(rrf, folder/'k')
+    paths = k.paths(one, two) + k.paths(two, one)
+    return [path.describe(k) for path in paths]
 
 
 def test_a_relation_reads_from_the_second_concept_to_the_first(tmp_path):
@@ -360,49 +421,62 @@ def test_the_more_telling_label_stays(tmp_path, lines):
     dict(rela='isa', b='C0000001'),
 ])
 def test_relations_that_are_left_out(tmp_path, left_out):
-    alone = described(tmp_path, relation_line(**left_out))
-    with_another = described(tmp_path, relation_line(**left_out) + relation_line(rela='may_treat'))
+    line = relation_line(**left_out)
+    alone = described(tmp_path, line)
+    with_another = described(tmp_path, line + relation_line(rela='may_treat'))
     assert alone == []
     assert with_another[1] == 'two —may treat→ one'
 
 
 def test_left_out_relations_shorten_no_path(tmp_path):
-    k = compiled(tmp_path, [(0, 'has_contraindicated_drug', 2), (0, 'isa', 1), (1, 'isa', 2)])
+    k = compiled(tmp_path, [
+        (0, 'has_contraindicated_drug', 2),
+        (0, 'isa', 1),
+        (1, 'isa', 2)])
     path, = k.paths(cui(0), cui(2))
     assert path.nodes == (cui(0), cui(1), cui(2))
 
 
 # paths
 
+TWELVE = [cui(i) for i in range(12)]
 PLACES = st.integers(0, 11)
-EDGES = st.lists(st.tuples(PLACES, PLACES).filter(lambda edge: edge[0] != edge[1]), min_size=1, max_size=30)
-PAIRS_OF_TWELVE = [(cui(a), cui(b)) for a in range(12) for b in range(12)]
+ENDS = st.lists(PLACES, min_size=2, max_size=2, unique=True).map(tuple)
+EDGES = st.lists(ENDS, min_size=1, max_size=30)
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def all_paths(knowledge, first, second, **limits):
+    return knowledge.paths(first, second, max_paths=10**6, **limits)
+
+
+few = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+@few
 @given(EDGES)
 def test_all_shortest_paths_are_those_of_networkx(tmp_path, edges):
     k = compiled(tmp_path, edges, n=12)
     graph = nx.Graph([(cui(a), cui(b)) for a, b in edges])
-    graph.add_nodes_from(map(cui, range(12)))
-    for a, b in PAIRS_OF_TWELVE:
-        found = [path.nodes for path in k.paths(a, b, max_edges=12, max_paths=10**6)]
+    graph.add_nodes_from(TWELVE)
+    for first, second in product(TWELVE, TWELVE):
+        found = [path.nodes for path in all_paths(k, first, second, max_edges=12)]
         expected = []
-        if a != b and nx.has_path(graph, a, b):
-            expected = map(tuple, nx.all_shortest_paths(graph, a, b))
+        if first != second and nx.has_path(graph, first, second):
+            expected = map(tuple, nx.all_shortest_paths(graph, first, second))
         assert sorted(found) == sorted(expected)
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@few
 @given(EDGES)
 def test_arrows_point_as_relations_are_stated(tmp_path, edges):
     k = compiled(tmp_path, edges, n=12)
     stated = {(cui(a), cui(b)) for a, b in edges}
-    for a, b in PAIRS_OF_TWELVE:
-        for path in k.paths(a, b, max_edges=12, max_paths=10**6):
+    for first, second in product(TWELVE, TWELVE):
+        for path in all_paths(k, first, second, max_edges=12):
             assert set(path.relations) == {'may_treat'}
-            for left, right, forward in zip(path.nodes, path.nodes[1:], path.forward):
-                assert ((left, right) if forward else (right, left)) in stated
+            for step, forward in zip(pairwise(path.nodes), path.forward):
+                as_stated = step if forward else step[::-1]
+                assert as_stated in stated
 
 
 @pytest.fixture
@@ -410,8 +484,9 @@ def ladder(tmp_path):
     "Three times five concepts side by side between two hubs: 5³ shortest paths of six edges from 0 to 18."
     edges = []
     for hub in (0, 6, 12):
-        for side in range(hub + 1, hub + 6):
-            edges += [(hub, side), (side, hub + 6)]
+        next_hub = hub + 6
+        for side in range(hub + 1, next_hub):
+            edges += [(hub, side), (side, next_hub)]
     k = compiled(tmp_path, edges)
 
     def paths(**limits):
@@ -421,9 +496,11 @@ def ladder(tmp_path):
 
 
 def test_every_shortest_path_is_found_once(ladder):
-    assert len(ladder.every) == len(set(ladder.every)) == 125
+    assert len(ladder.every) == 125
+    assert len(set(ladder.every)) == 125
     for path in ladder.every:
-        assert len(path.nodes) == len(set(path.nodes)) == 7
+        assert len(path.nodes) == 7
+        assert len(set(path.nodes)) == 7
 
 
 @pytest.mark.parametrize('limits, n', [
@@ -440,39 +517,45 @@ def test_limits_give_the_first_paths(ladder, limits, n):
 
 
 def test_few_expansions_give_fewer_paths_but_never_longer_ones(tmp_path):
-    near, far = range(1, 6), range(6, 11)
-    edges = [(0, i) for i in near] + [(i, j) for i in near for j in far] + [(j, 11) for j in far]
+    first, near, far, last = [0], range(1, 6), range(6, 11), [11]
+    edges = [*product(first, near), *product(near, far), *product(far, last)]
     k = compiled(tmp_path, edges)
-    every = k.paths(cui(0), cui(11), max_paths=10**6)
-    found = [k.paths(cui(0), cui(11), max_paths=10**6, max_nodes=n) for n in range(9)]
-    assert len(set(every)) == len(every) == 25
-    assert [len(paths) for paths in found] == [0, 0, 0, 5, 10, 15, 20, 25, 25]
-    assert all(set(paths) <= set(every) for paths in found)
+    every = all_paths(k, cui(0), cui(11))
+    assert len(every) == 25
+    assert len(set(every)) == 25
+    for most, n in enumerate([0, 0, 0, 5, 10, 15, 20, 25, 25]):
+        found = all_paths(k, cui(0), cui(11), max_nodes=most)
+        assert len(found) == n
+        assert set(found) <= set(every)
 
 
 def test_concepts_with_few_relations_come_first(tmp_path):
-    of_one = [(1, i) for i in range(3, 9)]
-    k = compiled(tmp_path, [(0, 1), (1, 9), (0, 2), (2, 9), *of_one])
-    middle = [path.nodes[1] for path in k.paths(cui(0), cui(9))]
-    assert middle == [cui(2), cui(1)]
+    by_one, by_two = [(0, 1), (1, 9)], [(0, 2), (2, 9)]
+    more_of_one = [(1, i) for i in range(3, 9)]
+    k = compiled(tmp_path, by_one + by_two + more_of_one)
+    paths = k.paths(cui(0), cui(9))
+    assert [path.nodes[1] for path in paths] == [cui(2), cui(1)]
 
 
 # what changes nothing, and what stops
 
 def random_edges(seed, concepts, n):
-    edges = np.random.default_rng(seed).integers(0, concepts, (n, 2)).tolist()
-    return [(a, b) for a, b in edges if a != b]
+    rng = np.random.default_rng(seed)
+    edges = rng.integers(0, concepts, (n, 2))
+    return [(a, b) for a, b in edges.tolist() if a != b]
 
 
 def test_the_order_of_lines_changes_nothing(tmp_path):
-    write_edges(tmp_path/'rrf', random_edges(7, 40, 120), n=40)
-    (tmp_path/'mixed').mkdir()
+    rrf, mixed = tmp_path/'rrf', tmp_path/'mixed'
+    write_edges(rrf, random_edges(7, 40, 120), n=40)
+    mixed.mkdir()
     rng = np.random.default_rng(7)
     for name in RRF:
-        lines = (tmp_path/'rrf'/name).read_text().splitlines(True)
-        (tmp_path/'mixed'/name).write_text(''.join(rng.permutation(lines)))
-    compile_knowledge(tmp_path/'rrf', tmp_path/'a')
-    compile_knowledge(tmp_path/'mixed', tmp_path/'b')
+        lines = (rrf/name).read_text().splitlines(True)
+        shuffled = rng.permutation(lines)
+        (mixed/name).write_text(''.join(shuffled))
+    compile_knowledge(rrf, tmp_path/'a')
+    compile_knowledge(mixed, tmp_path/'b')
     assert files_of(tmp_path/'a') == files_of(tmp_path/'b')
 
 
@@ -482,9 +565,10 @@ def test_stacks_change_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr(compiling, 'STACK', 7)
     compile_knowledge(tmp_path/'rrf', tmp_path/'b')
     one, other = files_of(tmp_path/'a'), files_of(tmp_path/'b')
-    names = [pl.read_parquet(files.pop('names.parquet')) for files in (one, other)]  # row groups differ
-    assert one == other
-    assert names[0].equals(names[1])
+    names = pl.read_parquet(one.pop('names.parquet'))
+    other_names = pl.read_parquet(other.pop('names.parquet'))
+    assert other_names.equals(names)  # row groups differ
+    assert other == one
 
 
 def test_an_interrupted_compilation_is_not_mistaken_for_a_whole_one(tmp_path):
@@ -498,8 +582,7 @@ def test_an_interrupted_compilation_is_not_mistaken_for_a_whole_one(tmp_path):
 
 
 def write_one_name(folder, concept, name):
-    names = frame([(concept, name, 'S', '1')], 'cui name source code').with_columns(preferred=True)
-    write_rrf(folder, names, frame([], 'cui1 relation cui2 source'), frame([], 'cui tui kind'))
+    write_tables(folder, [(concept, name, 'S', '1')])
 
 
 @pytest.mark.parametrize('concept, name', [
@@ -517,8 +600,8 @@ def test_write_rrf_refuses_what_the_layout_cannot_hold(tmp_path, concept, name):
 
 def test_write_rrf_keeps_accents_and_quotes(tmp_path):
     write_one_name(tmp_path, 'C0000001', 'é "x"')
-    compile_knowledge(tmp_path, tmp_path/'k')
-    assert Knowledge(tmp_path/'k').name('C0000001') == 'é "x"'
+    k = knowledge_of(tmp_path, tmp_path/'k')
+    assert k.name('C0000001') == 'é "x"'
 
 
 # the hospital's terms
@@ -532,8 +615,7 @@ def library():
 def hospital(tmp_path_factory):
     folder = tmp_path_factory.mktemp('terms')
     write_terms(folder/'rrf')
-    compile_knowledge(folder/'rrf', folder/'k')
-    knowledge = Knowledge(folder/'k')
+    knowledge = knowledge_of(folder/'rrf', folder/'k')
     names = knowledge.names.collect()
     concept = dict(names.select('name', 'cui').iter_rows())
     return SimpleNamespace(knowledge=knowledge, concept=concept, names=names)
@@ -541,14 +623,15 @@ def hospital(tmp_path_factory):
 
 def written_values(library):
     "Every value that the hospital can write."
-    yield from (*library.labs['label'], *library.items['label'])
+    yield from library.labs['label']
+    yield from library.items['label']
     for column in ('name', 'home', 'pyxis', 'atc_name'):
         yield from library.drugs[column]
     for specimen in library.specimens.values():
         yield specimen['test'][1]
-    for rows in (library.diagnoses, library.procedures):
-        for row in rows.values():
-            yield from (row[column] for column in ('title10', 'title9', 'ccs_name', 'ccs9_name'))
+    for code in (*library.diagnoses.values(), *library.procedures.values()):
+        for column in ('title10', 'title9', 'ccs_name', 'ccs9_name'):
+            yield code[column]
     for condition in library.conditions.values():
         yield from (condition['unit'], condition['icu_unit'], condition['service'])
         yield from condition['weigh']
@@ -561,39 +644,44 @@ def test_every_value_that_the_hospital_can_write_has_a_concept(hospital, library
 
 
 def test_no_name_leads_to_two_concepts(hospital):
-    by_name = hospital.names.group_by(pl.col('name').str.to_lowercase())
-    assert by_name.agg(pl.col('cui').n_unique())['cui'].max() == 1
+    lower_case = pl.col('name').str.to_lowercase()
+    concepts = hospital.names.group_by(lower_case).agg(pl.col('cui').n_unique())
+    assert concepts['cui'].max() == 1
 
 
 def facts_of(condition, library):
     "Names of what a condition leads to: drugs, laboratory tests, procedures, imaging."
     drug = dict(library.drugs.select('drug', 'name').iter_rows())
     lab = dict(library.labs.select('lab', 'label').iter_rows())
+    procedure = {code: about['title10'] for code, about in library.procedures.items()}
     yield from (drug[name] for name in condition['drugs'])
     yield from (lab[name] for name in condition['labs'])
-    yield from (library.procedures[code]['title10'] for code in condition['procedures'])
+    yield from (procedure[code] for code in condition['procedures'])
     yield from (imaging[0] for imaging in condition['imaging'])
+
+
+def relations_between(hospital, first, second):
+    "The relations of the first of the shortest paths."
+    paths = hospital.knowledge.paths(hospital.concept[first], hospital.concept[second], max_paths=1)
+    assert paths, (first, second)
+    return paths[0].relations
 
 
 def test_facts_of_a_condition_reach_its_decisions_in_few_steps(hospital, library):
     lengths = []
     for condition in library.conditions.values():
-        disease = hospital.concept[library.diagnoses[condition['icd10']]['title10']]
+        disease = library.diagnoses[condition['icd10']]['title10']
         for fact in facts_of(condition, library):
-            paths = hospital.knowledge.paths(hospital.concept[fact], disease, max_paths=1)
-            assert paths, (condition['name'], fact)
-            lengths.append(len(paths[0].relations))
+            relations = relations_between(hospital, fact, disease)
+            lengths.append(len(relations))
     lengths = np.array(lengths)
     assert (lengths <= 4).mean() > .97
     assert (lengths == 1).mean() > .6
 
 
-def relations_between(hospital, first, second):
-    return hospital.knowledge.paths(hospital.concept[first], hospital.concept[second])[0].relations
-
-
 def test_a_drug_that_everyone_gets_has_no_claim_on_the_condition(hospital):
-    assert len(relations_between(hospital, 'Docusate Sodium', 'Unilateral primary osteoarthritis, right knee')) > 1
+    relations = relations_between(hospital, 'Docusate Sodium', 'Unilateral primary osteoarthritis, right knee')
+    assert len(relations) > 1
 
 
 def test_a_drug_of_the_condition_has(hospital):

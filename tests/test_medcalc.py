@@ -4,6 +4,9 @@ import datetime
 import gzip
 import json
 import time
+from collections import Counter
+from functools import partial
+from types import SimpleNamespace
 
 import polars as pl
 import pytest
@@ -27,10 +30,20 @@ WEEKS = ['weeks', '69', *["('34 weeks', '2 days')"]*3]
 GOLDS = [DECIMAL, INTEGER, DATE, WEEKS]
 
 
-def row(number, calculator='6', category='physical', kind='decimal', note=None, question='What is the BMI?',
-        truth='22', low='21', high='23'):
+def row(
+    number,
+    calculator='6',
+    category='physical',
+    kind='decimal',
+    note=None,
+    question='What is the BMI?',
+    truth='22',
+    low='21',
+    high='23',
+):
     "A row of a file in the published layout."
-    note = f'note {number}' if note is None else note
+    if note is None:
+        note = f'note {number}'
     return [str(number), calculator, category, kind, note, question, truth, low, high]
 
 
@@ -44,7 +57,8 @@ def files(folder, **tables):
 
 def questions_of(folder, **tables):
     "The questions of such files."
-    return medcalc_questions(files(folder, **tables), SMOKE)[0]
+    asked, _ = medcalc_questions(files(folder, **tables), SMOKE)
+    return asked
 
 
 def is_right(gold, value):
@@ -64,24 +78,34 @@ def published(request):
     folder = request.getfixturevalue('shared')/'data'/'medcalc-bench'
     if not folder.is_dir():
         pytest.skip('shared data missing: MedCalc-Bench')
-    return {name: read_medcalc(medcalc_files(folder)[name]) for name in ('test_data', 'one_shot_examples')}
+    paths = medcalc_files(folder)
+    return SimpleNamespace(
+        test=read_medcalc(paths['test_data']),
+        examples=read_medcalc(paths['one_shot_examples']))
 
 
 @pytest.fixture(scope='module')
 def published_golds(published):
     "What is right about each of their rows."
-    return [gold for rows in published.values() for gold in rows['gold'].to_list()]
+    return [*published.test['gold'].to_list(), *published.examples['gold'].to_list()]
 
 
 def test_the_files_have_the_published_size(published):
-    test, examples = published['test_data'], published['one_shot_examples']
-    assert (len(test), test['Calculator ID'].n_unique(), len(examples)) == (1047, 55, 55)
+    assert len(published.test) == 1047
+    assert published.test['Calculator ID'].n_unique() == 55
+    assert len(published.examples) == 55
 
 
 def test_the_files_have_the_published_categories(published):
-    assert dict(published['test_data']['category'].value_counts().rows()) == dict(
-        lab=327, risk=240, physical=240, severity=80, diagnosis=60, date=60, dosage=40)
-    assert set(published['one_shot_examples']['category']) == set(MEDCALC_CATEGORIES.values())
+    assert Counter(published.test['category']) == dict(
+        lab=327,
+        risk=240,
+        physical=240,
+        severity=80,
+        diagnosis=60,
+        date=60,
+        dosage=40)
+    assert set(published.examples['category']) == set(MEDCALC_CATEGORIES.values())
 
 
 WORDINGS = [
@@ -97,17 +121,23 @@ WORDINGS = [
 
 @pytest.mark.parametrize('wording', WORDINGS)
 def test_every_truth_is_right_however_it_is_put(published_golds, wording):
-    assert [gold for gold in published_golds if not judge_calculation(gold, wording.format(gold[2]))] == []
+    for gold in published_golds:
+        _, _, truth, *_ = gold
+        assert judge_calculation(gold, wording.format(truth)), gold
 
 
 def spoilt_dates(truth):
-    day = dates_in(truth)[0]
-    return [(day + datetime.timedelta(days)).strftime('%m/%d/%Y') for days in (-1, 1, 31, 365)]
+    day, *_ = dates_in(truth)
+    others = [day + datetime.timedelta(days) for days in (-1, 1, 31, 365)]
+    return [other.strftime('%m/%d/%Y') for other in others]
 
 
 def spoilt_weeks(truth):
     (weeks, days), = weeks_in(truth)
-    wrong = [f'({weeks} weeks, {days + 1} days)', f'({weeks + 1} weeks, {days} days)', f'{7*weeks + days} days']
+    wrong = [
+        f'({weeks} weeks, {days + 1} days)',
+        f'({weeks + 1} weeks, {days} days)',
+        f'{7*weeks + days} days']
     if weeks != days:
         wrong.append(f'({days} weeks, {weeks} days)')
     if weeks > 0:
@@ -118,10 +148,16 @@ def spoilt_weeks(truth):
 def spoilt_decimals(truth, low, high):
     truth, low, high = float(truth), float(low), float(high)
     step = max(1e-6, abs(high)*1e-6)
-    wrong = [high + step, low - step, truth + 1.1*(high - low + 1)]
+    far = 1.1*(high - low + 1)
+    wrong = [high + step, low - step, truth + far]
     if low*high > 0:
         wrong.append(-truth)
     return [repr(value) for value in wrong]
+
+
+def spoilt_integers(truth):
+    whole = int(float(truth))
+    return [str(whole + off) for off in (-1, 1, 10)]
 
 
 def spoilt(gold):
@@ -132,51 +168,107 @@ def spoilt(gold):
     if kind == 'weeks':
         return spoilt_weeks(truth)
     if kind == 'integer':
-        return [str(int(float(truth)) + off) for off in (-1, 1, 10)]
+        return spoilt_integers(truth)
     return spoilt_decimals(truth, low, high)
 
 
 @pytest.mark.parametrize('wording', WORDINGS)
 def test_no_spoilt_answer_is_right(published_golds, wording):
-    pairs = [(gold, wrong) for gold in published_golds for wrong in spoilt(gold)]
-    assert [(gold, wrong) for gold, wrong in pairs if judge_calculation(gold, wording.format(wrong))] == []
+    for gold in published_golds:
+        for wrong in spoilt(gold):
+            assert not judge_calculation(gold, wording.format(wrong)), (gold, wrong)
 
 
 def test_the_answer_of_another_question_is_no_free_pass(published):
-    golds = published['test_data'].filter(pl.col('gold').list.first() == 'decimal')['gold'].to_list()
-    others = golds[100:] + golds[:100]
-    won = sum(is_right(gold, other[2]) for gold, other in zip(golds, others))
-    assert won < .05*len(golds)
+    golds = [gold for gold in published.test['gold'].to_list() if gold[0] == 'decimal']
+    truths = [truth for _, _, truth, *_ in golds]
+    of_others = truths[100:] + truths[:100]
+    won = [is_right(gold, truth) for gold, truth in zip(golds, of_others)]
+    assert sum(won) < .05*len(golds)
 
 
 # -- reading answers
 
 @pytest.mark.parametrize('text', [
-    '23.5', '23.5 mL/min', 'The answer is 23.5 mL/min/1.73 m²', 'approximately 23.5', '2.35e1', '2.35 × 10¹',
-    '2.35E+01', '47/2', '23 1/2', '23½', '23.5%', '$23.5', '\\boxed{23.5}', '23.5\u00a0kg', '(23.5,)', '["23.5"]',
-    'BMI = 65/(1.7*1.63) = 23.5', '24.675', '22.325', '023.50'])
+    '23.5',
+    '023.50',
+    '23.5 mL/min',
+    '23.5\u00a0kg',
+    '23.5%',
+    '$23.5',
+    '(23.5,)',
+    '["23.5"]',
+    '\\boxed{23.5}',
+    '2.35e1',
+    '2.35E+01',
+    '2.35 × 10¹',
+    '47/2',
+    '23 1/2',
+    '23½',
+    'approximately 23.5',
+    'The answer is 23.5 mL/min/1.73 m²',
+    'BMI = 65/(1.7*1.63) = 23.5',
+    '24.675',
+    '22.325',
+])
 def test_a_decimal_in_many_forms(text):
     assert is_right(DECIMAL, text)
 
 
 @pytest.mark.parametrize('text', [
-    '', 'none', 'twenty-three', '24.676', '22.324', '-23.5', '−23.5', '235', '2.35', '23.5e2', '23500/0', 'nan', 'inf',
-    '10^23', 'x23.5', 'The answer is 12, not 23.5', '23.5 or 99'])
+    '',
+    'none',
+    'twenty-three',
+    '24.676',
+    '22.324',
+    '-23.5',
+    '−23.5',
+    '235',
+    '2.35',
+    '23.5e2',
+    '23500/0',
+    'nan',
+    'inf',
+    '10^23',
+    'x23.5',
+    'The answer is 12, not 23.5',
+    '23.5 or 99',
+])
 def test_what_is_not_that_decimal(text):
     assert not is_right(DECIMAL, text)
 
 
 @pytest.mark.parametrize('value', [
-    4, 4.0, '4 points', '4/9 of the scale is 4', '4 out of 9', 4.5, 3.5, '4.49', 'CHA2DS2-VASc: 4',
-    '10-year risk class 4'])
+    4,
+    4.0,
+    4.5,
+    3.5,
+    '4.49',
+    '4 points',
+    '4 out of 9',
+    '4/9 of the scale is 4',
+    'CHA2DS2-VASc: 4',
+    '10-year risk class 4',
+])
 def test_integers_after_rounding(value):
     assert is_right(INTEGER, value) is True
 
 
 @pytest.mark.parametrize('value', [
-    3.49, 4.51, -4, 'Answer: FIB-4 = 3', '1,004', 10**400, '9'*5000,
-    True, False, None, [4], float('nan'), float('inf')],
-    ids=lambda value: repr(value)[:20])
+    3.49,
+    4.51,
+    -4,
+    10**400,
+    '9'*5000,
+    '1,004',
+    'Answer: FIB-4 = 3',
+    True,
+    False,
+    None,
+    [4],
+    float('nan'),
+    float('inf'),
+], ids=lambda value: repr(value)[:20])
 def test_what_is_not_that_integer(value):
     assert is_right(INTEGER, value) is False
 
@@ -193,15 +285,31 @@ def test_thousands(text, numbers):
 
 
 @pytest.mark.parametrize('text', [
-    '10/22/2021', '2021-10-22', 'October 22, 2021', '22 Oct 2021', 'Oct. 22nd, 2021', '10-22-2021',
-    'LMP 01/15/2021. The answer is 10/22/2021', 'From 01/15/2021: 10/22/2021'])
+    '10/22/2021',
+    '10-22-2021',
+    '2021-10-22',
+    '22 Oct 2021',
+    'October 22, 2021',
+    'Oct. 22nd, 2021',
+    'From 01/15/2021: 10/22/2021',
+    'LMP 01/15/2021. The answer is 10/22/2021',
+])
 def test_dates_in_many_forms(text):
     assert is_right(DATE, text)
 
 
 @pytest.mark.parametrize('value', [
-    '10/23/2021', '22/10/2021', '10/22/21', '10/22', '10/22/20211', '110/22/2021', 20211022, '02/30/2021', 'tomorrow',
-    '10/22/2021 or 10/23/2021'])
+    '10/23/2021',
+    '22/10/2021',
+    '10/22/21',
+    '10/22',
+    '10/22/20211',
+    '110/22/2021',
+    20211022,
+    '02/30/2021',
+    'tomorrow',
+    '10/22/2021 or 10/23/2021',
+])
 def test_what_is_not_that_date(value):
     assert not is_right(DATE, value)
 
@@ -211,15 +319,33 @@ def test_a_month_in_strange_letters_is_no_day():
 
 
 @pytest.mark.parametrize('text', [
-    '(34 weeks, 2 days)', "('34 weeks', '2 days')", '["34 weeks", "2 days"]', '34 weeks and 2 days', '34w2d', '34+2',
-    '(34, 2)', '34 2/7 weeks', '34 weeks, 2 days (240 days)', '34\u00a0weeks 2\u00a0days'])
+    '(34 weeks, 2 days)',
+    "('34 weeks', '2 days')",
+    '["34 weeks", "2 days"]',
+    '34 weeks and 2 days',
+    '34 weeks, 2 days (240 days)',
+    '34\u00a0weeks 2\u00a0days',
+    '34 2/7 weeks',
+    '34w2d',
+    '34+2',
+    '(34, 2)',
+])
 def test_weeks_and_days_in_many_forms(text):
     assert is_right(WEEKS, text)
 
 
 @pytest.mark.parametrize('value', [
-    '(2 weeks, 34 days)', '33 weeks 9 days', '34 weeks', '34.2 weeks', 34.2, '240 days', '134 weeks 2 days',
-    '34 weeks 22 days', '34-2', '-34 weeks 2 days'])
+    '(2 weeks, 34 days)',
+    '33 weeks 9 days',
+    '34 weeks',
+    '34.2 weeks',
+    34.2,
+    '240 days',
+    '134 weeks 2 days',
+    '34 weeks 22 days',
+    '34-2',
+    '-34 weeks 2 days',
+])
 def test_what_are_not_those_weeks(value):
     assert not is_right(WEEKS, value)
 
@@ -240,20 +366,30 @@ def test_a_completion_is_read_in_both_forms(gold, text, verdict):
 
 def test_the_benchmark_pays_the_reward():
     text = '<think>x</think><answer>{"answer": "23.5 kg"}</answer>'
-    assert ehrmind_reward(text, lambda answer: MEDCALC.right(DECIMAL, answer), MEDCALC.keys) == 1.1
+    judge = partial(MEDCALC.right, DECIMAL)
+    assert ehrmind_reward(text, judge, MEDCALC.keys) == 1.1
 
 
 # -- any text
 
-PIECES = [
-    'answer is', 'answer:', '<answer>', '</answer>', '{"answer": ', '}', '9'*400, '1/0', '1e999', '-', '−', ',', '.',
-    '/', '^', '10^', ' x ', ' weeks', ' days', '12/31/9999', '00/00/0000', '99999', '½', '²', '\u00a0', '٣', '１',
-    '\ud800', '\x00', '<think>', '</think>', 'per ', 'out of ', 'Feb 30, 2020', 'ſep 1, 2020']
+TAGS = ['<think>', '</think>', '<answer>', '</answer>', '{"answer": ', '}']
+WORDS = ['answer is', 'answer:', ' weeks', ' days', 'per ', 'out of ']
+SIGNS = ['-', '−', ',', '.', '/', '^', '10^', ' x ']
+NUMBERS = ['9'*400, '1/0', '1e999', '99999', '½', '²', '٣', '１']
+DATES = ['12/31/9999', '00/00/0000', 'Feb 30, 2020', 'ſep 1, 2020']
+ODD_LETTERS = ['\u00a0', '\ud800', '\x00']
+PIECES = [*TAGS, *WORDS, *SIGNS, *NUMBERS, *DATES, *ODD_LETTERS]
 piece = st.sampled_from(PIECES) | st.integers(0, 99).map(str)
 pieces = st.lists(piece, max_size=12).map(''.join)
-texts = st.text(st.characters(codec=None), max_size=60) | pieces
+any_letter = st.characters(codec=None)
+texts = st.text(any_letter, max_size=60) | pieces
 values = st.one_of(
-    texts, st.none(), st.booleans(), st.integers(), st.floats(), st.lists(st.integers(), max_size=2))
+    texts,
+    st.none(),
+    st.booleans(),
+    st.integers(),
+    st.floats(),
+    st.lists(st.integers(), max_size=2))
 
 
 @given(values, st.sampled_from(GOLDS))
@@ -270,26 +406,30 @@ def test_the_judge_is_total(text, gold):
 
 
 finite = st.floats(allow_nan=False, allow_infinity=False)
+wordings = st.sampled_from(['{!r}', 'it is {!r} mg', 'answer: {!r}, of 7', '{!r}\n'])
 
 
-@given(finite, st.sampled_from(['{!r}', 'it is {!r} mg', 'answer: {!r}, of 7', '{!r}\n']))
+@given(finite, wordings)
 def test_a_number_is_read_as_it_was_written(number, wording):
     assert read_answer('decimal', wording.format(number)) == (number,)
 
 
 @given(st.integers(-10**12, 10**12), st.booleans())
 def test_thousands_marks_change_nothing(number, marked):
-    assert numbers_in(f'{number:,}' if marked else str(number)) == [number]
+    written = f'{number:,}' if marked else str(number)
+    assert numbers_in(written) == [number]
 
 
-days = st.dates(datetime.date(1900, 1, 1), datetime.date(9990, 1, 1))
+earliest, latest = datetime.date(1900, 1, 1), datetime.date(9990, 1, 1)
+days = st.dates(earliest, latest)
 spellings = st.sampled_from(['%m/%d/%Y', '%Y-%m-%d', '%B %d, %Y', '%d %b %Y'])
 
 
 @given(days, spellings, st.integers(-1000, 1000))
 def test_only_the_same_day_is_right(day, spelling, off):
     other = day + datetime.timedelta(off)
-    gold = ['date', '13', *[day.strftime('%m/%d/%Y')]*3]
+    truth = day.strftime('%m/%d/%Y')
+    gold = ['date', '13', truth, truth, truth]
     assert is_right(gold, other.strftime(spelling)) is (off == 0)
 
 
@@ -298,20 +438,24 @@ ages = st.tuples(st.integers(0, 60), st.integers(0, 6))
 
 @given(ages, ages)
 def test_only_the_same_weeks_and_days_are_right(truth, said):
-    gold = ['weeks', '69', *["('{} weeks', '{} days')".format(*truth)]*3]
-    assert is_right(gold, '({} weeks, {} days)'.format(*said)) is (truth == said)
+    written = "('{} weeks', '{} days')".format(*truth)
+    gold = ['weeks', '69', written, written, written]
+    answer = '({} weeks, {} days)'.format(*said)
+    assert is_right(gold, answer) is (truth == said)
 
 
 @given(st.text('0123456789.,/^eEx -+\u00a0', max_size=80))
 def test_digits_and_signs_in_any_order(text):
     assert all(isinstance(number, float) for number in numbers_in(text))
-    assert all(isinstance(day, (datetime.date, type(None))) for day in dates_in(text))
+    assert all(day is None or isinstance(day, datetime.date) for day in dates_in(text))
     assert all(len(age) == 2 for age in weeks_in(text))
 
 
-HOSTILE = [
-    '9', '1,234', '1,234,', '1 ', '1/', '1 1/', '1 x ', '10^', '1.', '1e', '-', '+1', '12/', '12/31/', '1 week ', '1w',
-    '1 week,  ', "'", 'answer: ', 'answer', '<answer>', 'Jan 1 ', '\u00a0', '²', '½', '\n', 'a', '<think>', '{', '\\"']
+HOSTILE_NUMBERS = ['9', '1,234', '1,234,', '1 ', '1/', '1 1/', '1 x ', '10^', '1.', '1e', '+1', '²', '½']
+HOSTILE_DATES = ['12/', '12/31/', 'Jan 1 ', '1 week ', '1 week,  ', '1w']
+HOSTILE_WORDS = ['answer', 'answer: ', '<answer>', '<think>', 'a']
+HOSTILE_MARKS = ['-', "'", '{', '\\"', '\n', '\u00a0']
+HOSTILE = [*HOSTILE_NUMBERS, *HOSTILE_DATES, *HOSTILE_WORDS, *HOSTILE_MARKS]
 
 
 def seconds(function, *arguments):
@@ -323,24 +467,31 @@ def seconds(function, *arguments):
 @pytest.mark.parametrize('piece', HOSTILE)
 def test_ten_million_hostile_characters_take_a_moment(piece):
     text = (piece*10**7)[:10**7]
-    assert max(seconds(is_right, gold, text) for gold in GOLDS) < 1
+    for gold in GOLDS:
+        assert seconds(is_right, gold, text) < 1
 
 
 @pytest.mark.parametrize('read', [numbers_in, dates_in, weeks_in])
 @pytest.mark.parametrize('piece', HOSTILE)
 def test_the_readers_themselves_take_time_in_proportion(read, piece):
     "They also read notes, which are not cut. A quadratic one would take minutes."
-    assert seconds(read, (piece*40_000)[:40_000] + '^x') < 1
+    text = (piece*40_000)[:40_000]
+    assert seconds(read, f'{text}^x') < 1
 
 
 @pytest.mark.parametrize('code', [
-    "__import__('pathlib').Path(PATH).touch()", "23.5 if open('/etc/passwd') else 0", '10**10**10', '9**9**9',
-    '(lambda: 23.5)() - 0*99'])
+    "__import__('pathlib').Path(PATH).touch()",
+    "23.5 if open('/etc/passwd') else 0",
+    '10**10**10',
+    '9**9**9',
+    '(lambda: 23.5)() - 0*99',
+])
 def test_nothing_is_executed(tmp_path, code):
     code = code.replace('PATH', repr(str(tmp_path/'x')))
+    answer = json.dumps(dict(answer=code))
     for gold in GOLDS:
         is_right(gold, code)
-        judge_calculation(gold, f'<think>x</think><answer>{json.dumps(dict(answer=code))}</answer>')
+        judge_calculation(gold, f'<think>x</think><answer>{answer}</answer>')
     assert not list(tmp_path.iterdir())
 
 
@@ -355,15 +506,16 @@ def test_a_missing_test_file_is_named(tmp_path):
         medcalc_files(tmp_path)
 
 
-@pytest.mark.parametrize('rows, words', [
-    ([row(7), row(8), row(7)], ['test_data.csv', 'Row Number, row 3', 'number 7 stands twice']),
-    ([row(1), row(2, category='heart')], ['Category, row 2', 'heart']),
-    ([row(1, kind='text')], ['Output Type, row 1']),
+@pytest.mark.parametrize('last, words', [
+    (row(7), ['test_data.csv', 'Row Number, row 3', 'number 7 stands twice']),
+    (row(9, category='heart'), ['Category, row 3', 'heart']),
+    (row(9, kind='text'), ['Output Type, row 3']),
 ], ids=['twice', 'category', 'type'])
-def test_rows_that_cannot_be_believed(tmp_path, rows, words):
+def test_rows_that_cannot_be_believed(tmp_path, last, words):
     with pytest.raises(TableError) as error:
-        questions_of(tmp_path, test_data=rows)
-    assert [word for word in words if word not in str(error.value)] == []
+        questions_of(tmp_path, test_data=[row(7), row(8), last])
+    for word in words:
+        assert word in str(error.value)
 
 
 @pytest.mark.parametrize('bad', [
@@ -378,8 +530,9 @@ def test_rows_that_cannot_be_believed(tmp_path, rows, words):
     dict(calculator='69', kind='integer', truth='34'),
 ], ids=str)
 def test_answers_that_cannot_be_read_are_named(tmp_path, bad):
+    rows = [row(1), row(2, **bad)]
     with pytest.raises(TableError, match='Ground Truth Answer, row 2'):
-        questions_of(tmp_path, test_data=[row(1), row(2, **bad)])
+        questions_of(tmp_path, test_data=rows)
 
 
 def test_a_missing_column_is_named(tmp_path):
@@ -389,7 +542,8 @@ def test_a_missing_column_is_named(tmp_path):
 
 
 def test_another_encoding_is_refused(tmp_path):
-    text = ','.join(MEDCALC_COLUMNS) + '\n' + ','.join(row(1, note='caf\u00e9'))
+    lines = [MEDCALC_COLUMNS, row(1, note='caf\u00e9')]
+    text = '\n'.join(','.join(line) for line in lines)
     (tmp_path/'test_data.csv').write_bytes(text.encode('latin-1'))
     with pytest.raises(TableError, match='line 2 is not UTF-8'):
         medcalc_questions(tmp_path, SMOKE)
@@ -398,23 +552,29 @@ def test_another_encoding_is_refused(tmp_path):
 @pytest.fixture
 def compressed():
     "Five hundred rows in a gzip file."
-    lines = [MEDCALC_COLUMNS, *(row(number) for number in range(500))]
-    return gzip.compress('\n'.join(','.join(line) for line in lines).encode())
+    rows = [row(number) for number in range(500)]
+    text = '\n'.join(','.join(line) for line in [MEDCALC_COLUMNS, *rows])
+    return gzip.compress(text.encode())
 
 
 def test_compressed_files_are_read(tmp_path, compressed):
     (tmp_path/'test_data.csv.gz').write_bytes(compressed)
-    assert len(medcalc_questions(tmp_path, SMOKE)[0]) == 500
+    asked, _ = medcalc_questions(tmp_path, SMOKE)
+    assert len(asked) == 500
 
 
 def test_half_a_compressed_file_is_refused(tmp_path, compressed):
-    (tmp_path/'test_data.csv.gz').write_bytes(compressed[:len(compressed)//2])
+    half = compressed[:len(compressed)//2]
+    (tmp_path/'test_data.csv.gz').write_bytes(half)
     with pytest.raises(TableError, match='fetch it again'):
         medcalc_questions(tmp_path, SMOKE)
 
 
 def test_rows_that_cannot_be_asked_are_counted(tmp_path):
-    rows = [row(1), row(2, note=' \n'), row(3, question=''), row(4, truth='24')]
+    no_note = row(2, note=' \n')
+    no_question = row(3, question='')
+    outside = row(4, truth='24')
+    rows = [row(1), no_note, no_question, outside]
     asked, counts = medcalc_questions(files(tmp_path, test_data=rows), SMOKE)
     assert asked['sample_id'].to_list() == ['held_out-1', 'held_out-4']
     assert counts['held_out left out, empty note or question'] == 2
@@ -424,7 +584,7 @@ def test_rows_that_cannot_be_asked_are_counted(tmp_path):
 
 @pytest.fixture
 def levelled(tmp_path):
-    "Training rows as the training file calls them, and one test row."
+    "Questions of rows as the training file calls them, and of one test row."
     train = [
         row(1, '49', 'dosage conversion', note='n'),
         row(2, '69', 'date', 'date', truth="('1 week', '5 days')"),
@@ -434,21 +594,26 @@ def levelled(tmp_path):
     return questions_of(tmp_path, train_data=train, test_data=[row(1)])
 
 
-def test_categories_and_kinds_are_levelled(levelled):
-    train = levelled.filter(pl.col('split') == 'train')
-    assert train['task'].to_list() == ['dosage', 'date', 'risk', 'lab']
-    assert train['gold'].list.first().to_list() == ['decimal', 'weeks', 'decimal', 'decimal']
+@pytest.fixture
+def for_training(levelled):
+    return levelled.filter(split='train')
 
 
-def test_a_score_that_is_not_whole_is_not_rounded(levelled):
-    gold = levelled.filter(pl.col('split') == 'train')['gold'][2].to_list()
-    assert not is_right(gold, 2)
-    assert is_right(gold, 1.5)
+def test_categories_and_kinds_are_levelled(for_training):
+    kinds = for_training['gold'].list.first()
+    assert for_training['task'].to_list() == ['dosage', 'date', 'risk', 'lab']
+    assert kinds.to_list() == ['decimal', 'weeks', 'decimal', 'decimal']
 
 
-def test_questions_about_one_note_are_one_group(levelled):
-    groups = levelled.filter(pl.col('split') == 'train')['group']
-    assert groups[0] == groups[3] != groups[1]
+def test_a_score_that_is_not_whole_is_not_rounded(for_training):
+    _, _, of_risk, _ = for_training['gold'].to_list()
+    assert not is_right(of_risk, 2)
+    assert is_right(of_risk, 1.5)
+
+
+def test_questions_about_one_note_are_one_group(for_training):
+    first, second, _, last = for_training['group']
+    assert first == last != second
 
 
 def test_questions_have_ids_and_a_form(levelled):
@@ -458,17 +623,17 @@ def test_questions_have_ids_and_a_form(levelled):
 
 # -- scores
 
-def answers(**said):
-    "Answers by row number: n1='22'."
-    rows = [dict(sample_id=f'held_out-{name[1:]}', text=text, risk=None, status='answered')
-            for name, text in said.items()]
-    return pl.DataFrame(rows, schema=ANSWERS)
+def answers(*said):
+    "Answers from (row number, text)."
+    rows = [(f'held_out-{number}', text, None, 'answered') for number, text in said]
+    return pl.DataFrame(rows, schema=ANSWERS, orient='row')
 
 
 def table(results, metric='accuracy'):
     "(system, task) -> (value, questions, missing answers)."
-    rows = results.filter(pl.col('metric') == metric).select('system', 'task', 'value', 'samples', 'missing').rows()
-    return {(system, task): tuple(numbers) for system, task, *numbers in rows}
+    rows = results.filter(metric=metric)
+    numbers = rows.select('system', 'task', 'value', 'samples', 'missing')
+    return numbers.rows_by_key(['system', 'task'], unique=True)
 
 
 SIX = [
@@ -483,10 +648,16 @@ SIX = [
 
 @pytest.fixture
 def by_hand(tmp_path):
-    said = dict(
-        a=answers(n1='22', n2='24', n3='21.5', n4=None, n5='<think>x</think> 3 points', n6='none'),
-        b=answers(n5='4', n6='2021-10-22'))
-    return medcalc_score(questions_of(tmp_path, test_data=SIX), said, SMOKE)
+    of_all = answers(
+        (1, '22'),
+        (2, '24'),
+        (3, '21.5'),
+        (4, None),
+        (5, '<think>x</think> 3 points'),
+        (6, 'none'))
+    of_two = answers((5, '4'), (6, '2021-10-22'))
+    asked = questions_of(tmp_path, test_data=SIX)
+    return medcalc_score(asked, dict(a=of_all, b=of_two), SMOKE)
 
 
 def test_scores_as_by_hand(by_hand):
@@ -505,22 +676,31 @@ def test_scores_as_by_hand(by_hand):
 
 
 def test_intervals_are_over_notes(by_hand):
-    overall = by_hand.filter(pl.col('system') == 'a', pl.col('task') == 'overall').row(0, named=True)
+    overall = by_hand.filter(system='a', task='overall').row(0, named=True)
     assert overall['groups'] == 5  # rows 1 and 4 share a note
     assert 0 <= overall['low'] < .5 < overall['high'] <= 1
 
 
-SEEN = dict(a=answers(n1='22', n2='22', n3='0', n4='0', n5='3', n6='none'))
+THREE_RIGHT = answers(
+    (1, '22'),
+    (2, '22'),
+    (3, '0'),
+    (4, '0'),
+    (5, '3'),
+    (6, 'none'))
 
 
 def test_worked_examples_do_not_tell_seen_from_unseen(tmp_path):
-    asked = questions_of(tmp_path, test_data=SIX, one_shot_examples=[row(1, question='A')])
-    assert set(medcalc_score(asked, SEEN, SMOKE)['metric']) == {'accuracy'}
+    example = row(1, question='A')
+    asked = questions_of(tmp_path, test_data=SIX, one_shot_examples=[example])
+    results = medcalc_score(asked, dict(a=THREE_RIGHT), SMOKE)
+    assert set(results['metric']) == {'accuracy'}
 
 
 def test_a_training_file_tells_seen_from_unseen(tmp_path):
-    train = [row(number, question=question) for number, question in enumerate('ACD', 1)]
-    results = medcalc_score(questions_of(tmp_path, test_data=SIX, train_data=train), SEEN, SMOKE)
+    train = [row(1, question='A'), row(2, question='C'), row(3, question='D')]
+    asked = questions_of(tmp_path, test_data=SIX, train_data=train)
+    results = medcalc_score(asked, dict(a=THREE_RIGHT), SMOKE)
     assert table(results, 'accuracy_seen')['a', 'overall'] == (2/3, 3, 0)
     assert table(results, 'accuracy_unseen')['a', 'overall'] == (1/3, 3, 1)  # 'C' is not 'C '
 
@@ -563,20 +743,33 @@ SECOND = '''Row Number,Ground Truth Answer,Lower Limit,Upper Limit
 def test_second_labels_are_counted(audit):
     audit.write_text(SECOND)
     _, counts = medcalc_questions(audit.parent, SMOKE)
-    assert (counts['second labels'], counts['second labels without an answer']) == (5, 1)
+    assert counts['second labels'] == 5
+    assert counts['second labels without an answer'] == 1
     assert medcalc_files(audit.parent)['labels'] == audit
 
 
 def test_second_labels_are_a_second_score(audit):
     audit.write_text(SECOND)
     asked, _ = medcalc_questions(audit.parent, SMOKE)
-    said = dict(
-        a=answers(n1='38.1', n2='31', n3='22', n4='22', n5='3', n6='10/23/2021'),
-        b=answers(n1='37.9', n2='29', n3='0', n4='0', n5='4', n6='10/22/2021'))
-    results = medcalc_score(asked, said, SMOKE)
-    assert table(results)['a', 'overall'] == (.5, 6, 0)
-    assert table(results, 'accuracy_second')['a', 'overall'] == (4/5, 5, 0)
-    assert table(results, 'accuracy_second')['b', 'overall'] == (1/5, 5, 0)
+    mostly_second = answers(
+        (1, '38.1'),
+        (2, '31'),
+        (3, '22'),
+        (4, '22'),
+        (5, '3'),
+        (6, '10/23/2021'))
+    mostly_neither = answers(
+        (1, '37.9'),
+        (2, '29'),
+        (3, '0'),
+        (4, '0'),
+        (5, '4'),
+        (6, '10/22/2021'))
+    results = medcalc_score(asked, dict(a=mostly_second, b=mostly_neither), SMOKE)
+    by_first, by_second = table(results), table(results, 'accuracy_second')
+    assert by_first['a', 'overall'] == (.5, 6, 0)
+    assert by_second['a', 'overall'] == (4/5, 5, 0)
+    assert by_second['b', 'overall'] == (1/5, 5, 0)
 
 
 # -- baselines
@@ -588,22 +781,33 @@ TEST = [
     row(4, '69', 'date', 'integer', note='at 3 weeks', truth="('1 week', '5 days')"),
     row(5, '99'),
 ]
-EXAMPLES = [row(1, truth='30'), row(2, '4', 'risk', 'integer', truth='5')]
+EXAMPLES = [
+    row(1, truth='30'),
+    row(2, '4', 'risk', 'integer', truth='5'),
+]
 TRAIN = [
-    *(row(number, truth=truth) for number, truth in enumerate(('20', '23', '90'))),
-    *(row(10 + number, '4', 'risk', 'integer', truth=truth) for number, truth in enumerate('3324')),
+    row(0, truth='20'),
+    row(1, truth='23'),
+    row(2, truth='90'),
+    row(10, '4', 'risk', 'integer', truth='3'),
+    row(11, '4', 'risk', 'integer', truth='3'),
+    row(12, '4', 'risk', 'integer', truth='2'),
+    row(13, '4', 'risk', 'integer', truth='4'),
     row(20, '13', 'date', 'date', truth='01/01/2020'),
 ]
 
 
 def baseline_texts(folder, **tables):
     asked = questions_of(folder, **tables)
-    return {system: said['text'].to_list() for system, said in medcalc_baselines(folder, SMOKE, asked).items()}
+    baselines = medcalc_baselines(folder, SMOKE, asked)
+    return {system: said['text'].to_list() for system, said in baselines.items()}
 
 
 def test_baselines_of_worked_examples(tmp_path):
-    assert baseline_texts(tmp_path, test_data=TEST, one_shot_examples=EXAMPLES) == dict(
-        typical=['30.0', '5', None, None, None], first_value=['40.0', None, '01/02/2021', '(3 weeks, 0 days)', '5.0'])
+    said = baseline_texts(tmp_path, test_data=TEST, one_shot_examples=EXAMPLES)
+    assert said == dict(
+        typical=['30.0', '5', None, None, None],
+        first_value=['40.0', None, '01/02/2021', '(3 weeks, 0 days)', '5.0'])
 
 
 def test_baselines_know_training_answers_and_nothing_else(tmp_path):
@@ -614,4 +818,6 @@ def test_baselines_know_training_answers_and_nothing_else(tmp_path):
 def test_scores_do_not_depend_on_the_order_of_rows(tmp_path):
     asked = questions_of(tmp_path, test_data=SIX)
     said = medcalc_baselines(tmp_path, SMOKE, asked)
-    assert medcalc_score(asked, said, SMOKE).equals(medcalc_score(asked.reverse(), said, SMOKE))
+    results = medcalc_score(asked, said, SMOKE)
+    of_reversed = medcalc_score(asked.reverse(), said, SMOKE)
+    assert of_reversed.equals(results)

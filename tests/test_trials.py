@@ -45,9 +45,18 @@ from ehr_r1.transfer.trials.questions import TESTS, balanced, split_pairs, trial
 SMOKE = profile('smoke', replicates=100)
 
 
+def topic(number, text):
+    return dict(_id=f'trec-2021{number}', text=text, metadata={})
+
+
 def trial(number, **other):
-    return dict(nct_id=f'NCT{number:08}', brief_title=f'Study {number}', brief_summary='', exclusion_criteria='',
-                inclusion_criteria=f'Asthma of kind {number}. Age 18 years or older.') | other
+    usual = dict(
+        nct_id=f'NCT{number:08}',
+        brief_title=f'Study {number}',
+        brief_summary='',
+        exclusion_criteria='',
+        inclusion_criteria=f'Asthma of kind {number}. Age 18 years or older.')
+    return usual | other
 
 
 def lines(rows):
@@ -57,25 +66,43 @@ def lines(rows):
 
 def qrels(rows):
     "Judgements, tab-separated."
-    return 'query-id\tcorpus-id\tscore\n' + ''.join(f'{topic}\t{nct}\t{score}\n' for topic, nct, score in rows)
+    judgements = [f'{topic}\t{nct}\t{score}\n' for topic, nct, score in rows]
+    return 'query-id\tcorpus-id\tscore\n' + ''.join(judgements)
 
 
-def packed(text):
-    return gzip.compress(text.encode() if isinstance(text, str) else text)
+def as_bytes(content):
+    return content.encode() if isinstance(content, str) else content
 
 
-TOPICS = [dict(_id=f'trec-2021{i}', text=f'A {20 + i}-year-old man with asthma of kind {i} & a cough.', metadata={})
-          for i in range(1, 11)]
-JUDGED = [(f'trec-2021{i}', f'NCT{j:08}', (i + j) % 3) for i in range(1, 11) for j in range(12)]
-TOPIC_FILE, XML_FILE = 'trec_2021_topics.jsonl', 'topics2021.xml'
-QRELS_FILE, TRIAL_FILE = 'trec_2021_qrels.tsv.gz', 'trials.jsonl.gz'
+def packed(content):
+    return gzip.compress(as_bytes(content))
+
+
+TOPICS = [topic(i, f'A {20 + i}-year-old man with asthma of kind {i} & a cough.') for i in range(1, 11)]
+TRIALS_WITH_TEXT = [trial(number) for number in range(10)]
+JUDGED = [
+    (f'trec-2021{i}', f'NCT{j:08}', (i + j) % 3)
+    for i in range(1, 11)
+    for j in range(12)]
+TOPIC_FILE = 'trec_2021_topics.jsonl'
+XML_FILE = 'topics2021.xml'
+QRELS_FILE = 'trec_2021_qrels.tsv.gz'
+TRIAL_FILE = 'trials.jsonl.gz'
+
+
+def write_judged(folder, rows):
+    (folder/QRELS_FILE).write_bytes(packed(qrels(rows)))
+
+
+def write_trials(folder, rows):
+    (folder/TRIAL_FILE).write_bytes(packed(lines(rows)))
 
 
 def written(folder):
     "Ten topics, twelve trials of which ten have a text, everything judged."
     (folder/TOPIC_FILE).write_text(lines(TOPICS))
-    (folder/QRELS_FILE).write_bytes(packed(qrels(JUDGED)))
-    (folder/TRIAL_FILE).write_bytes(packed(lines(trial(number) for number in range(10))))
+    write_judged(folder, JUDGED)
+    write_trials(folder, TRIALS_WITH_TEXT)
     return folder
 
 
@@ -87,47 +114,65 @@ def folder(tmp_path):
 @pytest.fixture(scope='module')
 def real(shared):
     "The open files, read once."
-    where = shared/'data'/'clinical-trials'
-    return SimpleNamespace(folder=where, pairs=read_trial_pairs(where), questions=trial_questions(where, SMOKE))
+    folder = shared/'data'/'clinical-trials'
+    pairs, pair_counts = read_trial_pairs(folder)
+    questions, counts = trial_questions(folder, SMOKE)
+    return SimpleNamespace(folder=folder, pairs=pairs, pair_counts=pair_counts, questions=questions, counts=counts)
 
 
 def held_out(questions):
-    return questions.filter(pl.col('split') == 'held_out')
+    return questions.filter(split='held_out')
 
 
 def for_training(questions):
-    return questions.filter(pl.col('split') == 'train')
+    return questions.filter(split='train')
+
+
+def ids_of(questions):
+    return set(questions['sample_id'])
 
 
 def sizes_of_classes(questions):
     return Counter(gold for gold, in questions['gold'])
 
 
+def sizes_of_labels(pairs):
+    "How many pairs are labelled 0, 1 and 2."
+    sizes = pairs['label'].value_counts().sort('label')
+    return sizes['count'].to_list()
+
+
 # -- the real files
 
 def test_real_files_have_the_published_counts(real):
-    pairs, counts = real.pairs
-    assert counts == dict(judgements=35_832, repeated=0, conflicting=0, topics=75, pairs=35_832, trials=374)
-    assert pairs['label'].value_counts().sort('label')['count'].to_list() == [24_243, 6_019, 5_570]
+    assert real.pair_counts == dict(
+        judgements=35_832,
+        repeated=0,
+        conflicting=0,
+        topics=75,
+        pairs=35_832,
+        trials=374)
+    assert sizes_of_labels(real.pairs) == [24_243, 6_019, 5_570]
 
 
 def test_real_pairs_with_text(real):
-    there = real.pairs[0].filter(pl.col('inclusion').is_not_null())
-    assert there['label'].value_counts().sort('label')['count'].to_list() == [300, 99, 76]
+    there = real.pairs.drop_nulls('inclusion')
+    assert sizes_of_labels(there) == [300, 99, 76]
     assert (there['title'] != '').sum() >= 28
 
 
 def test_real_pairs_with_text_are_asked(real):
-    questions, counts = real.questions
-    assert len(questions) == 475 == counts['train'] + counts['transductive'] + counts['inductive']
-    assert counts['without_text'] == 35_832 - 475
+    parts = [real.counts[part] for part in ('train', *TESTS)]
+    assert len(real.questions) == sum(parts) == 475
+    assert real.counts['without_text'] == 35_832 - 475
 
 
 def test_real_pairs_are_counted_by_topic(real):
     columns = ['topic', 'judged', 'there', 'lost']
-    by_topic = pl.DataFrame(real.questions[1]['by_topic'], columns, orient='row')
-    assert by_topic.select(pl.col('there', 'lost').sum()).row(0) == (475, 35_357)
+    by_topic = pl.DataFrame(real.counts['by_topic'], columns, orient='row')
     assert by_topic['topic'].n_unique() == 75
+    assert by_topic['there'].sum() == 475
+    assert by_topic['lost'].sum() == 35_357
     by_class = by_topic.group_by('judged').agg(pl.col('there').sum())
     assert dict(by_class.rows()) == dict(Irrelevant=300, Excluded=99, Eligible=76)
 
@@ -135,34 +180,40 @@ def test_real_pairs_are_counted_by_topic(real):
 @pytest.fixture(scope='module')
 def real_sides(real):
     "The real questions with their texts: training, tests."
-    pairs = real.pairs[0].with_columns(sample_id=pl.col('topic') + '/' + pl.col('trial'))
-    questions = real.questions[0].join(pairs.select('sample_id', 'note', *FIELDS), on='sample_id')
+    sample_id = pl.concat_str('topic', 'trial', separator='/')
+    texts = real.pairs.select('note', *FIELDS, sample_id=sample_id)
+    questions = real.questions.join(texts, on='sample_id')
     return for_training(questions), held_out(questions)
 
 
 def test_real_tests_share_no_pair_with_training(real, real_sides):
     train, tests = real_sides
-    assert len(train) + len(tests) == len(real.questions[0])
-    assert not set(train['sample_id']) & set(tests['sample_id'])
-    assert not set(train.select('note', *FIELDS).rows()) & set(tests.select('note', *FIELDS).rows())
+    assert len(train) + len(tests) == len(real.questions)
+    assert not ids_of(train) & ids_of(tests)
+    texts_of_train = train.select('note', *FIELDS).rows()
+    texts_of_tests = tests.select('note', *FIELDS).rows()
+    assert not set(texts_of_train) & set(texts_of_tests)
 
 
 def test_real_inductive_patients_are_new_and_transductive_ones_known(real_sides):
     train, tests = real_sides
+    known = set(train['note'])
     notes = {task: set(rows['note']) for (task,), rows in tests.group_by('task')}
     assert set(notes) == set(TESTS)
-    assert not set(train['note']) & notes['inductive']
-    assert notes['transductive'] <= set(train['note'])
+    assert not known & notes['inductive']
+    assert notes['transductive'] <= known
 
 
 def test_a_fifth_of_the_real_topics_is_new(real):
-    questions = real.questions[0]
-    new = questions.filter(pl.col('task') == 'inductive')['group'].n_unique()
-    assert abs(new - .2*questions['group'].n_unique()) <= .5
+    topics = real.questions['group'].n_unique()
+    new = real.questions.filter(task='inductive')['group'].n_unique()
+    assert abs(new - .2*topics) <= .5
 
 
 def test_real_balanced_draw_is_of_training(real, real_sides):
-    assert not set(balanced(real.questions[0], 42)['sample_id']) & set(real_sides[1]['sample_id'])
+    _, tests = real_sides
+    drawn = balanced(real.questions, 42)
+    assert not ids_of(drawn) & ids_of(tests)
 
 
 @pytest.fixture(scope='module')
@@ -173,26 +224,29 @@ def nist(real, tmp_path_factory):
     topics = [f'<topic number="{topic_id[9:]}">\n{escape(note)}\n</topic>' for topic_id, note in notes.items()]
     (folder/XML_FILE).write_bytes(xml('\n'.join(topics)))
     with gzip.open(real.folder/QRELS_FILE, 'rt') as file:
-        rows = [line.split('\t') for line in file.read().splitlines()[1:]]
-    judged = [f'{topic[9:]} 0 {nct} {score}\n' for topic, nct, score in rows]
+        _, *rows = file.read().splitlines()
+    judgements = [row.split('\t') for row in rows]
+    judged = [f'{topic_id[9:]} 0 {nct} {score}\n' for topic_id, nct, score in judgements]
     (folder/'qrels2021.txt').write_text(''.join(judged))
     shutil.copy(real.folder/TRIAL_FILE, folder)
     return folder
 
 
 def test_nist_topics_read_the_same(real, nist):
-    assert read_topics(nist/XML_FILE, 2021) == read_topics(real.folder/TOPIC_FILE, 2021)
+    of_nist = read_topics(nist/XML_FILE, 2021)
+    assert of_nist == read_topics(real.folder/TOPIC_FILE, 2021)
 
 
 def test_nist_pairs_read_the_same(real, nist):
     pairs, counts = read_trial_pairs(nist)
-    assert pairs.equals(real.pairs[0])
-    assert counts == real.pairs[1]
+    assert pairs.equals(real.pairs)
+    assert counts == real.pair_counts
 
 
 # -- files that must be refused
 
-ENTITIES = ('<!ENTITY a "aaaaaaaaaa"><!ENTITY b "&a;&a;&a;&a;&a;&a;&a;&a;&a;&a;">'
+ENTITIES = ('<!ENTITY a "aaaaaaaaaa">'
+            '<!ENTITY b "&a;&a;&a;&a;&a;&a;&a;&a;&a;&a;">'
             '<!ENTITY c "&b;&b;&b;&b;&b;&b;&b;&b;&b;&b;">')
 ONE = '<topic number="1">A man.</topic>'
 
@@ -206,88 +260,112 @@ def with_entities(declared):
     return xml('<topic number="1">&c;</topic>', head=f'<?xml version="1.0"?>\n<!DOCTYPE topics [{declared}]>\n')
 
 
-def topic(number, text):
-    return dict(_id=f'trec-2021{number}', text=text)
+def topics_of(*rows):
+    return lines(rows).encode()
 
 
-def without(row, key):
-    return {name: value for name, value in row.items() if name != key}
+def judged_and(line, encoding='utf-8'):
+    "The judgements with one more line."
+    return packed(qrels(JUDGED).encode() + f'{line}\n'.encode(encoding))
 
 
-MANY = lines(trial(number, brief_summary='x y z '*400 + str(number)) for number in range(400))
+def trials_of(*rows):
+    return packed(lines(rows))
+
+
+FIRST = TOPICS[0]
 SJOGREN = '{"_id": "trec-20212", "text": "Sjögren"}\n'.encode('latin-1')
+LATIN_XML = xml('<topic number="1">A mán.</topic>').decode().encode('latin-1')
 MENIERE = json.dumps(trial(2, brief_title='Ménière'), ensure_ascii=False).encode('latin-1')
+LATIN_TRIALS = packed(lines([trial(1)]).encode() + MENIERE)
+WITHOUT_CRITERIA = trial(1)
+del WITHOUT_CRITERIA['inclusion_criteria']
+LONG = [trial(number, brief_summary=f'{"x y z "*400}{number}') for number in range(400)]
 WORDLESS = [trial(number, brief_title='', inclusion_criteria=' ') for number in range(10)]
 
-REFUSED = {  # what is wrong -> file, content, words of the error
-    # topics as JSON Lines
-    'key of a topic': (TOPIC_FILE, b'{"_id": "trec-20211", "note": "A man."}\n', f'{TOPIC_FILE}, column text, row 1'),
-    'topic twice': (TOPIC_FILE, lines([TOPICS[0], TOPICS[0]]), 'trec-20211 stands there twice'),
-    'empty note': (TOPIC_FILE, lines([TOPICS[0], topic(2, ' \n ')]), 'the note of topic trec-20212 is empty'),
-    'other year': (TOPIC_FILE, lines([dict(_id='trec-20221', text='A man.')]), 'not of 2021'),
-    'latin-1': (TOPIC_FILE, lines(TOPICS[:1]).encode() + SJOGREN, 'line 2 is not UTF-8'),
-    'UTF-16': (TOPIC_FILE, lines(TOPICS).encode('utf-16'), 'is not UTF-8'),
-    'broken JSON': (TOPIC_FILE, lines(TOPICS[:1]).encode() + b'{"_id": \n', f'{TOPIC_FILE}, row 2: it is no JSON'),
-    'deep JSON': (TOPIC_FILE, b'['*200_000 + b'\n', 'it is no JSON'),
-    'list for an object': (TOPIC_FILE, b'["trec-20211", "A man."]\n', 'no JSON object'),
-    'half a surrogate pair': (TOPIC_FILE, lines([topic(1, 'A \ud800 man')]), 'column text, row 1'),
-    # topics as XML
-    'topic twice in XML': (XML_FILE, xml(ONE, ONE), 'trec-20211 stands there twice'),
-    'empty note in XML': (XML_FILE, xml(ONE, '<topic number="2">\n</topic>'), 'the note of topic trec-20212 is empty'),
-    'topic without a number': (XML_FILE, xml('<topic>A man.</topic>'), 'no topic with a number'),
-    'structured topic': (XML_FILE, xml('<topic number="1"><age>45</age></topic>'), 'no topic with a number'),
-    'other year in XML': (XML_FILE, xml(ONE, task='2022 TREC Clinical Trials'), 'it does not say 2021'),
-    'latin-1 XML': (XML_FILE, xml(ONE.replace('man', 'mán')).decode().encode('latin-1'), 'is not UTF-8'),
-    'broken XML': (XML_FILE, xml(ONE)[:-4], 'it is no XML'),
-    'unescaped XML': (XML_FILE, xml('<topic number="1">COPD & gout</topic>'), 'it is no XML'),
-    'entity bomb': (XML_FILE, with_entities(ENTITIES), 'document type'),
-    'entity that names a file': (XML_FILE, with_entities('<!ENTITY c SYSTEM "secret.txt">'), 'document type'),
-    'entities from elsewhere': (XML_FILE, with_entities('<!ENTITY % d SYSTEM "secret.dtd"> %d;'), 'document type'),
-    'entity that nobody declares': (XML_FILE, xml('<topic number="1">&c;</topic>'), 'it is no XML'),
-    # judgements
-    'column of the judgements': (QRELS_FILE, packed('query-id\tscore\ntrec-20211\t1\n'), 'corpus-id'),
-    'topic that is not there': (QRELS_FILE, packed(qrels([*JUDGED, ('trec-202199', 'NCT00000001', 1)])),
-                                'row 121: there is no topic trec-202199'),
-    'judgement of 3': (QRELS_FILE, packed(qrels([*JUDGED, ('trec-20211', 'NCT00000099', 3)])),
-                       "column score, row 121: '3'"),
-    'judgement without a value': (QRELS_FILE, packed(qrels(JUDGED) + 'trec-20211\tNCT00000099\n'),
-                                  '2 values for 3 columns'),
-    'latin-1 judgements': (QRELS_FILE, packed(qrels(JUDGED).encode() + 'trec-20211\tNCT…\t1\n'.encode('cp1252')),
-                           'is not UTF-8'),
-    'judgements cut off': (QRELS_FILE, packed(qrels(JUDGED*20))[:-200], 'ends too early'),
-    # trials
-    'field of a trial': (TRIAL_FILE, packed(lines([without(trial(1), 'inclusion_criteria')])),
-                         'column inclusion_criteria, row 1'),
-    'field that is no text': (TRIAL_FILE, packed(lines([trial(1, brief_title=None)])), 'column brief_title'),
-    'trial twice': (TRIAL_FILE, packed(lines([trial(1), trial(1)])), 'NCT00000001 stands there twice'),
-    'latin-1 trials': (TRIAL_FILE, packed(lines([trial(1)]).encode() + MENIERE), 'line 2 is not UTF-8'),
-    'trials cut off': (TRIAL_FILE, packed(MANY)[:-500], 'ends too early'),
-    'not compressed': (TRIAL_FILE, MANY, 'no gzip'),
-    'no text at all': (TRIAL_FILE, packed(lines([trial(77)])), 'none of the judged trials'),
-    'trials without a word': (TRIAL_FILE, packed(lines(WORDLESS)), 'none of the judged trials'),
+# file -> what is wrong -> content, words of the error
+REFUSED = {
+    TOPIC_FILE: {
+        'key of a topic': (b'{"_id": "trec-20211", "note": "A man."}\n', f'{TOPIC_FILE}, column text, row 1'),
+        'topic twice': (topics_of(FIRST, FIRST), 'trec-20211 stands there twice'),
+        'empty note': (topics_of(FIRST, topic(2, ' \n ')), 'the note of topic trec-20212 is empty'),
+        'other year': (b'{"_id": "trec-20221", "text": "A man."}\n', 'not of 2021'),
+        'latin-1': (topics_of(FIRST) + SJOGREN, 'line 2 is not UTF-8'),
+        'UTF-16': (lines(TOPICS).encode('utf-16'), 'is not UTF-8'),
+        'broken JSON': (topics_of(FIRST) + b'{"_id": \n', f'{TOPIC_FILE}, row 2: it is no JSON'),
+        'deep JSON': (b'['*200_000 + b'\n', 'it is no JSON'),
+        'list for an object': (b'["trec-20211", "A man."]\n', 'no JSON object'),
+        'half a surrogate pair': (topics_of(topic(1, 'A \ud800 man')), 'column text, row 1'),
+    },
+    XML_FILE: {
+        'topic twice in XML': (xml(ONE, ONE), 'trec-20211 stands there twice'),
+        'empty note in XML': (xml(ONE, '<topic number="2">\n</topic>'), 'the note of topic trec-20212 is empty'),
+        'topic without a number': (xml('<topic>A man.</topic>'), 'no topic with a number'),
+        'structured topic': (xml('<topic number="1"><age>45</age></topic>'), 'no topic with a number'),
+        'other year in XML': (xml(ONE, task='2022 TREC Clinical Trials'), 'it does not say 2021'),
+        'latin-1 XML': (LATIN_XML, 'is not UTF-8'),
+        'broken XML': (xml(ONE)[:-4], 'it is no XML'),
+        'unescaped XML': (xml('<topic number="1">COPD & gout</topic>'), 'it is no XML'),
+        'entity bomb': (with_entities(ENTITIES), 'document type'),
+        'entity that names a file': (with_entities('<!ENTITY c SYSTEM "secret.txt">'), 'document type'),
+        'entities from elsewhere': (with_entities('<!ENTITY % d SYSTEM "secret.dtd"> %d;'), 'document type'),
+        'entity that nobody declares': (xml('<topic number="1">&c;</topic>'), 'it is no XML'),
+    },
+    QRELS_FILE: {
+        'column of the judgements': (packed('query-id\tscore\ntrec-20211\t1\n'), 'corpus-id'),
+        'topic that is not there': (
+            judged_and('trec-202199\tNCT00000001\t1'),
+            'row 121: there is no topic trec-202199'),
+        'judgement of 3': (judged_and('trec-20211\tNCT00000099\t3'), "column score, row 121: '3'"),
+        'judgement without a value': (judged_and('trec-20211\tNCT00000099'), '2 values for 3 columns'),
+        'latin-1 judgements': (judged_and('trec-20211\tNCT…\t1', 'cp1252'), 'is not UTF-8'),
+        'judgements cut off': (packed(qrels(JUDGED*20))[:-200], 'ends too early'),
+    },
+    TRIAL_FILE: {
+        'field of a trial': (trials_of(WITHOUT_CRITERIA), 'column inclusion_criteria, row 1'),
+        'field that is no text': (trials_of(trial(1, brief_title=None)), 'column brief_title'),
+        'trial twice': (trials_of(trial(1), trial(1)), 'NCT00000001 stands there twice'),
+        'latin-1 trials': (LATIN_TRIALS, 'line 2 is not UTF-8'),
+        'trials cut off': (trials_of(*LONG)[:-500], 'ends too early'),
+        'not compressed': (lines(LONG), 'no gzip'),
+        'no text at all': (trials_of(trial(77)), 'none of the judged trials'),
+        'trials without a word': (trials_of(*WORDLESS), 'none of the judged trials'),
+    },
 }
+CASES = [
+    pytest.param(file, content, says, id=name)
+    for file, cases in REFUSED.items()
+    for name, (content, says) in cases.items()]
 
 
-@pytest.mark.parametrize('name', REFUSED)
-def test_bad_files_are_refused_with_place_and_remedy(folder, name):
-    file, data, says = REFUSED[name]
+def contents_of(folder):
+    return {path: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize('file, content, says', CASES)
+def test_bad_files_are_refused_with_place_and_remedy(folder, file, content, says):
     if file == XML_FILE:
         (folder/TOPIC_FILE).unlink()
-    (folder/file).write_bytes(data.encode() if isinstance(data, str) else data)
+    (folder/file).write_bytes(as_bytes(content))
     (folder/'secret.txt').write_text('SECRET')
     (folder/'secret.dtd').write_text('<!ENTITY c "SECRET">')
-    before = {path: path.read_bytes() for path in folder.iterdir()}
+    before = contents_of(folder)
     with pytest.raises(TableError) as error:
         trial_questions(folder, SMOKE)
     message = str(error.value)
-    assert says in message and file in message
+    assert says in message
+    assert file in message
     assert message.endswith('.')
-    assert 'SECRET' not in message and 'Traceback' not in message
-    assert {path: path.read_bytes() for path in folder.iterdir()} == before
+    assert 'SECRET' not in message
+    assert 'Traceback' not in message
+    assert contents_of(folder) == before
 
 
 @pytest.mark.parametrize('gone, says', [
-    (TOPIC_FILE, 'no topics 2021'), (QRELS_FILE, 'no judgements 2021'), (TRIAL_FILE, 'no trials')])
+    (TOPIC_FILE, 'no topics 2021'),
+    (QRELS_FILE, 'no judgements 2021'),
+    (TRIAL_FILE, 'no trials'),
+])
 def test_a_missing_file_is_named(folder, gone, says):
     (folder/gone).unlink()
     with pytest.raises(TableError, match=says):
@@ -316,36 +394,43 @@ def test_half_a_year_is_refused(folder):
 @pytest.fixture
 def rejudged(folder):
     "Questions and counts where one pair is judged three times alike and one in two ways."
-    topic_id, nct, score = JUDGED[1]
-    more = [JUDGED[0], JUDGED[0], (topic_id, nct, (score + 1) % 3)]
-    (folder/QRELS_FILE).write_bytes(packed(qrels(JUDGED + more)))
+    first, second, *_ = JUDGED
+    topic_id, nct, score = second
+    other_way = (topic_id, nct, (score + 1) % 3)
+    write_judged(folder, [*JUDGED, first, first, other_way])
     return trial_questions(folder, SMOKE)
 
 
 def test_equal_judgements_count_once_and_conflicting_ones_not_at_all(rejudged):
     questions, _ = rejudged
-    assert 'trec-20211/NCT00000000' in set(questions['sample_id'])
-    assert 'trec-20211/NCT00000001' not in set(questions['sample_id'])
+    assert 'trec-20211/NCT00000000' in ids_of(questions)
+    assert 'trec-20211/NCT00000001' not in ids_of(questions)
     assert len(questions) == 99
 
 
 def test_repeated_and_conflicting_judgements_are_counted(rejudged):
     _, counts = rejudged
-    names = ('judgements', 'repeated', 'conflicting', 'pairs', 'without_text')
-    assert [counts[name] for name in names] == [123, 2, 2, 119, 20]
-    assert sum(with_text for _, _, with_text, _ in counts['by_topic']) == 99
-    assert sum(without_text for *_, without_text in counts['by_topic']) == 20
+    assert counts['judgements'] == 123
+    assert counts['repeated'] == 2
+    assert counts['conflicting'] == 2
+    assert counts['pairs'] == 119
+    assert counts['without_text'] == 20
+    *_, with_text, without_text = zip(*counts['by_topic'])
+    assert sum(with_text) == 99
+    assert sum(without_text) == 20
 
 
 def test_both_years_together(folder):
     second = '<topic number="2">A woman.</topic>'
-    (folder/'topics2022.xml').write_bytes(xml(ONE, second, task='2022 TREC Clinical Trials'))
+    topics = xml(ONE, second, task='2022 TREC Clinical Trials')
+    (folder/'topics2022.xml').write_bytes(topics)
     (folder/'qrels2022.txt').write_text('1  0\tNCT00000001 0\n\n2 0 NCT00000001 2\n')
     pairs, counts = read_trial_pairs(folder)
     of_2022 = pairs.filter(pl.col('topic').str.starts_with('trec-2022'))
     assert counts['topics'] == 12
     assert of_2022.select('topic', 'trial', 'label', 'note').rows() == [
-        ('trec-20221', 'NCT00000001', 0, 'A man.'), ('trec-20222', 'NCT00000001', 2, 'A woman.')]
+        ('trec-20221', 'NCT00000001', 0, 'A man.'),
+        ('trec-20222', 'NCT00000001', 2, 'A woman.')]
 
 
 # -- the scale
@@ -358,9 +443,9 @@ def asked_folder(folder):
 def test_the_scale_is_trecs_from_file_to_question(asked_folder):
     "0 is not relevant, 1 excluded, 2 eligible."
     word = {0: 'Irrelevant', 1: 'Excluded', 2: 'Eligible'}
-    golds = dict(asked_folder.select('sample_id', 'gold').rows())
-    wanted = {f'{topic_id}/{nct}': [word[score]] for topic_id, nct, score in JUDGED if f'{topic_id}/{nct}' in golds}
-    assert golds == wanted
+    judged = {f'{topic_id}/{nct}': word[score] for topic_id, nct, score in JUDGED}
+    for sample_id, gold in asked_folder.select('sample_id', 'gold').rows():
+        assert gold == [judged[sample_id]]
     assert sizes_of_classes(asked_folder).keys() == set(TRIAL_CLASSES)
 
 
@@ -371,8 +456,10 @@ def test_the_scale_is_trecs_from_file_to_question(asked_folder):
 ])
 def test_the_scale_is_trecs_in_the_judge(word, number, swapped):
     "EHRMind's own reward has 0 and 1 swapped."
-    assert right_class([word], dict(prediction=word, idx=number))
-    assert not right_class([word], dict(zip(TRIAL_KEYS, swapped)))
+    answer = dict(prediction=word, idx=number)
+    by_ehrmind = dict(zip(TRIAL_KEYS, swapped))
+    assert right_class([word], answer)
+    assert not right_class([word], by_ehrmind)
 
 
 # -- questions
@@ -380,32 +467,47 @@ def test_the_scale_is_trecs_in_the_judge(word, number, swapped):
 @pytest.fixture
 def pieces(folder):
     "Questions whose trials have all pieces, but for the first."
-    texts = [trial(number, brief_summary='Sum.', exclusion_criteria='Gout.') for number in range(1, 10)]
-    (folder/TRIAL_FILE).write_bytes(packed(lines([trial(0, brief_title=''), *texts])))
+    whole = dict(brief_summary='Sum.', exclusion_criteria='Gout.')
+    first = trial(0, brief_title='')
+    others = [trial(number, **whole) for number in range(1, 10)]
+    write_trials(folder, [first, *others])
     return trial_questions(folder, SMOKE)[0]
 
 
-HEADS = ['## Trial summary', '## Trial title', '## Exclusion criteria', '## Inclusion criteria', '## Patient']
+HEADS_OF_FIRST = [
+    '## Scale',
+    '## Inclusion criteria',
+    '## Patient']
+HEADS = [
+    '## Scale',
+    '## Trial summary',
+    '## Trial title',
+    '## Exclusion criteria',
+    '## Inclusion criteria',
+    '## Patient']
 
 
 def test_questions_have_the_schema(pieces):
     assert pieces.schema == QUESTIONS
     assert pieces['sample_id'].is_unique().all()
     assert set(pieces['kind']) == {'decision'}
-    assert pieces['group'].to_list() == [sample_id.split('/')[0] for sample_id in pieces['sample_id']]
+    topics = pieces['sample_id'].str.split('/').list.first()
+    assert pieces['group'].to_list() == topics.to_list()
 
 
 def test_questions_have_their_pieces(pieces):
     for sample_id, context in pieces.select('sample_id', 'context').iter_rows():
         heads = [piece.partition('\n')[0] for piece in context]
-        assert heads == ['## Scale', *(HEADS[3:] if sample_id.endswith('NCT00000000') else HEADS)]
+        of_first = sample_id.endswith('NCT00000000')
+        assert heads == (HEADS_OF_FIRST if of_first else HEADS)
         assert 'asthma of kind' in context[-1]
 
 
 def test_questions_do_not_tell(pieces):
     (question,) = set(pieces['question'])
-    assert [word for word in TRIAL_CLASSES if word in question] == list(TRIAL_CLASSES)
-    assert len({context[0] for context in pieces['context']}) == 1
+    assert all(word in question for word in TRIAL_CLASSES)
+    scales = pieces['context'].list.first()
+    assert scales.n_unique() == 1
 
 
 # -- splits
@@ -417,20 +519,32 @@ criteria = st.sampled_from(['Adults.', 'adults. ', 'Children.', 'Asthma.', 'Gout
 @st.composite
 def judged_pairs(draw):
     "Some pairs of a few topics and trials, of which some have the same text."
-    note_of = draw(st.dictionaries(st.integers(1, 8), notes, min_size=1))
-    text_of = draw(st.dictionaries(st.integers(1, 12), criteria, min_size=1))
+    topics, trials = st.integers(1, 8), st.integers(1, 12)
+    note_of = draw(st.dictionaries(topics, notes, min_size=1))
+    text_of = draw(st.dictionaries(trials, criteria, min_size=1))
     pair = st.tuples(st.sampled_from(sorted(note_of)), st.sampled_from(sorted(text_of)))
-    rows = draw(st.lists(pair, min_size=1, unique=True))
-    common = dict(label=0, title='', summary='', exclusion='')
-    return pl.DataFrame([dict(topic=f'trec-2021{number}', trial=f'NCT{nct:08}', note=note_of[number],
-                              inclusion=text_of[nct]) | common for number, nct in rows])
+    pairs = draw(st.lists(pair, min_size=1, unique=True))
+    rows = []
+    for topic_number, trial_number in pairs:
+        rows.append(dict(
+            topic=f'trec-2021{topic_number}',
+            trial=f'NCT{trial_number:08}',
+            note=note_of[topic_number],
+            inclusion=text_of[trial_number],
+            label=0,
+            title='',
+            summary='',
+            exclusion=''))
+    return pl.DataFrame(rows)
 
 
 def folded_parts(pairs, seed):
     "Part -> (note, criteria) of its pairs, as they are compared."
-    parts = split_pairs(pairs, seed).select('part', 'note', 'inclusion').rows()
-    return {part: [(folded_text(note), folded_text(text)) for of, note, text in parts if of == part]
-            for part in ('train', *TESTS)}
+    parts = {part: [] for part in ('train', *TESTS)}
+    divided = split_pairs(pairs, seed)
+    for part, note, text in divided.select('part', 'note', 'inclusion').rows():
+        parts[part].append((folded_text(note), folded_text(text)))
+    return parts
 
 
 def people(pairs):
@@ -444,15 +558,17 @@ seeds = st.integers(0, 3)
 @few
 @given(judged_pairs(), seeds)
 def test_splitting_changes_no_pair(pairs, seed):
-    assert split_pairs(pairs, seed).drop('part').equals(pairs)
+    divided = split_pairs(pairs, seed)
+    assert divided.drop('part').equals(pairs)
 
 
 @few
 @given(judged_pairs(), seeds)
 def test_no_test_pair_is_in_training(pairs, seed):
     parts = folded_parts(pairs, seed)
-    assert not set(parts['train']) & set(parts['transductive'])
-    assert not people(parts['train'] + parts['transductive']) & people(parts['inductive'])
+    train, transductive = parts['train'], parts['transductive']
+    assert not set(train) & set(transductive)
+    assert not people(train + transductive) & people(parts['inductive'])
 
 
 @few
@@ -467,10 +583,12 @@ def test_every_known_patient_is_in_training(pairs, seed):
 @given(judged_pairs(), seeds)
 def test_a_fifth_is_tested(pairs, seed):
     parts = folded_parts(pairs, seed)
-    everybody = people(parts['train'] + parts['transductive'] + parts['inductive'])
-    known = set(parts['train'] + parts['transductive'])
-    assert len(people(parts['inductive'])) == round(.2*len(everybody))
-    assert len(set(parts['transductive'])) <= round(.2*len(known))
+    of_known = parts['train'] + parts['transductive']
+    new_people = people(parts['inductive'])
+    everybody = people(of_known) | new_people
+    assert len(new_people) == round(.2*len(everybody))
+    tested = set(parts['transductive'])
+    assert len(tested) <= round(.2*len(set(of_known)))
 
 
 @few
@@ -479,27 +597,32 @@ def test_splits_do_not_depend_on_the_order(pairs, seed, random):
     order = list(range(len(pairs)))
     random.shuffle(order)
     parts = split_pairs(pairs, seed)['part']
-    assert split_pairs(pairs[order], seed)['part'].to_list() == [parts[row] for row in order]
+    of_shuffled = split_pairs(pairs[order], seed)['part']
+    assert of_shuffled.equals(parts[order])
 
 
-@pytest.mark.parametrize('most, each', [(0, None), (9, 3), (10_000, None)])
+@pytest.mark.parametrize('most, each', [
+    (0, None),
+    (9, 3),
+    (10_000, None),
+])
 def test_balanced_draws_as_many_of_each_class(asked_folder, most, each):
     train = for_training(asked_folder)
     rarest = min(sizes_of_classes(train).values())
     some = balanced(asked_folder, 1, most)
     assert sizes_of_classes(some) == dict.fromkeys(TRIAL_CLASSES, each or rarest)
-    assert set(some['sample_id']) <= set(train['sample_id'])
+    assert ids_of(some) <= ids_of(train)
 
 
 def test_balanced_does_not_depend_on_the_order(asked_folder):
     shuffled = asked_folder.sample(fraction=1, shuffle=True, seed=5)
-    one, other = (balanced(questions, 1, 9).sort('sample_id') for questions in (asked_folder, shuffled))
-    assert one.equals(other)
+    drawn, of_shuffled = balanced(asked_folder, 1, 9), balanced(shuffled, 1, 9)
+    assert drawn.sort('sample_id').equals(of_shuffled.sort('sample_id'))
 
 
 def test_balanced_depends_on_the_seed(asked_folder):
-    one, other = (balanced(asked_folder, seed, 9)['sample_id'] for seed in (1, 2))
-    assert one.to_list() != other.to_list()
+    first, second = (balanced(asked_folder, seed, 9) for seed in (1, 2))
+    assert first['sample_id'].to_list() != second['sample_id'].to_list()
 
 
 def test_balanced_of_nothing_is_nothing(asked_folder):
@@ -508,19 +631,29 @@ def test_balanced_of_nothing_is_nothing(asked_folder):
 
 # -- answers
 
-odd_texts = st.sampled_from([*TRIAL_CLASSES, 'eligible ', '\tEXCLUDED', '0', ' 1 ', '2', '1.0'])
-odd_numbers = st.booleans() | st.integers(-3, 4) | st.just(10**400) | st.floats()
-odd_values = st.none() | odd_numbers | st.text(max_size=12) | odd_texts
+classes = st.sampled_from(TRIAL_CLASSES)
+keys = st.sampled_from([*TRIAL_KEYS, 'other'])
+odd_texts = st.sampled_from(['eligible ', '\tEXCLUDED', '0', ' 1 ', '2', '1.0'])
+odd_values = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(-3, 4),
+    st.just(10**400),
+    st.floats(),
+    st.text(max_size=12),
+    classes,
+    odd_texts)
 
 
 @settings(max_examples=50, deadline=None)
-@given(st.sampled_from(TRIAL_CLASSES), st.dictionaries(st.sampled_from([*TRIAL_KEYS, 'other']), odd_values))
+@given(classes, st.dictionaries(keys, odd_values))
 def test_the_judge_has_an_opinion_on_everything(word, answer):
     said, number = answer.get('prediction'), answer.get('idx')
     place = TRIAL_CLASSES.index(word)
     right_word = isinstance(said, str) and said.strip().lower() == word.lower()
     as_text = isinstance(number, str) and number.strip() == str(place)
-    right_number = as_text or (not isinstance(number, bool) and number == place)
+    as_number = number == place and not isinstance(number, bool)
+    right_number = as_text or as_number
     assert right_class([word], answer) is (right_word and right_number)
 
 
@@ -528,9 +661,13 @@ def test_the_judge_has_an_opinion_on_everything(word, answer):
 @pytest.mark.parametrize('said', TRIAL_CLASSES)
 @pytest.mark.parametrize('number', range(3))
 def test_each_class_can_be_won_and_lost(gold, said, number):
-    text = f'<think>t</think><answer>{json.dumps(dict(prediction=said, idx=number))}</answer>'
+    def judge(answer):
+        return right_class([gold], answer)
+
+    answer = json.dumps(dict(prediction=said, idx=number))
+    text = f'<think>t</think><answer>{answer}</answer>'
     agrees = TRIAL_CLASSES[number] == said
-    earned = ehrmind_reward(text, lambda answer: right_class([gold], answer), TRIAL_KEYS)
+    earned = ehrmind_reward(text, judge, TRIAL_KEYS)
     assert earned == (1.1 if agrees and said == gold else 0)
     assert read_class(text) == (number if agrees else NO_CLASS)
 
@@ -545,9 +682,13 @@ def test_a_label_that_no_answer_can_meet_is_an_error():
 
 
 PIECES = [
-    '<think>', '</think>', '<answer>', '</answer>', '{"prediction": "Eligible", "idx": 2}',
-    '{"idx": 1, "prediction": "Eligible"}', 'Eligible', 'not ', 'Excluded', '\n', '{', '"']
-texts = st.lists(st.sampled_from(PIECES), max_size=10).map(''.join) | st.text(max_size=40)
+    '<think>', '</think>', '<answer>', '</answer>',
+    '{"prediction": "Eligible", "idx": 2}',
+    '{"idx": 1, "prediction": "Eligible"}',
+    'Eligible', 'not ', 'Excluded',
+    '\n', '{', '"']
+near_answers = st.lists(st.sampled_from(PIECES), max_size=10).map(''.join)
+texts = near_answers | st.text(max_size=40)
 
 
 @settings(max_examples=50, deadline=None)
@@ -564,8 +705,9 @@ def test_any_text_is_read(text):
 def test_reading_agrees_with_the_reward(text):
     strict = ehrmind_answer(text, TRIAL_KEYS)
     if strict is not None:
-        won = [right_class([word], strict) for word in TRIAL_CLASSES]
-        assert won == [place == read_class(text) for place in range(3)]
+        said = read_class(text)
+        for place, word in enumerate(TRIAL_CLASSES):
+            assert right_class([word], strict) is (place == said)
 
 
 @pytest.mark.parametrize('text, says', [
@@ -594,7 +736,8 @@ def test_what_counts_as_said(text, says):
 
 def scikit_metrics(gold, said):
     "The metrics by scikit-learn."
-    means = dict(labels=sorted(set(gold)), average='macro', zero_division=0)
+    classes_asked = sorted(set(gold))
+    means = dict(labels=classes_asked, average='macro', zero_division=0)
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')  # answers outside the gold classes, one class only
         return {
@@ -614,80 +757,115 @@ gold_and_said = st.tuples(st.integers(0, 2), st.integers(0, 3))
 @given(st.lists(gold_and_said, min_size=1, max_size=40))
 def test_metrics_are_those_of_scikit_learn(rows):
     gold, said = zip(*rows)
-    mine, theirs = metrics_of(confusion(gold, said)), scikit_metrics(gold, said)
+    mine = metrics_of(confusion(gold, said))
+    theirs = scikit_metrics(gold, said)
     assert tuple(mine) == METRICS
-    if set(gold) == set(said) and len(set(gold)) == 1:  # everything one class: chance agrees too
+    one_class = len({*gold, *said}) == 1
+    if one_class:  # chance agrees too
         assert math.isnan(mine.pop('kappa'))
     for metric, value in mine.items():
         assert value == pytest.approx(theirs[metric], abs=1e-12), metric
 
 
-TABLE = [[3, 1, 0, 1], [1, 1, 1, 0], [0, 0, 2, 0]]
+TABLE = np.array([
+    [3, 1, 0, 1],
+    [1, 1, 1, 0],
+    [0, 0, 2, 0]])
 
 
 def test_metrics_by_hand():
+    precision = (3/4 + 1/2 + 2/3)/3
     recall = (3/5 + 1/3 + 1)/3
+    f1 = (6/9 + 2/5 + 4/5)/3
     assert metrics_of(TABLE) == pytest.approx(dict(
         accuracy=.6,
         balanced_accuracy=recall,
         kappa=(.6 - .32)/(1 - .32),
-        macro_precision=(3/4 + 1/2 + 2/3)/3,
+        macro_precision=precision,
         macro_recall=recall,
-        macro_f1=(6/9 + 2/5 + 4/5)/3))
+        macro_f1=f1))
 
 
 def test_metrics_of_many_tables_at_once():
-    many = metrics_of([TABLE, np.multiply(TABLE, 7), [[0]*4]*3])
+    empty = np.zeros_like(TABLE)
+    many = metrics_of([TABLE, 7*TABLE, empty])
     assert many['accuracy'][:2] == pytest.approx([.6, .6])
-    assert all(math.isnan(values[2]) for values in many.values())
+    for values in many.values():
+        assert math.isnan(values[2])
 
 
 # -- scores
 
 def asked(*rows):
     "Questions from (topic, test, class)."
-    return pl.DataFrame([
-        dict(sample_id=str(number), group=topic_id, task=test, split='train' if test == 'train' else 'held_out',
-             kind='decision', context=[], question='?', gold=[gold])
-        for number, (topic_id, test, gold) in enumerate(rows)], QUESTIONS)
+    questions = []
+    for number, (topic_id, test, gold) in enumerate(rows):
+        questions.append(dict(
+            sample_id=str(number),
+            group=topic_id,
+            task=test,
+            split='train' if test == 'train' else 'held_out',
+            kind='decision',
+            context=[],
+            question='?',
+            gold=[gold]))
+    return pl.DataFrame(questions, QUESTIONS)
 
 
 def told(*rows):
     "Answers from (question, text)."
-    return pl.DataFrame([dict(sample_id=str(number), text=text, risk=None, status='answered')
-                         for number, text in rows], ANSWERS)
+    answers = [(str(question), text, None, 'answered') for question, text in rows]
+    return pl.DataFrame(answers, ANSWERS, orient='row')
 
 
 @pytest.fixture(scope='module')
 def by_hand():
     "(system, test, metric) -> row of the results of two systems; one was asked a single question."
     questions = asked(
-        ('a', 'transductive', 'Irrelevant'), ('a', 'transductive', 'Excluded'), ('b', 'transductive', 'Eligible'),
-        ('c', 'inductive', 'Eligible'), ('d', 'train', 'Eligible'))
-    first = told((0, 'Irrelevant'), (1, 'Eligible'), (2, 'eligible'), (3, 'no idea'))
-    results = score_trials(questions, dict(s=first, t=told((2, None))), SMOKE)
+        ('a', 'transductive', 'Irrelevant'),
+        ('a', 'transductive', 'Excluded'),
+        ('b', 'transductive', 'Eligible'),
+        ('c', 'inductive', 'Eligible'),
+        ('d', 'train', 'Eligible'))
+    first = told(
+        (0, 'Irrelevant'),
+        (1, 'Eligible'),
+        (2, 'eligible'),
+        (3, 'no idea'))
+    second = told((2, None))
+    results = score_trials(questions, dict(s=first, t=second), SMOKE)
     assert results.schema == RESULTS
-    return {(row['system'], row['task'], row['metric']): row for row in results.iter_rows(named=True)}
+    return results.rows_by_key(['system', 'task', 'metric'], named=True, include_key=True, unique=True)
 
 
 def test_scores_by_hand(by_hand):
     accuracy = by_hand['s', 'transductive', 'accuracy']
     assert accuracy['value'] == pytest.approx(2/3)
-    assert (accuracy['samples'], accuracy['groups'], accuracy['missing']) == (3, 2, 0)
-    assert (accuracy['low'], accuracy['high']) == (.5, 1)  # topic a: 1 of 2, topic b: 1 of 1
-    assert by_hand['s', 'transductive', 'balanced_accuracy']['value'] == pytest.approx(2/3)
-    assert by_hand['s', 'transductive', 'macro_precision']['value'] == pytest.approx((1 + 0 + .5)/3)
+    assert accuracy['samples'] == 3
+    assert accuracy['groups'] == 2
+    assert accuracy['missing'] == 0
+    assert accuracy['low'] == .5  # topic a: 1 of 2
+    assert accuracy['high'] == 1  # topic b: 1 of 1
+
+
+def test_means_over_classes_by_hand(by_hand):
+    recall = by_hand['s', 'transductive', 'balanced_accuracy']
+    precision = by_hand['s', 'transductive', 'macro_precision']
+    assert recall['value'] == pytest.approx(2/3)
+    assert precision['value'] == pytest.approx((1 + 0 + .5)/3)
 
 
 def test_an_answer_that_cannot_be_used_is_wrong_and_missing(by_hand):
     lost = by_hand['s', 'inductive', 'accuracy']
-    assert (lost['value'], lost['missing']) == (0, 1)
+    assert lost['value'] == 0
+    assert lost['missing'] == 1
 
 
 def test_one_topic_has_no_interval(by_hand):
     lost = by_hand['s', 'inductive', 'accuracy']
     assert lost['low'] is None
-    assert 'one topic' in lost['note'] and 'no pair is Excluded' in lost['note']
+    assert 'one topic' in lost['note']
+    assert 'no pair is Excluded' in lost['note']
 
 
 def test_both_tests_are_pooled(by_hand):
@@ -715,26 +893,31 @@ def test_answers_that_fit_no_question_are_an_error(rows):
 @pytest.fixture(scope='module')
 def eight_topics():
     "Eight questions about each of eight topics, answers, and their scores."
-    questions = asked(*((f't{i//8}', 'inductive', TRIAL_CLASSES[(i*i//3) % 3]) for i in range(64)))
-    answers = told(*((i, TRIAL_CLASSES[i*7 % 3]) for i in range(64)))
-    return questions, answers, score_trials(questions, dict(s=answers), SMOKE)
+    golds = [TRIAL_CLASSES[(i*i//3) % 3] for i in range(64)]
+    said = [TRIAL_CLASSES[i*7 % 3] for i in range(64)]
+    questions = asked(*((f't{i//8}', 'inductive', gold) for i, gold in enumerate(golds)))
+    answers = told(*enumerate(said))
+    results = score_trials(questions, dict(s=answers), SMOKE)
+    return questions, answers, results
 
 
 def test_scores_do_not_depend_on_order(eight_topics):
     questions, answers, results = eight_topics
     shuffled = answers.sample(fraction=1, shuffle=True, seed=3)
-    assert score_trials(questions.reverse(), dict(s=shuffled), SMOKE).equals(results)
+    again = score_trials(questions.reverse(), dict(s=shuffled), SMOKE)
+    assert again.equals(results)
 
 
 def test_intervals_are_over_topics(eight_topics):
     "The same questions twice add no topic, so nothing new is known."
+    def doubled(frame):
+        again = frame.with_columns(pl.col('sample_id') + 'x')
+        return pl.concat([frame, again])
+
     questions, answers, results = eight_topics
-    again = pl.col('sample_id') + 'x'
-    questions = pl.concat([questions, questions.with_columns(again)])
-    answers = pl.concat([answers, answers.with_columns(again)])
-    twice = score_trials(questions, dict(s=answers), SMOKE)
-    numbers = ('value', 'low', 'high')
-    assert twice.select(numbers).to_numpy() == pytest.approx(results.select(numbers).to_numpy())
+    twice = score_trials(doubled(questions), dict(s=doubled(answers)), SMOKE)
+    for column in ('value', 'low', 'high'):
+        assert twice[column].to_list() == pytest.approx(results[column].to_list())
 
 
 # -- baselines
@@ -772,13 +955,23 @@ def test_age_and_sex_that_a_trial_asks_for(criteria, says):
 
 def test_features_by_hand():
     words = TfidfVectorizer().fit(['asthma', 'gout'])
-    fits_not = dict(note='A 20-year-old woman, asthma', title='asthma', summary='',
-                    inclusion='Men aged 30 to 40 years', exclusion='')
-    fits = dict(note='asthma gout', title='', summary='', inclusion='gout', exclusion='asthma')
-    assert pair_features(pl.DataFrame([fits_not, fits]), words) == pytest.approx(np.array([
+    fits_not = dict(
+        note='A 20-year-old woman, asthma',
+        title='asthma',
+        summary='',
+        inclusion='Men aged 30 to 40 years',
+        exclusion='')
+    fits = dict(
+        note='asthma gout',
+        title='',
+        summary='',
+        inclusion='gout',
+        exclusion='asthma')
+    half = .5**.5
+    expected = np.array([
         [1, 0, 0, 1, 1],
-        [0, .5**.5, .5**.5, 0, 0],
-    ]))
+        [0, half, half, 0, 0]])
+    assert pair_features(pl.DataFrame([fits_not, fits]), words) == pytest.approx(expected)
 
 
 def test_baselines_answer_what_is_held_out(folder, asked_folder):
@@ -786,62 +979,83 @@ def test_baselines_answer_what_is_held_out(folder, asked_folder):
     assert set(said) == {'majority', 'logistic'}
     for answers in said.values():
         assert answers.schema == ANSWERS
-        assert set(answers['sample_id']) == set(held_out(asked_folder)['sample_id'])
+        assert ids_of(answers) == ids_of(held_out(asked_folder))
 
 
 def test_majority_says_a_commonest_class(folder, asked_folder):
-    (word,) = set(trial_baselines(folder, SMOKE, asked_folder)['majority']['text'])
+    majority = trial_baselines(folder, SMOKE, asked_folder)['majority']
+    (word,) = set(majority['text'])
     sizes = sizes_of_classes(for_training(asked_folder))
     assert sizes[word] == max(sizes.values())
 
 
 def test_baselines_learn_from_training_pairs_only(folder, asked_folder):
     said = trial_baselines(folder, SMOKE, asked_folder)
-    tested = set(held_out(asked_folder)['sample_id'])
-    others = [(topic_id, nct, 2 if f'{topic_id}/{nct}' in tested else score) for topic_id, nct, score in JUDGED]
-    (folder/QRELS_FILE).write_bytes(packed(qrels(others)))
+    tested = ids_of(held_out(asked_folder))
+    rejudged = []
+    for topic_id, nct, score in JUDGED:
+        is_tested = f'{topic_id}/{nct}' in tested
+        rejudged.append((topic_id, nct, 2 if is_tested else score))
+    write_judged(folder, rejudged)
     changed, _ = trial_questions(folder, SMOKE)
-    assert changed['split'].equals(asked_folder['split']) and not changed['gold'].equals(asked_folder['gold'])
+    assert changed['split'].equals(asked_folder['split'])
+    assert not changed['gold'].equals(asked_folder['gold'])
     again = trial_baselines(folder, SMOKE, changed)
-    assert all(again[system].equals(said[system]) for system in said)
+    for system, answers in said.items():
+        assert again[system].equals(answers)
 
 
-SICK = ('asthma', 'gout', 'psoriasis', 'epilepsy')
+ILLNESSES = ('asthma', 'gout', 'psoriasis', 'epilepsy')
+
+
+def age_of(topic_number):
+    return 18 + topic_number
+
+
+def least_age(trial_number):
+    return 20 + 2*(trial_number//4)
 
 
 def true_class(topic_number, trial_number):
     "Another illness, too young, or eligible."
-    if (topic_number - trial_number) % 4:
+    if topic_number % 4 != trial_number % 4:
         return 0
-    return 2 if 18 + topic_number >= 20 + 2*(trial_number//4) else 1
+    return 2 if age_of(topic_number) >= least_age(trial_number) else 1
 
 
 def test_logistic_finds_what_there_is_to_find(tmp_path):
     "Kinds of illness as words, an age limit as the criterion: far above the majority."
-    topics = [topic(i, f'A {18 + i}-year-old man with {SICK[i % 4]}.') for i in range(1, 41)]
-    trials = [trial(j, brief_title=SICK[j % 4],
-                    inclusion_criteria=f'{SICK[j % 4]}. Age {20 + 2*(j//4)} years or older.') for j in range(40)]
-    judged = [(f'trec-2021{i}', f'NCT{j:08}', true_class(i, j)) for i in range(1, 41) for j in range(40)]
+    topics, trials, judged = [], [], []
+    for i in range(1, 41):
+        topics.append(topic(i, f'A {age_of(i)}-year-old man with {ILLNESSES[i % 4]}.'))
+    for j in range(40):
+        illness = ILLNESSES[j % 4]
+        wanted = f'{illness}. Age {least_age(j)} years or older.'
+        trials.append(trial(j, brief_title=illness, inclusion_criteria=wanted))
+    for i in range(1, 41):
+        judged += [(f'trec-2021{i}', f'NCT{j:08}', true_class(i, j)) for j in range(40)]
     (tmp_path/TOPIC_FILE).write_text(lines(topics))
     (tmp_path/'trials.jsonl').write_text(lines(trials))
     (tmp_path/'trec_2021_qrels.tsv').write_text(qrels(judged))
     questions, _ = trial_questions(tmp_path, SMOKE)
-    results = score_trials(questions, trial_baselines(tmp_path, SMOKE, questions), SMOKE)
-    balanced_accuracy = results.filter(pl.col('metric') == 'balanced_accuracy')
-    value = {(system, test): number for system, test, number in balanced_accuracy['system', 'task', 'value'].rows()}
+    baselines = trial_baselines(tmp_path, SMOKE, questions)
+    results = score_trials(questions, baselines, SMOKE).filter(metric='balanced_accuracy')
     for test in TESTS:
-        assert value['majority', test] == pytest.approx(1/3)
-        assert value['logistic', test] > .9
+        rows = results.filter(task=test).select('system', 'value').rows()
+        value = dict(rows)
+        assert value['majority'] == pytest.approx(1/3)
+        assert value['logistic'] > .9
 
 
 def test_one_class_leaves_the_regression_out(folder):
-    (folder/QRELS_FILE).write_bytes(packed(qrels((topic_id, nct, 1) for topic_id, nct, _ in JUDGED)))
+    all_excluded = [(topic_id, nct, 1) for topic_id, nct, _ in JUDGED]
+    write_judged(folder, all_excluded)
     questions, _ = trial_questions(folder, SMOKE)
     assert set(trial_baselines(folder, SMOKE, questions)) == {'majority'}
 
 
 def test_nothing_to_test_leaves_baselines_out(folder):
-    (folder/QRELS_FILE).write_bytes(packed(qrels(JUDGED[:1])))
+    write_judged(folder, JUDGED[:1])
     questions, counts = trial_questions(folder, SMOKE)
     assert counts['train'] == 1
     assert trial_baselines(folder, SMOKE, questions) == {}
@@ -859,21 +1073,24 @@ def finished(folder, **manifest):
 def home(tmp_path_factory):
     "A run with nothing trained that has the benchmark, and one without it."
     root = tmp_path_factory.mktemp('trials')
-    (root/'files').mkdir()
-    where, everything = written(root/'files'), replace(SMOKE, lm_per_task=0)
-    run = Run('r', root)
-    assert build_benchmark(run, everything, TRIALS, where)
-    assert not build_benchmark(run, everything, TRIALS, where)  # up to date
-    for one in (run, Run('bare', root)):
+    files = root/'files'
+    files.mkdir()
+    written(files)
+    run, bare = Run('r', root), Run('bare', root)
+    everything = replace(SMOKE, lm_per_task=0)
+    assert build_benchmark(run, everything, TRIALS, files)
+    assert not build_benchmark(run, everything, TRIALS, files)  # up to date
+    params = dict(seed=42, protocol='strict', style='compact', caps='paper')
+    for one in (run, bare):
         finished(one.trajectories, counts=dict(access='open', source='synthetic'))
-        finished(one.samples, params=dict(seed=42, protocol='strict', style='compact', caps='paper'))
+        finished(one.samples, params=params)
     return SimpleNamespace(root=root, run=run, folder=run.folder/'transfer'/'trials')
 
 
 def test_the_stage_runs_without_any_model(home):
-    names = {path.name for path in home.folder.iterdir()}
+    for name in ('questions.parquet', 'results.parquet', 'answers', 'manifest.json'):
+        assert (home.folder/name).exists()
     results = pl.read_parquet(home.folder/'results.parquet')
-    assert names >= {'questions.parquet', 'results.parquet', 'answers', 'manifest.json'}
     assert set(results['system']) == {'majority', 'logistic'}
     assert set(results['metric']) == set(METRICS)
     assert set(results['task']) == {*TESTS, 'overall'}
@@ -881,25 +1098,30 @@ def test_the_stage_runs_without_any_model(home):
 
 def test_the_stage_counts(home):
     counts = read_manifest(home.folder)['counts']
-    assert (counts['without_text'], counts['questions']) == (20, 100)
+    assert counts['without_text'] == 20
+    assert counts['questions'] == 100
     assert counts['systems'] == ['logistic', 'majority']
 
 
-TEMPLATE = Path(__file__).resolve().parent.parent/'nbs'/'11_reports'/'11_trials.ipynb'
+ROOT = Path(__file__).resolve().parent.parent
+TEMPLATE = ROOT/'nbs'/'11_reports'/'11_trials.ipynb'
 
 
 def add_answers_of_a_model(folder):
     "An invented model that was asked five questions of each test; every fifth answer cannot be used."
     questions = pl.read_parquet(folder/'questions.parquet')
     some = held_out(questions).group_by('task', maintain_order=True).head(5)
-    rows = []
-    for number, (sample_id, gold) in enumerate(some.select('sample_id', 'gold').rows()):
-        in_form = f'<think>t</think><answer>{json.dumps(trial_answer(gold))}</answer>'
-        text = in_form if number % 5 else 'no idea'
-        rows.append(dict(sample_id=sample_id, text=text, risk=None, status='answered'))
-    pl.DataFrame(rows, ANSWERS).write_parquet(folder/'answers'/'adapted.parquet')
-    said = {file.stem: pl.read_parquet(file) for file in sorted((folder/'answers').glob('*.parquet'))}
-    score_trials(questions, said, SMOKE).write_parquet(folder/'results.parquet')
+    texts = []
+    for number, gold in enumerate(some['gold']):
+        right = json.dumps(trial_answer(gold))
+        in_form = f'<think>t</think><answer>{right}</answer>'
+        texts.append(in_form if number % 5 else 'no idea')
+    adapted = told(*zip(some['sample_id'], texts))
+    adapted.write_parquet(folder/'answers'/'adapted.parquet')
+    files = sorted((folder/'answers').glob('*.parquet'))
+    said = {file.stem: pl.read_parquet(file) for file in files}
+    results = score_trials(questions, said, SMOKE)
+    results.write_parquet(folder/'results.parquet')
 
 
 @pytest.fixture(scope='module')
@@ -908,43 +1130,48 @@ def report(home):
     add_answers_of_a_model(home.folder)
     out = home.root/'report'
     out.mkdir()
-    run_report(TEMPLATE, out, dict(profile='smoke', run='r', seed=42), home.root)
+    parameters = dict(profile='smoke', run='r', seed=42)
+    run_report(TEMPLATE, out, parameters, home.root)
     return out
 
 
 def test_report_has_its_tables_and_figures(report):
-    wanted = {f'{name}.{kind}' for name in ('trials', 'trials_topics', 'trials_confusion')
-              for kind in ('png', 'svg', 'csv')}
-    assert wanted <= {path.name for path in report.iterdir()}
+    for name in ('trials', 'trials_topics', 'trials_confusion'):
+        for kind in ('png', 'svg', 'csv'):
+            assert (report/f'{name}.{kind}').exists()
 
 
 def test_report_says_what_was_found(home, report):
     cells = nbformat.read(report/'11_trials.ipynb', 4).cells
-    outputs = [output for cell in cells for output in cell.get('outputs', [])]
+    outputs = [cell.get('outputs', []) for cell in cells]
     shown = json.dumps(outputs, ensure_ascii=False)
     assert 'not published here' in shown
     assert 'adapted** gave 2 answers of 10 that cannot be used' in shown
     assert 'On the same questions' in shown
-    assert '"stderr"' not in shown and str(home.root) not in shown
+    assert '"stderr"' not in shown
+    assert str(home.root) not in shown
 
 
 def test_report_counts_what_was_answered(report):
     table = pl.read_csv(report/'trials_confusion.csv')
     asked_of = table.group_by('system').agg(pl.col('pairs').sum())
-    unusable = table.filter(pl.col('system') == 'adapted', pl.col('answered') == 'none')
-    assert asked_of['pairs'].unique().to_list() == [10]
+    unusable = table.filter(system='adapted', answered='none')
+    assert set(asked_of['pairs']) == {10}
     assert unusable['pairs'].sum() == 2
 
 
 def test_report_counts_pairs_with_and_without_text(report):
     topics = pl.read_csv(report/'trials_topics.csv')
-    assert topics.select(pl.col('with_text', 'without_text').sum()).row(0) == (100, 20)
+    assert topics['with_text'].sum() == 100
+    assert topics['without_text'].sum() == 20
 
 
 def test_report_compares_on_the_same_questions(report):
     same = pl.read_csv(report/'trials_shared.csv')
-    assert same.filter(pl.col('test') == 'overall')['samples'].to_list() == [10]*3
-    assert same['system'].unique(maintain_order=True).to_list() == ['majority', 'logistic', 'adapted']
+    overall = same.filter(test='overall')
+    assert overall['samples'].to_list() == [10]*3
+    systems = same['system'].unique(maintain_order=True)
+    assert systems.to_list() == ['majority', 'logistic', 'adapted']
 
 
 def test_report_without_answers_says_what_is_missing(home, tmp_path, monkeypatch, capsys):
@@ -952,7 +1179,11 @@ def test_report_without_answers_says_what_is_missing(home, tmp_path, monkeypatch
     monkeypatch.setenv('EHR_R1_HOME', str(home.root))
     monkeypatch.chdir(tmp_path)
     shown = []
-    names = dict(display=lambda value: shown.append(value.data))
+
+    def display(value):
+        shown.append(value.data)
+
+    names = dict(display=display)
     with matplotlib.rc_context():
         for cell in nbformat.read(TEMPLATE, 4).cells:
             if cell.cell_type == 'code':
@@ -960,6 +1191,7 @@ def test_report_without_answers_says_what_is_missing(home, tmp_path, monkeypatch
             if 'parameters' in cell.metadata.get('tags', []):
                 names |= dict(profile='smoke', run='bare', seed=42)
     (said,) = shown
-    assert 'EHR_R1_TRIALS' in said and 'qrels2021.txt' in said
+    assert 'EHR_R1_TRIALS' in said
+    assert 'qrels2021.txt' in said
     assert 'run: bare' in capsys.readouterr().out
     assert not list(tmp_path.iterdir())
