@@ -238,7 +238,8 @@ def test_results_come_after_their_specimens(read, name, taken):
 
 @pytest.fixture(scope='module')
 def admissions(read):
-    return with_times(read('admissions'), 'admittime', 'dischtime', 'edregtime', 'edouttime', 'deathtime')
+    rows = with_times(read('admissions'), 'admittime', 'dischtime', 'edregtime', 'edouttime', 'deathtime')
+    return rows.with_columns(end=pl.max_horizontal('dischtime', 'deathtime'))
 
 
 @pytest.fixture(scope='module')
@@ -263,11 +264,19 @@ def test_emergency_stays_come_before_admissions(admissions):
 
 def test_death_in_hospital_is_the_end_of_the_admission(admissions, read):
     died = admissions.filter(hospital_expire_flag='1')
-    assert (died['deathtime'] == died['dischtime']).all()
     assert (died['discharge_location'] == 'DIED').all()
     known = died.join(read('patients'), on='subject_id')
-    day = known['deathtime'].dt.to_string('%Y-%m-%d')
+    day = known['end'].dt.to_string('%Y-%m-%d')
     assert (known['dod'] == day).all()
+    assert admissions.filter(hospital_expire_flag='0')['deathtime'].is_null().all()
+
+
+def test_deaths_in_hospital_are_written_as_in_real_files(admissions):
+    died = admissions.filter(hospital_expire_flag='1')
+    after = died.filter(pl.col('deathtime') > pl.col('dischtime'))
+    at_midnight = after['dischtime'] == after['deathtime'].dt.truncate('1d')
+    assert 0 < len(after) < len(died)
+    assert at_midnight.all()
 
 
 def test_admissions_of_a_patient_do_not_overlap(admissions):
@@ -281,7 +290,7 @@ def test_icu_stays_are_within_their_admission(icustays, admissions):
     stays = icustays.join(admissions, on='hadm_id')
     assert (stays['intime'] < stays['outtime']).all()
     assert (stays['intime'] >= stays['admittime']).all()
-    assert (stays['outtime'] <= stays['dischtime']).all()
+    assert (stays['outtime'] <= stays['end']).all()
 
 
 def test_transfers_leave_no_gap(read):
@@ -482,7 +491,7 @@ def following(frame, column):
 
 @pytest.mark.parametrize('days', [3, 7])
 def test_labels_of_length_of_stay(admissions, check_labels, days):
-    longer = days_between(admissions, 'admittime', 'dischtime') > days
+    longer = days_between(admissions, 'admittime', 'end') > days
     check_labels(f'LengthOfStay_{days}day', 'hadm_id', admissions, longer)
 
 

@@ -1,4 +1,5 @@
 "Rules of the hospital's charting: each draws by its own name, so that their order, or one more, changes no other."
+import numpy as np
 import polars as pl
 import pytest
 
@@ -10,7 +11,7 @@ from ehr_r1.hospital.laboratory import chart_laboratory
 from ehr_r1.hospital.notes import chart_notes
 from ehr_r1.hospital.order_entry import CARE_RULES, CareRule
 from ehr_r1.hospital.orders import chart_orders
-from ehr_r1.hospital.visits import chart_visits
+from ehr_r1.hospital.visits import ADMISSION_DRAWS, chart_visits, ends
 
 STEPS = (chart_visits, chart_emergency, chart_laboratory, chart_orders, chart_intensive, chart_notes)
 
@@ -92,3 +93,13 @@ def test_one_drip_less_changes_no_other_input(before, monkeypatch):
     kept = inputs.filter(pl.col('itemid').is_in(left['itemid'].unique().implode()))
     assert len(left) < len(inputs)
     assert kept.equals(left)
+
+
+def test_some_deaths_have_a_flag_and_no_time():
+    block = new_block(42, 0)
+    draws = block.random.of('test').columns(ADMISSION_DRAWS, len(block.adm))
+    never, always = np.ones(len(block.adm)), np.zeros(len(block.adm))
+    untimed = ends(block, draws | dict(midnight=never, untimed=always))
+    assert untimed['deathtime'].null_count() == len(block.adm)
+    timed = ends(block, draws | dict(midnight=never, untimed=never))
+    assert len(block.adm) - timed['deathtime'].null_count() == block.v['died'].sum()

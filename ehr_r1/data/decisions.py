@@ -78,7 +78,7 @@ def decision_times(
     if protocol == 'official':
         start = np.where(untimed, events.start[np.maximum(every - 1, 0)], events.start)
         return start, start
-    last = events.by_admission.last_until(every, events.forever())
+    last = events.by_admission.last_until(every, np.inf)
     start = np.where(untimed, value_at(events.start, last), events.start)
     return start, np.where(untimed, value_at(events.end, last), events.start)
 

@@ -16,7 +16,7 @@ import polars as pl
 from tqdm import tqdm
 
 from ..config import Run
-from .events import DEATHS, DISPLAY, FIELD, ITEM, STAY_ENDS, STORE, TIMES
+from .events import DEATHS, DISPLAY, ENDS, FIELD, ITEM, STORE, TIMES
 from .lookups import dictionaries
 from .official_values import Place, moment_value, text_value, whole_number
 from .tables import Source
@@ -101,7 +101,7 @@ def store_row(
     time = start if own is None else moment_value(own, place, '/'.join(_TIME_COLUMNS[table]))
     hadm, stay = (whole_number(row.get(column), place, column) for column in ('hadm_id', 'stay_id'))
     cells = FIELD.join(display_cell(column, row, table, lookups, place) for column in DISPLAY[table].columns)
-    ends = (STAY_ENDS.get(table), DEATHS.get(table))
+    ends = (ENDS.get(table), DEATHS.get(table))
     until, died = (moment_value(row.get(column), place, column) for column in ends)
     return table, time, start, end, hadm, stay, cells, until, died
 

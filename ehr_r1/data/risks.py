@@ -69,7 +69,7 @@ def official_ed_risks(
     where = moment.last > stay
     admission = next_of(events, 'admissions', events.admission, stay)
     hospitalised = admitted & (admission >= 0)
-    final = events.by_admission.last_until(stay, events.forever()[stay])
+    final = events.by_admission.last_until(stay, np.inf)
     final = np.where(admitted & (final > stay), final, -1)
     died = (final >= 0) & (value_at(events.start, final) >= dates_of_death(events)[stay])
     icu = np.where(admitted, next_of(events, 'icustays', events.admission, stay), -1)
@@ -175,17 +175,19 @@ def own_admissions(
 class Outcomes:
     "What became of the patient, one value an event."
     death:np.ndarray         # seconds; nan where the patient lives
+    end:np.ndarray           # when a stay ended, in seconds; of an admission that ended in death not before it
     admission:np.ndarray     # the admissions event of the same admission, or -1
-    discharge:np.ndarray     # its dischtime in seconds
-    in_hospital:np.ndarray   # boolean: the patient died before it
+    discharge:np.ndarray     # its end
+    in_hospital:np.ndarray   # boolean: it ended in death
 
     @classmethod
     def of(cls, events:Events):
         "The outcomes of a shard."
-        death, admission = moments_of_death(events), own_admissions(events)
-        discharge = value_at(events.until, admission)
-        in_hospital = ~(death > discharge) & ~np.isnan(death) & ~np.isnan(discharge)
-        return cls(death, admission, discharge, in_hospital)
+        admission = own_admissions(events)
+        of_death = np.where(events.table == 'admissions', events.died, np.nan)
+        end = np.where(np.isnan(events.until), np.nan, np.fmax(events.until, of_death))
+        in_hospital = ~np.isnan(value_at(of_death, admission))
+        return cls(moments_of_death(events), end, admission, value_at(end, admission), in_hospital)
 
 # %% ../../nbs/02_data/16_risks.ipynb #01e22f27
 def strict_ed_risks(
@@ -199,7 +201,7 @@ def strict_ed_risks(
     moment = Moment(events, 'strict', stay, stay, last, now)
     where = ~(outcomes.death[stay] <= now) & ~np.isnan(now) & (last >= stay)
     icu_stays = events.sorted(events.admission, events.table == 'icustays')
-    first_icu = icu_stays.first_after(stay, np.full(len(stay), events.origin - 1))
+    first_icu = icu_stays.first_after(stay, -np.inf)
     first_icu = np.where(events.hadm[stay] >= 0, first_icu, -1)
     to_icu_at = value_at(events.start, first_icu)
     not_there = where & ~(to_icu_at <= now)
@@ -225,7 +227,7 @@ def a_day_later(
     stay = np.flatnonzero(events.table == table)
     now = events.start[stay] + SECONDS_A_DAY
     last = events.by_admission.last_until(stay, now)
-    still = (events.until[stay] > now) & ~(outcomes.death[stay] <= now)
+    still = (outcomes.end[stay] > now) & ~(outcomes.death[stay] <= now)
     return Moment(events, 'strict', stay, stay, last, now), still & (last >= stay)
 
 # %% ../../nbs/02_data/16_risks.ipynb #123073bc
@@ -237,7 +239,7 @@ def strict_admission_risks(
     moment, where = a_day_later(events, outcomes, 'admissions')
     admission = moment.trigger
     frames = moment.asked('Inpatient_Mortality', where, outcomes.in_hospital[admission])
-    length = events.until[admission] - events.start[admission]
+    length = outcomes.end[admission] - events.start[admission]
     for days in (3, 7):
         frames += moment.asked(f'LengthOfStay_{days}day', where, length > days*SECONDS_A_DAY)
     return frames

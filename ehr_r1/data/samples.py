@@ -21,7 +21,7 @@ from joblib import Parallel, delayed
 from tqdm import tqdm
 
 from ..config import Run
-from .events import DISPLAY
+from .events import DISPLAY, SAME_ACT, TOTALS, without_totals
 from .sampling import SAMPLING, SETS, Candidates, choose
 from .serialize import estimate_tokens, event_text, prompt
 from .task_events import INDEX
@@ -58,20 +58,35 @@ class Record:
         style:str,              # official or compact
         integers:dict|None=None # integer columns by table, from the store's manifest
     ):
+        early = without_totals(pl.col('table').cast(pl.String), pl.col('cells'))
         events = rows.group_by('event', maintain_order=True).agg(
-            pl.first('table').cast(pl.String), pl.first('hadm_id', 'start', 'end'), 'time', 'cells')
-        self.table, self.hadm, self.start, self.end, self.times, self.cells = (
-            events[c].to_list() for c in ('table', 'hadm_id', 'start', 'end', 'time', 'cells'))
+            pl.first('table').cast(pl.String), pl.first('hadm_id', 'start', 'end'),
+            'time', 'until', 'cells', early=early)
+        self.table, self.hadm, self.start, self.end, self.times, self.until, self.cells, self.early = (
+            events[c].to_list() for c in ('table', 'hadm_id', 'start', 'end', 'time', 'until', 'cells', 'early'))
         self.style, self.integers, self.texts = style, integers or {}, {}
         self.count = cache(estimate_tokens)
 
-    def text(self, event:int, rows:list|None=None)->str:
-        "An event as text; `rows` are the places of those that are shown, None for all."
-        if rows is None and event in self.texts:
+    def cells_at(self, event:int, now:datetime|None)->list:
+        "What the rows of an event say at a time: totals of what goes on are not known. None: afterwards."
+        if now is None or self.table[event] not in TOTALS:
+            return self.cells[event]
+        ended = [until is not None and until <= now for until in self.until[event]]
+        if all(ended):
+            return self.cells[event]
+        rows = zip(self.times[event], self.early[event], ended, self.cells[event])
+        known = [(time, early, whole if over else early) for time, early, over, whole in rows]
+        return [cells for *_, cells in sorted(known)]  # rows that differ in their totals alone stand in no order before
+
+    def text(self, event:int, places:list|None=None, now:datetime|None=None)->str:
+        "An event as text; `places` are those of the rows that are shown, None for all."
+        is_whole = places is None and (now is None or self.table[event] not in TOTALS)
+        if is_whole and event in self.texts:
             return self.texts[event]
-        cells = self.cells[event] if rows is None else [self.cells[event][place] for place in rows]
-        text = event_text(self.style, self.table[event], self.start[event], cells, self.integers)
-        if rows is None:
+        cells = self.cells_at(event, now)
+        shown = cells if places is None else [cells[place] for place in places]
+        text = event_text(self.style, self.table[event], self.start[event], shown, self.integers)
+        if is_whole:
             self.texts[event] = text
         return text
 
@@ -88,7 +103,8 @@ class Record:
     def prompt(self, sample:dict, budget:int)->tuple:
         "The prompt of a sample, of at most so many tokens (0: no limit): (text, tokens, events dropped)."
         head = ['' if event is None else self.text(event) for event in self.head(sample)]
-        window = [self.text(event, rows) for event, rows in self.window(sample)]
+        now = sample['prediction_time'] if sample['protocol'] == 'strict' else None
+        window = [self.text(event, places, now) for event, places in self.window(sample)]
         return prompt(head, window, TASKS[sample['task']].instruction, self.style, budget, self.count)
 
 # %% ../../nbs/02_data/19_samples.ipynb #5118cd5f
@@ -107,7 +123,8 @@ def strict_window(
             continue
         if not emergency and hadm is not None and hadm != admission:
             continue
-        rows = known_rows(table, record.start[event], record.end[event], record.times[event], now)
+        before = now - timedelta(microseconds=1) if table == SAME_ACT.get(trigger) else now
+        rows = known_rows(table, record.start[event], record.end[event], record.times[event], before)
         if rows is None or rows:
             yield event, rows
 
@@ -343,7 +360,9 @@ def window_facts(
         patients = pl.col('subject_id').is_in(some['subject_id'].unique().implode())
         rows = pl.read_parquet(run.trajectories/f'shard-{shard:05d}.parquet').filter(patients)
         shown = shown_rows(rows, some)
-        found = rows[shown['row']].select(pl.col('table').cast(pl.String), 'time', 'cells')
-        sample_id = some['sample_id'].gather(shown['sample'])
-        facts.append(found.with_columns(sample_id=sample_id).select(list(_FACTS)))
+        found = rows[shown['row']].hstack(some.select('sample_id', 'protocol', 'prediction_time')[shown['sample']])
+        goes_on = (pl.col('protocol') == 'strict') & ~(pl.col('until') <= pl.col('prediction_time')).fill_null(False)
+        table, cells = pl.col('table').cast(pl.String), pl.col('cells')
+        known = pl.when(goes_on).then(without_totals(table, cells)).otherwise(cells)
+        facts.append(found.select('sample_id', table=table, time='time', cells=known))
     return pl.concat(facts)

@@ -12,7 +12,6 @@ import polars as pl
 from .tasks import TASKS, Task
 
 SECONDS_A_DAY = 86_400
-_FAR = 2**33  # seconds; more than the years 2100 to 2300, to which MIMIC-IV shifts its dates
 
 # %% ../../nbs/02_data/14_task_events.ipynb #46b422ce
 def value_at(
@@ -43,31 +42,31 @@ class SortedEvents:
         self,
         group:np.ndarray, # number of the group of every event
         start:np.ndarray, # its start in seconds
-        origin:float,     # seconds of the earliest start
         which:np.ndarray  # event numbers that can be found, all with a start; it rises within a patient
     ):
-        self.group, self.origin = group, origin
+        self.group = group
         self.events = which[np.argsort(group[which], kind='stable')]
-        self.keys = self._key(self.events, start[self.events])
+        self.times = np.unique(start[self.events])
+        self.keys = self._key(self.events, np.searchsorted(self.times, start[self.events]))
 
-    def _key(self, events, seconds):
-        return self.group[events]*_FAR + (seconds - self.origin).astype(np.int64)
+    def _key(self, events, place):
+        return self.group[events]*(len(self.times) + 1) + place
 
     def _find(self, asked, seconds, side, step):
-        unknown = np.isnan(seconds)
-        keys = self._key(asked, np.where(unknown, self.origin, seconds))
-        position = np.searchsorted(self.keys, keys, side) + step
-        return of_group(self.events, np.where(unknown, -1, position), self.group, asked)
+        seconds = np.broadcast_to(seconds, asked.shape)
+        place = np.searchsorted(self.times, seconds, side)  # how many of all times come before
+        position = np.searchsorted(self.keys, self._key(asked, place)) + step
+        return of_group(self.events, np.where(np.isnan(seconds), -1, position), self.group, asked)
 
-    def first_after(self, asked:np.ndarray, seconds:np.ndarray)->np.ndarray:
+    def first_after(self, asked:np.ndarray, seconds)->np.ndarray:
         "First event of the group that starts later."
         return self._find(asked, seconds, 'right', 0)
 
-    def last_before(self, asked:np.ndarray, seconds:np.ndarray)->np.ndarray:
+    def last_before(self, asked:np.ndarray, seconds)->np.ndarray:
         "Last event of the group that starts earlier."
         return self._find(asked, seconds, 'left', -1)
 
-    def last_until(self, asked:np.ndarray, seconds:np.ndarray)->np.ndarray:
+    def last_until(self, asked:np.ndarray, seconds)->np.ndarray:
         "Last event of the group that starts then or earlier."
         return self._find(asked, seconds, 'right', -1)
 
@@ -88,11 +87,10 @@ class Events:
         self.until, self.died = self._seconds('until'), self._seconds('died')
         self.subject, self.hadm, self.stay = map(self._number, ('subject_id', 'hadm_id', 'stay_id'))
         self.patient = np.unique(self.subject, return_inverse=True)[1]
-        own = np.where(self.hadm < 0, -self.subject, self.hadm)
-        self.admission = np.unique(own, return_inverse=True)[1]
+        numbers, number = np.unique(self.hadm, return_inverse=True)
+        self.admission = np.unique(self.patient*len(numbers) + number, return_inverse=True)[1]
         self.events_of_patient = np.bincount(self.patient)[self.patient] if self.n else np.zeros(0, int)
         timed = ~np.isnan(self.start)
-        self.origin = np.nanmin(self.start) if timed.any() else 0.
         self.latest_of = {}  # table -> see `latest`
         self.by_patient = self.sorted(self.patient, timed)
         self.by_admission = self.sorted(self.admission, timed)
@@ -108,11 +106,7 @@ class Events:
                which:np.ndarray  # boolean, one an event
     )->SortedEvents: # those that have a start
         "Some events, to be searched by time."
-        return SortedEvents(group, self.start, self.origin, np.flatnonzero(which & ~np.isnan(self.start)))
-
-    def forever(self)->np.ndarray: # one an event
-        "Seconds that come after every start."
-        return np.full(self.n, self.origin + _FAR - 1)
+        return SortedEvents(group, self.start, np.flatnonzero(which & ~np.isnan(self.start)))
 
 # %% ../../nbs/02_data/14_task_events.ipynb #b4175015
 def next_of(

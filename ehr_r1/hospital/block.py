@@ -12,7 +12,6 @@ from functools import cached_property
 import numpy as np
 import polars as pl
 
-from ..config import seed_of
 from .conditions import Library, read_library
 from .draws import Draws
 from .illness import draw_visits

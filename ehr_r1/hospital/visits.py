@@ -61,7 +61,7 @@ EMERGENCY_PLACES = {
 NURSING_AGE = 75 # years above which a patient may come from a nursing facility
 OUTSIDE_USUAL, OUTSIDE_OTHER = .4, .04 # from another hospital: conditions whose complaints say "Transfer", and others
 MILD_OBSERVATION = .1 # severity below which an observation stay is in the emergency unit
-ADMISSION_DRAWS = ('outside', 'kind', 'place', 'home', 'facility')
+ADMISSION_DRAWS = ('outside', 'kind', 'place', 'home', 'facility', 'midnight', 'untimed')
 
 # %% ../../nbs/03_hospital/10_visits.ipynb #3833c17f
 def from_outside(
@@ -147,6 +147,20 @@ def homes(
     holds, places = zip(*rules)
     return np.select(holds, places, DISCHARGE_LOCATIONS.index('HOME'))
 
+# %% ../../nbs/03_hospital/10_visits.ipynb #bb38f262
+LEFT_AT_MIDNIGHT, DEATH_UNTIMED = 4/15, .05 # shares of deaths in hospital
+
+def ends(
+    b:Block,   # the block
+    draws:dict # by `ADMISSION_DRAWS`, one an admission
+)->dict: # dischtime, deathtime
+    "When each admission ended, as the table says it."
+    died, left = b.v['died'][b.adm], b.disch[b.adm]
+    midnight = left - left % (24*HOUR)
+    at_midnight = died & (draws['midnight'] < LEFT_AT_MIDNIGHT) & (midnight > b.admit[b.adm])
+    timed = died & (at_midnight | (draws['untimed'] >= DEATH_UNTIMED))
+    return dict(dischtime=when(np.where(at_midnight, midnight, left)), deathtime=when(np.where(timed, left, -1)))
+
 # %% ../../nbs/03_hospital/10_visits.ipynb #c66b422f
 def admissions(
     b:Block # the block; `outside` and `home` are left on it
@@ -161,8 +175,7 @@ def admissions(
     return dict(
         **b.row(visit),
         admittime=when(b.admit[visit]),
-        dischtime=when(b.disch[visit]),
-        deathtime=when(np.where(died, b.disch[visit], -1)),
+        **ends(b, draws),
         admission_type=words(ADMISSION_TYPES, admission_kinds(b, draws)),
         admit_provider_id=words(PROVIDERS, b.provider[visit]),
         admission_location=words(ADMISSION_LOCATIONS, admission_places(b, draws)),
