@@ -10,11 +10,10 @@ import os
 from datetime import datetime
 from pathlib import Path
 
-import numpy as np
 import polars as pl
 
 from ..config import seed_of
-from .events import DISPLAY, ENDS, STORED
+from .events import DISPLAY
 from .index import index_rows
 from .samples import Record, by_patient
 from .schema import TABLES

@@ -197,7 +197,7 @@ def merged_rows(
 def tie_columns(
     protocol:str # strict or official
 )->list[str]: # columns of `MERGED`
-    "What rows of one moment are sorted by; under `strict` not by what is known later, as long as rows differ in anything else."
+    "What rows of one moment are sorted by; under `strict` by what is known later only where nothing else differs."
     return ['order'] if protocol == 'official' else ['order', 'hadm_id', 'early', 'cells']
 
 # %% ../../nbs/02_data/07_trajectories.ipynb #4b9fb526
