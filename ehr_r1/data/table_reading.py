@@ -8,6 +8,7 @@ __all__ = ['MISSING_WORDS', 'scan', 'bad_value']
 # %% ../../nbs/02_data/03_table_reading.ipynb #4e926616
 from pathlib import Path
 
+import numpy as np
 import polars as pl
 
 from ehr_r1.data.schema import Table
@@ -34,6 +35,9 @@ MISSING_WORDS = [
     '<NA>', 'N/A', 'NA', 'NULL', 'NaN', 'None', 'n/a', 'nan', 'null',
 ]
 
+# %% ../../nbs/02_data/03_table_reading.ipynb #f3ddf6f5
+RELEASED_MISSING_WORDS = [word for word in MISSING_WORDS if word != 'None']  # to pandas 1.5.3
+
 # %% ../../nbs/02_data/03_table_reading.ipynb #8e19a498
 def is_text(
     stored_type:pl.DataType # of a column in its file
@@ -43,8 +47,9 @@ def is_text(
 
 # %% ../../nbs/02_data/03_table_reading.ipynb #ed135d32
 def present(
-    column:str,             # its name in the file
-    stored_type:pl.DataType # its type in the file
+    column:str,               # its name in the file
+    stored_type:pl.DataType,  # its type in the file
+    words:list=MISSING_WORDS  # that say so
 )->pl.Expr: # null where the value is missing
     "A column with every kind of missing value as null."
     values = pl.col(column)
@@ -54,7 +59,7 @@ def present(
         return values
     if stored_type != pl.String:
         values = values.cast(pl.String)
-    return pl.when(~values.is_in(MISSING_WORDS)).then(values)
+    return pl.when(~values.is_in(words)).then(values)
 
 # %% ../../nbs/02_data/03_table_reading.ipynb #c34fa1ce
 def can_hold(
@@ -160,32 +165,121 @@ def as_date(
     return values.str.strip_suffix(' 00:00:00').str.to_datetime('%Y-%m-%d', time_unit='us', strict=strict)
 
 # %% ../../nbs/02_data/03_table_reading.ipynb #028f7a25
+WRITTEN_NUMBER = r'^(?<sign>[+-]?)(?<whole>\d*)\.?(?<decimals>\d*)(?:[eE](?<power>[+-]?\d{1,6}))?$'
+POWERS = np.array([float(f'1e{power}') for power in range(309)])
+DIGITS_READ = 17
+
+def times_power(
+    numbers:np.ndarray, # floats
+    powers:np.ndarray   # of ten, one a number
+)->np.ndarray: # floats; nan above 1e308, where pandas gives up
+    "Numbers times powers of ten, with one rounding (below 1e-308: two)."
+    size = np.minimum(np.abs(powers), 308)
+    deeper = np.clip(-powers - 308, 0, 308)
+    with np.errstate(over='ignore'):
+        scaled = np.where(powers > 0, numbers*POWERS[size], numbers/POWERS[deeper]/POWERS[size])
+    return np.where(powers > 308, np.nan, scaled)
+
+# %% ../../nbs/02_data/03_table_reading.ipynb #42a67376
+def released_numbers(
+    texts:pl.Series # String
+)->pl.Series: # Float64; null for what is not digits, a point and a power of ten
+    "Numbers as pandas 1.5.3 read them."
+    parts = texts.str.extract_groups(WRITTEN_NUMBER).struct.unnest()
+    whole, decimals = parts['whole'], parts['decimals']
+    digits = whole + decimals
+    of_whole, of_decimals = (text.str.len_bytes().cast(pl.Int64) for text in (whole, decimals))
+    # up to 16 digits the nearest double is what the digits give one after the other
+    first = digits.str.slice(0, DIGITS_READ - 1).cast(pl.Int64, strict=False).cast(pl.Float64)
+    last = digits.str.slice(DIGITS_READ - 1, 1).cast(pl.Int64, strict=False).cast(pl.Float64)
+    numbers = pl.select(pl.coalesce(first*10 + last, first)).to_series()
+    decimals_read = pl.select(pl.min_horizontal(of_decimals, (DIGITS_READ - of_whole).clip(0))).to_series()
+    powers = parts['power'].cast(pl.Int64).fill_null(0) + (of_whole - DIGITS_READ).clip(0) - decimals_read
+    found = pl.Series(times_power(numbers.fill_null(np.nan).to_numpy(), powers.fill_null(0).to_numpy())).fill_nan(None)
+    return pl.select(pl.when(parts['sign'] == '-').then(-found).otherwise(found)).to_series()
+
+# %% ../../nbs/02_data/03_table_reading.ipynb #38bc818e
+def as_released_number(
+    column:str,              # its name in the file
+    stored_type:pl.DataType, # its type in the file
+    strict:bool              # stop at a value that is no number
+)->pl.Expr: # Float64
+    "A column as the numbers that the released program read."
+    nearest = as_number(column, stored_type, strict)
+    if not is_text(stored_type):
+        return nearest
+
+    def look(columns):
+        numbers, texts = columns
+        size = numbers.abs()
+        # 15 digits and a small power of ten are read exactly
+        is_long = (texts.str.len_bytes() > 16) | (size < 1e-7) & (size > 0) | (size >= 1e22)
+        places = is_long.fill_null(False).arg_true()
+        if not len(places):
+            return numbers
+        found = released_numbers(texts.gather(places))
+        return numbers.scatter(places, found.zip_with(found.is_not_null(), numbers.gather(places)))
+
+    texts = present(column, stored_type)
+    return pl.map_batches([nearest, texts], look, return_dtype=pl.Float64, is_elementwise=True)
+
+# %% ../../nbs/02_data/03_table_reading.ipynb #15f2b75b
+def as_released_text(
+    column:str,              # its name in the file
+    stored_type:pl.DataType, # its type in the file
+    strict:bool              # stop at a value that is no text
+)->pl.Expr: # String
+    "A column as the text that the released program read: `None` is a word."
+    if is_text(stored_type):
+        return present(column, stored_type, RELEASED_MISSING_WORDS)
+    return as_text(column, stored_type, strict)
+
+# %% ../../nbs/02_data/03_table_reading.ipynb #789a3a9b
+def written_whole(
+    columns:list, # names, as the description has them
+    table:Table,  # what the file should be
+    have:dict     # from `stored`: lower-case column to its name and type in the file
+)->list[pl.Expr]: # Boolean, one a column of floats that is stored as text
+    "Where a number is written as an integer."
+    found = []
+    for name in columns:
+        column, stored_type = have.get(name, ('', pl.Null))
+        if table.columns[name] == 'float' and is_text(stored_type):
+            is_whole = pl.col(column).cast(pl.String).str.contains(r'^[+-]?\d+$').fill_null(False)
+            found.append(is_whole.alias(f'{name} is written whole'))
+    return found
+
+# %% ../../nbs/02_data/03_table_reading.ipynb #aa521f08
 CONVERSIONS = {'int': as_whole_number, 'float': as_number, 'str': as_text, 'time': as_time, 'date': as_date}
+OFFICIAL_CONVERSIONS = CONVERSIONS | {'float': as_released_number, 'str': as_released_text}
 
 def typed(
     column:str,              # its name in the file
     stored_type:pl.DataType, # its type in the file
     kind:str,                # the type it should have
-    strict:bool=True         # stop at a value of another type; False makes it null
+    strict:bool=True,        # stop at a value of another type; False makes it null
+    protocol:str='strict'    # official: numbers and missing text as the released program read them
 )->pl.Expr|None: # None if the stored type cannot hold such values
     "The expression that gives a column its type."
     if not can_hold(stored_type, kind):
         return None
     if stored_type == pl.Null:
         return pl.col(column).cast(COLUMN_TYPES[kind])
-    return CONVERSIONS[kind](column, stored_type, strict)
+    conversions = OFFICIAL_CONVERSIONS if protocol == 'official' else CONVERSIONS
+    return conversions[kind](column, stored_type, strict)
 
 # %% ../../nbs/02_data/03_table_reading.ipynb #8067e54a
 def column_of(
     name:str,   # of the column, as the description has it
     kind:str,   # the type it should have
     have:dict,  # from `stored`: lower-case column to its name and type in the file
-    file:str    # the file's name in messages
+    file:str,   # the file's name in messages
+    protocol:str='strict' # or official
 )->pl.Expr: # under the description's name
     "A column of a file with its type; raises a `TableError` if it is stored as something else."
     if name not in have:
         return pl.lit(None, dtype=COLUMN_TYPES[kind]).alias(name)
-    values = typed(*have[name], kind)
+    values = typed(*have[name], kind, protocol=protocol)
     if values is None:
         what = f'stored as {have[name][1]}, which is not {TYPES_IN_WORDS[kind]}'
         raise fault(file, what, 'Convert this column again from the original', column=name)
@@ -199,7 +293,8 @@ def scan(
     table:Table,                 # what it should be
     file:str,                    # its name in messages
     columns:list[str]|None=None, # which, in this order; all by default
-    row_index:str|None=None      # a first column to number the rows in, from 0
+    row_index:str|None=None,     # a first column to number the rows in, from 0
+    protocol:str='strict'        # official: values as the released program read them, and `written_whole`
 )->pl.LazyFrame: # Int64, Float64, String and Datetime('us') columns
     "A table as a lazy frame; a value of the wrong type stops its execution."
     rows, have = stored(path, file, row_index)
@@ -212,7 +307,9 @@ def scan(
         header = ', '.join(list(have)[:40])
         raise fault(file, f"no column {', '.join(missing)}",
                     f'Names are matched whatever their case; the header is {header}')
-    expressions = [column_of(name, table.columns[name], have, file) for name in columns]
+    expressions = [column_of(name, table.columns[name], have, file, protocol) for name in columns]
+    if protocol == 'official':
+        expressions += written_whole(columns, table, have)
     if row_index:
         return rows.select(pl.col(row_index), *expressions)
     if not any(name in have for name in columns):  # nothing of the file would say how many rows there are

@@ -138,7 +138,8 @@ class TableReader(TableFolder):
         self,
         table:str,                   # its name
         columns:list[str]|None=None, # which, in this order; all by default
-        row_index:str|None=None      # a first column to number the rows in, from 0
+        row_index:str|None=None,     # a first column to number the rows in, from 0
+        protocol:str='strict'        # official: values as the released program read them
     )->pl.LazyFrame: # Int64, Float64, String and Datetime('us') columns
         "A table as a lazy frame; run it inside `explaining`."
         if table not in TABLES:
@@ -148,7 +149,7 @@ class TableReader(TableFolder):
         path, file = self.files[table], self.file(table)
         if path.suffix == '.csv' and lacks_last_break(path) and (error := ragged(path, file)):
             raise error
-        return scan(path, TABLES[table], file, columns, row_index)
+        return scan(path, TABLES[table], file, columns, row_index, protocol)
 
     @contextmanager
     def explaining(

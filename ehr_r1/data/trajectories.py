@@ -98,6 +98,8 @@ def whole_number_tests(
         if schema[name].is_numeric():
             values = pl.col(name)
             is_whole = values.cast(pl.Float64).floor() == values
+            if (written := f'{name} is written whole') in schema:
+                is_whole = pl.col(written)
             tests.append((values.is_not_null().all() & is_whole.all()).alias(name))
     return tests
 
@@ -134,6 +136,15 @@ def tie_order(
     )
     return order.cast(pl.Int64)
 
+# %% ../../nbs/02_data/07_trajectories.ipynb #c5cbd1ed
+def has_released_time(
+    table:str # an event table
+)->pl.Expr: # Boolean
+    "Where the released program's sort sees a time, if there is one."
+    if table == 'microbiologyevents':
+        return pl.col('charttime').is_not_null()
+    return pl.lit(table != 'hcpcsevents')
+
 # %% ../../nbs/02_data/07_trajectories.ipynb #75ceb9f9
 def looked_up(
     source:Source, # where the tables are
@@ -141,7 +152,7 @@ def looked_up(
     protocol:str   # strict or official
 )->pl.LazyFrame: # the table, its row numbers as `row`, times of its ED stay, and the words for its codes
     "A table with all that its events need from other tables."
-    rows = source.scan(table, row_index='row')
+    rows = source.scan(table, row_index='row', protocol=protocol)
     if table in ('triage', 'diagnosis'):
         own = ['subject_id', 'stay_id']  # a wrong number must not lead to somebody else's stay
         stays = source.scan('edstays', [*own, 'intime', 'outtime'])
@@ -181,10 +192,11 @@ def merged_rows(
     def column(name):
         return pl.col(name) if name in schema else pl.lit(None)
 
+    time = row_time(table, times)
     return rows.select(
         subject_id='subject_id',
         table=pl.lit(table).cast(TABLE),
-        time=row_time(table, times),
+        time=pl.when(has_released_time(table)).then(time) if protocol == 'official' else time,
         order=tie_order(table, schema, protocol),
         hadm_id=column('hadm_id').cast(pl.Int64),
         stay_id=column('stay_id').cast(pl.Int64),
@@ -239,6 +251,56 @@ def with_timeless(
     return both[np.argsort(place, kind='stable')].drop('at')
 
 # %% ../../nbs/02_data/07_trajectories.ipynb #ea12c5ba
+def anchored(
+    timed:pl.DataFrame,   # `MERGED` rows from `in_time`
+    timeless:pl.DataFrame # `MERGED` rows without a time
+)->pl.DataFrame: # the latter in source order, with first (row of `timed`), n, number, twice, anchor
+    "Where the released program puts rows without a time."
+    timed = timed.select('subject_id', 'hadm_id', at=pl.int_range(pl.len()))
+    patients = timed.group_by('subject_id').agg(first=pl.col('at').min(), n=pl.len().cast(pl.Int64))
+    rows = timed.join(patients, on='subject_id').filter(pl.col('at') > pl.col('first'))
+    of_admission = ['subject_id', 'hadm_id']
+    last = rows.group_by(of_admission).agg(last=(pl.col('at') - pl.col('first')).max())
+    found = timeless.sort('subject_id', 'order', maintain_order=True).join(patients, 'subject_id', 'left')
+    found = found.join(last, of_admission, 'left').sort('subject_id', 'order', maintain_order=True)
+    is_drg, is_diagnosis = (pl.col('table') == table for table in ('drgcodes', 'diagnoses_icd'))
+    has_seen_one = pl.when(is_drg).then(pl.int_range(pl.len())).otherwise((~is_drg).cum_sum() - 1) > 0
+    found = found.with_columns(
+        n=pl.max_horizontal('n', 1).fill_null(1),
+        number=pl.int_range(pl.len()).over('subject_id'),
+        has_seen_one=has_seen_one.over(of_admission),
+    )
+    searches = (is_drg | is_diagnosis) & pl.col('hadm_id').is_not_null()
+    found = found.with_columns(twice=~searches | pl.col('last').is_null() & ~pl.col('has_seen_one'))
+    appended = pl.when('twice').then(pl.col('n') + pl.col('number'))
+    to_drg = appended.forward_fill().over(of_admission)
+    to_diagnosis = pl.when(~is_drg).then(appended).forward_fill().over(of_admission)
+    return found.with_columns(anchor=pl.coalesce(pl.when(is_drg).then(to_drg).otherwise(to_diagnosis), 'last'))
+
+# %% ../../nbs/02_data/07_trajectories.ipynb #e408dad0
+def with_timeless_as_released(
+    timed:pl.DataFrame,   # `MERGED` rows from `in_time`
+    timeless:pl.DataFrame # `MERGED` rows without a time
+)->pl.DataFrame: # both, in the released program's order, some of the latter twice
+    "Place rows without a time as the released program does."
+    rows = anchored(timed, timeless)
+    twice, once = rows.filter('twice'), rows.filter(~pl.col('twice'))
+    number, is_drg = pl.col('number'), pl.col('table') == 'drgcodes'
+    starts_list = pl.col('first').is_null() & (number == 0)  # of a patient without a timed row
+    copies = pl.concat([
+        once.with_columns(turn=1 + is_drg.cast(pl.Int64)),
+        twice.with_columns(anchor=pl.lit(0, pl.Int64), turn=1 - starts_list.cast(pl.Int64), number=-number),
+        twice.with_columns(anchor=pl.col('n') + number, turn=pl.lit(0, pl.Int64)),
+    ])
+    last_row = pl.min_horizontal('anchor', pl.col('n') - 1)
+    copies = copies.with_columns(at=(pl.col('first') + last_row).fill_null(len(timed)))
+    copies = copies.sort('at', 'subject_id', 'anchor', 'turn', 'number')
+    both = pl.concat([timed, copies.select(list(MERGED))])
+    # between two timed rows there is room for those that follow the first
+    place = np.concatenate([2*np.arange(len(timed)), 2*copies['at'].to_numpy() + 1])
+    return both[np.argsort(place, kind='stable')]
+
+# %% ../../nbs/02_data/07_trajectories.ipynb #0e8634b7
 def order_rows(
     rows:pl.DataFrame, # `MERGED` rows of some patients
     protocol:str       # strict or official
@@ -249,7 +311,12 @@ def order_rows(
     if protocol == 'strict':
         rows = rows.with_columns(early=without_totals(pl.col('table'), pl.col('cells')))
     timed, timeless = in_time(rows.filter(has_place), ties), rows.filter(~has_place)
-    placed = with_timeless(timed, timeless, ties) if len(timeless) else timed
+    if not len(timeless):
+        placed = timed
+    elif protocol == 'official':
+        placed = with_timeless_as_released(timed, timeless)
+    else:
+        placed = with_timeless(timed, timeless, ties)
     return placed.select(list(MERGED))
 
 # %% ../../nbs/02_data/07_trajectories.ipynb #de1e1ddd
@@ -265,10 +332,11 @@ def number_events(
     if protocol == 'strict':
         is_new = is_new | changes('hadm_id')
     rows = rows.with_columns(run=is_new.cum_sum() - 1)
+    time = pl.col('time')
     runs = rows.group_by('run', maintain_order=True).agg(
         pl.col('subject_id').first(),
-        start=pl.col('time').min(),
-        end=pl.col('time').max(),
+        start=time.first() if protocol == 'official' else time.min(),
+        end=time.last() if protocol == 'official' else time.max(),
     )
     first_run = pl.col('run').min().over('subject_id')
     runs = runs.with_columns(event=(pl.col('run') - first_run).cast(pl.Int32))

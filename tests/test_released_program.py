@@ -1,0 +1,308 @@
+"The official protocol reads and places rows as the released program does: numbers, the word None, rows without a time."
+import gzip
+from contextlib import nullcontext
+from datetime import datetime
+from types import SimpleNamespace
+
+import polars as pl
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+from records import at, merged, row, store
+
+from ehr_r1.data.events import FIELD
+from ehr_r1.data.schema import TABLES
+from ehr_r1.data.table_reading import released_numbers, scan
+from ehr_r1.data.tables import open_source
+from ehr_r1.data.trajectories import merged_rows, order_rows, stream_to_parts
+
+# numbers
+
+
+def as_pandas(text):
+    "The parser of pandas 1.5.3, digit by digit."
+    mantissa, _, power = text.lower().partition('e')
+    negative, mantissa = mantissa.startswith('-'), mantissa.lstrip('+-')
+    whole, _, decimals = mantissa.partition('.')
+    number, digits, exponent = 0., 0, int(power or 0)
+    for digit in whole:
+        if digits < 17:
+            number, digits = number*10. + float(digit), digits + 1
+        else:
+            exponent += 1
+    for digit in decimals:
+        if digits < 17:
+            number, digits, exponent = number*10. + float(digit), digits + 1, exponent - 1
+    if negative:
+        number = -number
+    if exponent > 308:
+        return None
+    if exponent > 0:
+        return number*float(f'1e{exponent}')
+    if exponent < -308:
+        return number/float(f'1e{min(-308 - exponent, 308)}')/1e308
+    return number/float(f'1e{-exponent}')
+
+
+# what pandas 1.5.3 printed
+PRINTED = {
+    '89.999997854232788': '89.9999978542328',
+    '0.1': '0.1',
+    '1e-05': '1e-05',
+    '-0.30000000000000004': '-0.3',
+    '000000000000000001.5': '0.0',
+    '123456789012345678': '1.2345678901234568e+17',
+}
+DIGITS = st.text('0123456789', max_size=24)
+NUMBERS = st.builds(
+    lambda sign, whole, decimals, power: f'{sign}{whole or "0"}.{decimals}{power}',
+    st.sampled_from(['', '-']), DIGITS, DIGITS,
+    st.one_of(st.just(''), st.integers(-330, 290).map('e{}'.format)))
+
+
+@pytest.mark.parametrize('text, printed', PRINTED.items())
+def test_numbers_are_printed_as_pandas_did(text, printed):
+    assert repr(as_pandas(text)) == printed
+    assert repr(released_numbers(pl.Series([text])).item()) == printed
+
+
+@given(st.lists(NUMBERS, min_size=1, max_size=20))
+def test_numbers_are_read_digit_by_digit(texts):
+    found = released_numbers(pl.Series(texts)).to_list()
+    assert list(map(repr, found)) == [repr(as_pandas(text)) for text in texts]
+
+
+LABS = """\
+subject_id,hadm_id,itemid,charttime,storetime,valuenum,valueuom,ref_range_lower,ref_range_upper,flag,comments
+7,70,1,2180-05-06 10:00:00,,89.999997854232788,None,3,0.5,,None
+7,70,1,2180-05-06 10:00:00,,-1.0000000000000002e-9,N/A,4,,,inf
+7,None,1,None,,None,nan,,0.5,abnormal,
+"""
+
+
+def read_labs(folder, protocol, name='labevents.csv', text=LABS):
+    "The laboratory results that some text holds."
+    path = folder/name
+    if name.endswith('.gz'):
+        path.write_bytes(gzip.compress(text.encode()))
+    else:
+        path.write_text(text)
+    return scan(path, TABLES['labevents'], name, protocol=protocol).collect(engine='streaming')
+
+
+@pytest.mark.parametrize('name', ['labevents.csv', 'labevents.csv.gz'])
+def test_both_protocols_read_the_same_text_their_own_way(tmp_path, name):
+    official, strict = (read_labs(tmp_path, protocol, name) for protocol in ('official', 'strict'))
+    assert official['valuenum'].to_list() == [89.9999978542328, as_pandas('-1.0000000000000002e-9'), None]
+    assert strict['valuenum'].to_list() == [89.999997854232788, -1.0000000000000002e-9, None]
+    assert official['valuenum'][0] != strict['valuenum'][0]
+    assert official['valueuom'].to_list() == ['None', None, None]
+    assert strict['valueuom'].to_list() == [None, None, None]
+    for column in ('charttime', 'hadm_id'):  # no text: the word is missing to both
+        assert official[column].to_list() == strict[column].to_list()
+
+
+def test_numbers_of_a_parquet_file_stay_as_they_are(tmp_path):
+    labs = read_labs(tmp_path, 'strict')
+    labs.write_parquet(tmp_path/'labevents.parquet')
+    again = scan(tmp_path/'labevents.parquet', TABLES['labevents'], 'labevents.parquet', protocol='official').collect()
+    assert again.equals(labs)
+
+
+def test_parquet_files_of_text_are_read_as_csv_files_are(tmp_path):
+    official = read_labs(tmp_path, 'official')
+    pl.read_csv(tmp_path/'labevents.csv', infer_schema=False).write_parquet(tmp_path/'labevents.parquet')
+    again = scan(tmp_path/'labevents.parquet', TABLES['labevents'], 'labevents.parquet', protocol='official').collect()
+    assert again.equals(official)
+
+
+@pytest.mark.parametrize('bad', ['12x', '1.2.3', '1e', '--1', '1234567890123456789x'])
+def test_what_is_no_number_still_stops_the_engine(tmp_path, bad):
+    with pytest.raises(pl.exceptions.PolarsError):
+        read_labs(tmp_path, 'official', text=LABS.replace('89.999997854232788', bad))
+
+
+def test_demo_amounts_that_the_nearest_number_would_change(demo):
+    "As many as pandas 1.5.3 reads otherwise."
+    source, changed = open_source(demo), 0
+    columns = dict.fromkeys(['inputevents', 'ingredientevents'], ['amount', 'rate'])
+    for table, names in (columns | dict(procedureevents=['value'], labevents=['valuenum'])).items():
+        of_both = [source.scan(table, names, protocol=protocol).select(names).collect(engine='streaming')
+                   for protocol in ('official', 'strict')]
+        changed += sum((of_both[0][name] != of_both[1][name]).sum() for name in names)
+    assert changed == 15_142
+
+
+def test_the_demo_shows_none_as_the_unit_of_procedures(demo):
+    source = open_source(demo)
+    for protocol, times in (('official', 771), ('strict', 0)):
+        units = source.scan('procedureevents', ['valueuom'], protocol=protocol).collect()
+        assert (units['valueuom'] == 'None').sum() == times
+
+
+# whole numbers
+
+TRIAGE = 'subject_id,stay_id,temperature,heartrate,resprate,o2sat,sbp,dbp,pain,acuity,chiefcomplaint\n'
+STAYS = 'subject_id,hadm_id,stay_id,intime,outtime,gender,race\n7,70,1,2180-05-06 10:00:00,2180-05-06 12:00:00,F,WHITE\n'
+
+
+class Folder:
+    "Two tables in a folder."
+    def __init__(self, folder, triage):
+        self.folder = folder
+        (folder/'triage.csv').write_text(TRIAGE + triage)
+        (folder/'edstays.csv').write_text(STAYS)
+
+    def has(self, table):
+        return False
+
+    def scan(self, table, columns=None, row_index=None, protocol='strict'):
+        return scan(self.folder/f'{table}.csv', TABLES[table], table, columns, row_index, protocol)
+
+    def explaining(self, table):
+        return nullcontext()
+
+
+@pytest.mark.parametrize('written, is_whole', [
+    (('88', '91'), True),       # integers
+    (('88', ''), False),        # a gap
+    (('88', '91.5'), False),
+    (('88.0', '91.0'), False),  # floats to pandas, whatever their values
+    (('88', '91.0'), False),
+])
+def test_a_column_is_whole_where_pandas_reads_integers(tmp_path, written, is_whole):
+    rows = ''.join(f'7,1,98.6,{heartrate},16,97,120,80,0,3,pain\n' for heartrate in written)
+    settings = SimpleNamespace(protocol='official', times='charttime')
+    whole = stream_to_parts(Folder(tmp_path, rows), 'triage', settings, 1, tmp_path)
+    assert ('heartrate' in whole) == is_whole
+    assert 'sbp' in whole
+    assert 'temperature' not in whole
+
+
+# rows without a time
+
+def inserted_one_by_one(timed, timeless):
+    "The rule, literally: (row, ...) in the order of the released program."
+    rows = list(timed)
+    for new in timeless:
+        pos = 0
+        if new['table'] in ('diagnoses_icd', 'drgcodes') and new['hadm_id'] is not None:
+            for place, old in enumerate(rows):
+                counts = new['table'] == 'drgcodes' or old['table'] != 'drgcodes'
+                if old['hadm_id'] == new['hadm_id'] and counts:
+                    pos = place
+        rows.insert(pos + 1, new)
+        if pos == 0:
+            rows.append(new)
+    return rows
+
+
+ADMISSIONS = st.sampled_from([None, 70, 71, 72])
+TIMED = st.tuples(st.sampled_from(['labevents', 'poe', 'admissions', 'chartevents']), st.integers(1, 9), ADMISSIONS)
+TIMELESS = st.tuples(
+    st.sampled_from(['admissions', 'diagnoses_icd', 'drgcodes', 'hcpcsevents', 'microbiologyevents', 'triage']),
+    st.none(), ADMISSIONS)
+
+
+def patient_rows(subject, drawn, with_patient):
+    "Rows of a patient, each with a name of its own in `until`."
+    rows = [row('patients', subject=subject)] if with_patient else []
+    for n, (table, day, hadm) in enumerate(drawn, 1):
+        rows.append(row(table, day and at(day), hadm, subject=subject, n=n, until=at(n)))
+    return rows
+
+
+def by_rule(rows):
+    "Rows of one patient as the rule has them."
+    has_place = [one for one in rows if one['time'] or one['table'] == 'patients']
+    timed = sorted(has_place, key=lambda one: (one['table'] != 'patients', one['time'] or datetime.min, one['order']))
+    timeless = sorted((one for one in rows if one not in has_place), key=lambda one: one['order'])
+    return [(one['subject_id'], one['table'], one['until']) for one in inserted_one_by_one(timed, timeless)]
+
+
+@given(st.lists(st.tuples(st.lists(st.one_of(TIMED, TIMELESS), max_size=14), st.booleans()), min_size=1, max_size=3))
+@example([([('diagnoses_icd', None, 70), ('diagnoses_icd', None, 70), ('drgcodes', None, 70)], True)])
+@example([([('drgcodes', None, 70), ('diagnoses_icd', None, 70)], True)])
+@example([([('hcpcsevents', None, 70), ('hcpcsevents', None, 70), ('labevents', 2, 70)], False)])
+@example([([('admissions', None, 70), ('diagnoses_icd', None, 70), ('labevents', 2, 70)], True)])
+def test_rows_without_a_time_stand_where_the_rule_says(patients):
+    rows = [patient_rows(subject, *drawn) for subject, drawn in enumerate(patients, 1)]
+    found = order_rows(merged([one for some in rows for one in some]), 'official')
+    for subject, some in enumerate(rows, 1):
+        own = found.filter(subject_id=subject).select('subject_id', 'table', 'until').rows()
+        assert own == by_rule(some)
+
+
+@given(st.lists(st.one_of(TIMED, TIMELESS), max_size=14))
+def test_strict_has_every_row_once(drawn):
+    rows = patient_rows(1, drawn, True)
+    found = order_rows(merged(rows), 'strict')
+    assert sorted(found['until'].drop_nulls()) == sorted(one['until'] for one in rows if one['until'])
+
+
+def test_other_patients_do_not_move_a_row():
+    drawn = [('diagnoses_icd', None, 70), ('labevents', 2, 70), ('hcpcsevents', None, 70), ('labevents', 3, 71)]
+    alone, beside = patient_rows(1, drawn, True), patient_rows(2, drawn*2, True)
+    both = order_rows(merged(beside + alone), 'official')
+    assert both.filter(subject_id=1).equals(order_rows(merged(alone), 'official'))
+
+
+def tables_of(rows, protocol):
+    return store(rows, protocol)['table'].to_list()
+
+
+STAY = [
+    row('patients'),
+    row('admissions', at(1), 70),
+    row('labevents', at(2), 70),
+    row('labevents', at(5), 71),
+    row('diagnoses_icd', hadm=70),
+    row('drgcodes', hadm=70),
+]
+
+
+def test_hcpcs_rows_stand_at_both_ends_and_split_runs():
+    rows = [*STAY, row('hcpcsevents', hadm=70, n=1), row('hcpcsevents', hadm=70, n=2)]
+    frame = store(rows, 'official')
+    assert frame['table'].to_list() == [
+        'patients', 'hcpcsevents', 'hcpcsevents', 'admissions', 'labevents', 'diagnoses_icd', 'drgcodes',
+        'labevents', 'hcpcsevents', 'hcpcsevents']
+    assert frame['event'].to_list() == [0, 1, 1, 2, 3, 4, 5, 6, 7, 7]
+
+
+def test_diagnoses_of_an_unknown_admission_follow_the_first_that_was_appended():
+    rows = [*STAY, *(row('diagnoses_icd', hadm=99, n=n, cells=[str(n)]) for n in (1, 2, 3))]
+    frame = store(rows, 'official')
+    codes = [cells.split(FIELD)[0] for cells in frame.filter(table='diagnoses_icd')['cells']]
+    assert codes == ['1', '', '1', '2', '3']
+    assert frame['table'].to_list()[-3:] == ['diagnoses_icd']*3
+    assert tables_of(rows, 'strict').count('diagnoses_icd') == 4
+
+
+def test_an_official_event_starts_and_ends_with_its_first_and_last_row():
+    culture = [row('microbiologyevents', at(2), 70), row('microbiologyevents', None, 70, n=1)]
+    frame = store([row('patients'), row('admissions', at(1), 70), *culture], 'official')
+    events = frame.select('table', 'start', 'end').unique(maintain_order=True).rows()
+    assert events == [
+        ('patients', None, None),
+        ('microbiologyevents', None, None),
+        ('admissions', at(1), at(1)),
+        ('microbiologyevents', at(2), None),
+    ]
+
+
+@pytest.mark.parametrize('protocol, times', [
+    ('official', [at(1, 9), None]),
+    ('strict', [at(1, 9), at(2)]),
+])
+def test_the_released_sort_does_not_try_the_date_of_a_culture(protocol, times):
+    cultures = pl.LazyFrame(dict(
+        subject_id=[1, 1], row=[0, 1], charttime=[at(1, 9), None], chartdate=[at(1), at(2)], storetime=[None, None]))
+    found = merged_rows(cultures, 'microbiologyevents', protocol, 'charttime').collect()
+    assert found['time'].to_list() == times
+
+
+@pytest.mark.parametrize('protocol, times', [('official', [None]), ('strict', [at(1)])])
+def test_the_released_sort_has_no_time_of_hcpcs_events(protocol, times):
+    events = pl.LazyFrame(dict(subject_id=[1], row=[0], chartdate=[at(1)]))
+    assert merged_rows(events, 'hcpcsevents', protocol, 'charttime').collect()['time'].to_list() == times
