@@ -143,7 +143,8 @@ def test_the_demo_shows_none_as_the_unit_of_procedures(demo):
 # whole numbers
 
 TRIAGE = 'subject_id,stay_id,temperature,heartrate,resprate,o2sat,sbp,dbp,pain,acuity,chiefcomplaint\n'
-STAYS = 'subject_id,hadm_id,stay_id,intime,outtime,gender,race\n7,70,1,2180-05-06 10:00:00,2180-05-06 12:00:00,F,WHITE\n'
+STAYS = 'subject_id,hadm_id,stay_id,intime,outtime,gender,race\n'
+STAYS += '7,70,1,2180-05-06 10:00:00,2180-05-06 12:00:00,F,WHITE\n'
 
 
 class Folder:
