@@ -92,7 +92,7 @@ TITLES = {
 _IN_PAIRS = ('patients', 'edstays', 'triage', 'vitalsign')
 _UNITS = ('valueuom', 'amountuom', 'rateuom')
 _CLASSES = ('CCS Type', 'ATC Type')
-_NUMBER = re.compile(r'-?\d+\.\d+(?:e[+-]?\d+)?|-?\d+e[+-]?\d+')
+_NUMBER = re.compile(r'(?<!\d)-?\d++(?:\.\d++(?:e[+-]?\d++)?|e[+-]?\d++)')
 
 # %% ../../nbs/02_data/12_serialize.ipynb #f8527d50
 @lru_cache(1 << 16)

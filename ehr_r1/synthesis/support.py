@@ -120,7 +120,7 @@ def entry_words(
 
 # %% ../../nbs/05_synthesis/13_support.ipynb #e52d3d0a
 NOTES = ('radiology', 'radiology examinations', 'discharge', 'discharge summary')  # titles of events of running text
-_QUOTATION = re.compile(r'"([^"]{3,})"|“([^”]{3,})”')
+_QUOTATION = re.compile(r'"([^"]{3,})"|“([^“”]{3,})”')
 
 @lru_cache(4_096)
 def _spaced(
