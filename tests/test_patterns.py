@@ -3,7 +3,6 @@ import ast
 import importlib
 import re
 import signal
-import time
 from contextlib import contextmanager
 from pathlib import Path
 from re import _constants as ops

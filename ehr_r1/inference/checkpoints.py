@@ -63,7 +63,7 @@ def as_text(
     "A text that a tokenizer reads as text."
     text = defused(text, None if tokenizer is None else control_marks(tokenizer), tags)
     while tokenizer is not None and (found := folded_marks(text, tokenizer)):
-        text = defused(text, found)
+        text = defused(text, found, tags)
     return text
 
 # %% ../../nbs/04_inference/01_checkpoints.ipynb #aa8e635d
