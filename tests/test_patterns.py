@@ -26,7 +26,8 @@ MADE = {
     ('transfer.mimic_cdm.baselines', 'DISEASE_SIGNS[disease]'): lambda names: names['DISEASE_SIGNS'].values(),
     ('transfer.mimic_cdm.benchmark', 'organ'): lambda names: names['_ORGANS'].values(),
 }
-OWN = ('hospital.', 'transfer.ehrshot.synthetic', 'transfer.mimic_cdm.synthetic')  # read the synthetic hospital's texts alone
+# these read the texts of the synthetic hospital alone
+OWN = ('hospital.', 'transfer.ehrshot.synthetic', 'transfer.mimic_cdm.synthetic')
 
 
 def modules():
@@ -69,7 +70,8 @@ def held(value):
 def patterns_of(name, file):
     "The compiled patterns of a module; a pattern that a function makes must be in `MADE`."
     module = importlib.import_module(f'ehr_r1.{name}')
-    found = {(pattern.pattern, pattern.flags): pattern for value in list(vars(module).values()) for pattern in held(value)}
+    kept = [pattern for value in list(vars(module).values()) for pattern in held(value)]
+    found = {(pattern.pattern, pattern.flags): pattern for pattern in kept}
     for node in ast.walk(ast.parse(file.read_text(encoding='utf-8'))):
         if not is_call_of_re(node):
             continue
