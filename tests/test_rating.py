@@ -14,12 +14,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ehr_r1.foreign_text import visible
 from ehr_r1.synthesis.agreement import RATING, agreement, read_ratings
 from ehr_r1.synthesis.rating import RATED, RATING_QUESTIONS, blinded, rating_page, rating_sheet
 
 HOSTILE = ('</script><script>alert(1)</script><img src=x onerror="alert(1)"> \'q\' &amp; <!-- ]]> '
            '\x00\x1b\u202e {digest} ${x}\r\nnext "line"\n')
-SEEN = re.sub('[\x00\x1b\u202e]', '\ufffd', HOSTILE)
+SEEN = visible(HOSTILE)
 SYSTEMS = ('secret-graph', 'secret-plain', 'secret-third')
 
 def make(n=6, systems=SYSTEMS, **text):
@@ -149,7 +150,7 @@ TRICKY_TEXT = st.text(st.sampled_from('<>&"\'/!-={}$\\ab;#x1\n '), max_size=40)
 def test_texts_come_back_as_they_were(any_text, tricky):
     cases = make(1, record=any_text, chain=tricky)
     answer, record, *chains = texts(Page(rating_page(blinded(cases), 'abc')))
-    seen = re.sub('[\u202a-\u202e\u2066-\u2069]', '\ufffd', any_text)
+    seen = visible(any_text)
     assert answer == 'Heparin'
     assert record == seen
     assert chains == [tricky]*3

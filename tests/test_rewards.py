@@ -9,7 +9,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ehr_r1.inference.checkpoints import answer_text
 from ehr_r1.scoring import parse_answer, set_f1
 from ehr_r1.synthesis import reasoning
 from ehr_r1.training.rewards import (
@@ -45,7 +44,7 @@ LINES = st.lists(WORD, min_size=1, max_size=6, unique_by=str.casefold)
 
 
 def said(*answer, chain=CHAIN):
-    return answer_text(chain, answer)
+    return f'<think>\n{chain}\n</think>\n\n' + '\n'.join(answer)
 
 
 def always(answer):

@@ -132,8 +132,9 @@ def strict_window(
 SAMPLES = pl.Schema(dict(INDEX) | dict(
     split=pl.String, weight=pl.Float64,
     messages=pl.List(pl.Struct(dict(role=pl.String, content=pl.String))),
+    starts=pl.List(pl.Int32),  # where the parts of the user's message begin, see `data.serialize.RecordText`
     candidates=pl.List(pl.String), tokens=pl.Int32, dropped_events=pl.Int32))
-_RENDERED = ('messages', 'candidates', 'tokens', 'dropped_events')
+_RENDERED = ('messages', 'starts', 'candidates', 'tokens', 'dropped_events')
 _HELD_CHARACTERS = 64_000_000  # of prompts in memory at a time, about
 
 # %% ../../nbs/02_data/19_samples.ipynb #de6159a9
@@ -142,12 +143,12 @@ def render_sample(
     sample:dict,       # a chosen index row
     candidates:dict,   # task -> Candidates
     budget:int         # longest prompt in tokens; 0: no limit
-)->dict: # messages, candidates, tokens, dropped_events
+)->dict: # messages, starts, candidates, tokens, dropped_events
     "What rendering adds to an index row."
     text, tokens, dropped = record.prompt(sample, budget)
-    messages = [dict(role='system', content=SYSTEM), dict(role='user', content=text)]
+    messages = [dict(role='system', content=SYSTEM), dict(role='user', content=str(text))]
     choice = candidates[sample['task']](sample['sample_id'], sample['label'])
-    return dict(messages=messages, candidates=choice, tokens=tokens, dropped_events=dropped)
+    return dict(messages=messages, starts=text.starts, candidates=choice, tokens=tokens, dropped_events=dropped)
 
 # %% ../../nbs/02_data/19_samples.ipynb #d8add600
 def by_patient(
@@ -304,7 +305,7 @@ def read_samples(
     p:Profile|SimpleNamespace # with `SAMPLING`
 )->pl.DataFrame: # EHR-Ins and EHR-Bench without prompts
     "The samples of a run, all splits; a run without caps is fitted and scored on those that the caps would choose."
-    samples = pl.concat([scan_samples(run, name).drop('messages', 'candidates').collect() for name in SETS])
+    samples = pl.concat([scan_samples(run, name).drop('messages', 'starts', 'candidates').collect() for name in SETS])
     if p.caps == 'paper' or not len(samples):
         return samples
     as_paper = SimpleNamespace(**{key: getattr(p, key) for key in SAMPLING} | dict(caps='paper'))

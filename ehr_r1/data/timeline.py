@@ -6,7 +6,6 @@
 __all__ = ['Trajectory']
 
 # %% ../../nbs/02_data/11_timeline.ipynb #ecd06731
-import html
 import re
 from datetime import datetime
 
@@ -15,6 +14,7 @@ import polars as pl
 from ehr_r1.data.events import DISPLAY, FIELD, ITEM
 from ehr_r1.data.patient_events import PatientEvents, clock, events_of, summary_of
 from ehr_r1.data.timeline_drawing import LANE_COLORS, lane_of, svg_of
+from ehr_r1.foreign_text import NO_FORMULAS, html_text, visible
 
 NAMED = ('patients', 'triage', 'vitalsign') # tables whose values mean nothing without the column's name
 UNSAID = ('ref_range_lower', 'ref_range_upper', 'warning', 'note_type') # columns that a short view leaves out
@@ -25,7 +25,7 @@ def cut(
     most:int  # letters
 )->str: # one line
     "Text on one line, cut if it is long."
-    text = ' '.join(text.split())
+    text = visible(' '.join(text.split()))
     return text if len(text) <= most else text[:most - 1].rstrip() + '…'
 
 # %% ../../nbs/02_data/11_timeline.ipynb #57e66767
@@ -51,7 +51,7 @@ def event_words(
         return f'{float(number[0]):.3f}'.rstrip('0').rstrip('.')
 
     said = [words for row in cells[:20] if (words := row_words(table, row))]
-    return cut(re.sub(r'\d+\.\d{4,}', short, '; '.join(said)), 150)
+    return cut(re.sub(r'(?<!\d)\d++\.\d{4,}', short, '; '.join(said)), 150)
 
 # %% ../../nbs/02_data/11_timeline.ipynb #d0cbacc6
 def listed_positions(
@@ -107,9 +107,9 @@ def html_row(
     return (
         f"<tr><td style='{style};border-left:4px solid {edge}'>{event['event']}</td>"
         f"<td style='{style};white-space:nowrap'>{clock(event['start'])}</td>"
-        f"<td style='{style};color:{color}'>{html.escape(event['table'])}</td>"
+        f"<td style='{style};color:{color}'>{html_text(event['table'])}</td>"
         f"<td style='{style};text-align:right'>{event['rows']}</td>"
-        f"<td style='{style}'>{html.escape(event['words'])}</td></tr>"
+        f"<td style='{style}'>{html_text(event['words'])}</td></tr>"
     )
 
 # %% ../../nbs/02_data/11_timeline.ipynb #5ecef9c8
@@ -120,7 +120,7 @@ def html_of(
     style = 'text-align:left;padding:2px 10px 2px 4px;vertical-align:top'
     head = ''.join(f'<th style="{style}">{name}</th>' for name in ('event', 'time', 'table', 'rows', 'content'))
     lines = ''.join(html_row(t, event) for event in listing_of(t))
-    return (f'<div><p>{html.escape(summary_of(t))}</p>{svg_of(t)}'
+    return (f'<div {NO_FORMULAS}><p>{html_text(summary_of(t))}</p>{svg_of(t)}'
             f'<table style="font-size:12px;border-collapse:collapse"><thead><tr>{head}</tr></thead>'
             f'<tbody>{lines}</tbody></table></div>')
 

@@ -6,7 +6,6 @@
 __all__ = ['LANES', 'LANE_COLORS', 'STAY_COLORS', 'lane_of', 'svg_of']
 
 # %% ../../nbs/02_data/10_timeline_drawing.ipynb #e7156964
-import html
 import math
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -16,6 +15,7 @@ import polars as pl
 
 from ehr_r1.data.patient_events import STAYS, PatientEvents, clock, plural
 from ehr_r1.data.time_axis import Gap, Tick, TimeAxis, length_in_words, time_axis
+from ehr_r1.foreign_text import html_text
 
 WIDTH = 860       # of the axis, in pixels
 SIDE = 72         # for the names of the lanes, left of it
@@ -207,7 +207,7 @@ class Canvas:
 
     def text(self, x, y, words:str, anchor:str='start', more:str=''):
         "Write words, escaped; `more` are attributes."
-        self.elements.append(f'<text x="{x}" y="{y}" text-anchor="{anchor}"{more}>{html.escape(words)}</text>')
+        self.elements.append(f'<text x="{x}" y="{y}" text-anchor="{anchor}"{more}>{html_text(words)}</text>')
 
     def line(self, x1, x2, y1, y2, more:str, inside:str=''):
         "Draw a line."
@@ -217,7 +217,7 @@ class Canvas:
     def box(self, left, right, y, height, color, opacity, tooltip:str='', least=2, more:str=''):
         "Draw a rectangle between two places from 0 to 1, at least some pixels wide."
         x = SIDE + max(min(left*WIDTH, WIDTH - least), 0)
-        title = f'<title>{html.escape(tooltip)}</title>' if tooltip else ''
+        title = f'<title>{html_text(tooltip)}</title>' if tooltip else ''
         self.elements.append(
             f'<rect x="{x:.1f}" y="{y:.1f}" width="{max((right - left)*WIDTH, least):.1f}" height="{height:.1f}" '
             f'fill="{color}" fill-opacity="{opacity}"{more}>{title}</rect>')

@@ -38,7 +38,7 @@ def fitting_completion(
     sentences = _SENTENCE_END.split(whole)
     for first in range(len(sentences) + 1):
         kept = '\n'.join(sentences[first:]) if first else whole
-        completion = answer_in_form(kept, found)
+        completion = answer_in_form(kept, found, writer.tokenizer)
         if writer.count(completion) < writer.answer_tokens:
             return completion, first > 0
     return None, True
@@ -51,9 +51,10 @@ def asked_in_form(
 )->tuple: # prompt, its tokens, pieces of the record that were dropped or cut
     "A question as a model is asked it."
     limit = writer.context - writer.around['think']
-    text, gone = cut_context(row['context'], in_form(row['question'], keys), limit, writer)
+    question = in_form(row['question'], keys)
+    text, gone = cut_context(row['context'], question, limit, writer)
     messages = [dict(role='system', content=SYSTEM), dict(role='user', content=text)]
-    prompt = chat_text(writer.tokenizer, messages, 'think')
+    prompt = chat_text(writer.tokenizer, messages, 'think', question)
     return prompt, writer.count(prompt), gone
 
 # %% ../../nbs/09_ehrmind/02_course_examples.ipynb #6a9e8dec

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import polars as pl
 
 from ..config import seed_of
+from ..inference.checkpoints import as_text
 from ..transfer.question_sets import Benchmark
 
 # %% ../../nbs/09_ehrmind/01_recipe.ipynb #1543786f
@@ -29,10 +30,12 @@ def in_form(
 # %% ../../nbs/09_ehrmind/01_recipe.ipynb #1bff7749
 def answer_in_form(
     rationale:str, # what leads to the answer
-    found:dict     # the answer's object
+    found:dict,    # the answer's object
+    tokenizer=None # of the model
 )->str: # the assistant's words
     "A whole completion."
-    return f'<think>\n{rationale}\n</think>\n\n<answer>{json.dumps(found, ensure_ascii=False)}</answer>'
+    rationale, found = (as_text(text, tokenizer) for text in (rationale, json.dumps(found, ensure_ascii=False)))
+    return f'<think>\n{rationale}\n</think>\n\n<answer>{found}</answer>'
 
 # %% ../../nbs/09_ehrmind/01_recipe.ipynb #05ea1b4a
 WARMUP_EPOCHS = 2  # EHRMind

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import polars as pl
 
 from ..config import Run, seed_of
+from ..data.serialize import RecordText
 from .baselines import PREDICTIONS
 from ..inference.asking import Ask, answer
 from ..inference.local import Transformers
@@ -84,7 +85,7 @@ def asked_samples(
     about = rows.select('sample_id', 'task', 'family', first=pl.col('label').list.first())
     drawn = drawn_for_models(about.collect(engine='streaming'), s)['sample_id']
     chosen = rows.filter(pl.col('sample_id').is_in(drawn.implode()))
-    chosen = chosen.select('sample_id', 'subject_id', 'task', 'family', 'messages')
+    chosen = chosen.select('sample_id', 'subject_id', 'task', 'family', 'messages', 'starts')
     return chosen.collect(engine='streaming').sort('subject_id', 'sample_id')
 
 # %% ../../nbs/07_evaluation/04_answers.ipynb #60d2c1c9
@@ -95,9 +96,10 @@ def asks_of(
 )->list: # of `Ask`, in the order of the samples
     "The questions of samples; a risk is asked without thinking."
     asks = []
-    for row in samples.select('sample_id', 'task', 'subject_id', 'family', 'messages').iter_rows(named=True):
+    for row in samples.iter_rows(named=True):
         how = 'no_think' if mode == 'think' and row['family'] == 'risk' else mode
-        prompt, _, _, dropped = writer.prompt(row['messages'][1]['content'], row['task'], how)
+        text = RecordText(row['messages'][1]['content'], row.get('starts'))
+        prompt, _, _, dropped = writer.prompt(text, row['task'], how)
         asks.append(Ask(row['sample_id'], row['task'], row['subject_id'], row['family'], prompt, how, dropped))
     return asks
 

@@ -12,7 +12,9 @@ import warnings
 import polars as pl
 
 from ..config import Run
+from ..data.serialize import RecordText
 from .results import model_of
+from ..foreign_text import restored
 from ..stages import read_manifest
 from ..synthesis.support import read_record, support
 from ..training.examples import Writer
@@ -25,7 +27,7 @@ def thinking(
 )->str: # '' without a think block
     "The first think block of an answer, closed or not."
     after = text.partition('<think>')[2]
-    return after.partition('</think>')[0].strip()
+    return restored(after.partition('</think>')[0]).strip()
 
 # %% ../../nbs/07_evaluation/08_judging.ipynb #6d5b792c
 def judge(
@@ -75,9 +77,10 @@ def asked_records(
     ids = [line['sample_id'] for line in read_decisions(run, system)]
     question = pl.col('messages').list.get(1).struct.field('content')
     samples = pl.scan_parquet(sorted((run.samples/'ehr_bench').glob('*.parquet')))
-    rows = samples.filter(pl.col('sample_id').is_in(ids)).select('sample_id', 'subject_id', 'task', 'label', question)
-    return {sample: (subject_id, label, writer.prompt(text, task, 'think')[1])
-            for sample, subject_id, task, label, text in rows.collect(engine='streaming').iter_rows()}
+    rows = samples.filter(pl.col('sample_id').is_in(ids))
+    rows = rows.select('sample_id', 'subject_id', 'task', 'label', question, 'starts')
+    return {sample: (subject_id, label, writer.prompt(RecordText(text, starts), task, 'think')[1])
+            for sample, subject_id, task, label, text, starts in rows.collect(engine='streaming').iter_rows()}
 
 # %% ../../nbs/07_evaluation/08_judging.ipynb #19de737a
 JUDGED = pl.Schema(dict(

@@ -20,13 +20,15 @@ from matplotlib.figure import Figure
 from tqdm import tqdm
 
 from ..config import Run
+from ..foreign_text import visible
 from ..stages import build, read_manifest, writing
 
 # %% ../../nbs/07_evaluation/09_reporting.ipynb #19754b1c
 STYLE = {  # matplotlib settings of all reports
     'figure.dpi': 100, 'font.size': 9.5, 'axes.titlesize': 10.5, 'axes.titlelocation': 'left', 'axes.spines.top': False,
     'axes.spines.right': False, 'axes.axisbelow': True, 'grid.color': '#e6e6e6', 'legend.frameon': False,
-    'figure.constrained_layout.use': True}
+    'figure.constrained_layout.use': True,
+    'text.parse_math': False}  # a dollar sign in a name begins no formula
 RELEASES = {  # what tables are, in words
     'synthetic': 'a synthetic hospital in the layout of MIMIC-IV; nobody in it is real',
     'demo-2.2': 'the open MIMIC-IV demo, version 2.2',
@@ -155,7 +157,7 @@ def readable_cell(
     if isinstance(value, float):
         decimals = 0 if abs(value) >= 100 else 1 if abs(value) >= 10 else 3
         return f'{value:,.{decimals}f}'
-    return value if isinstance(value, str) else f'{value:,}'
+    return visible(value) if isinstance(value, str) else f'{value:,}'
 
 # %% ../../nbs/07_evaluation/09_reporting.ipynb #5d3e2108
 def readable(
@@ -164,7 +166,9 @@ def readable(
     "A table as people read it; years are no thousands."
     years = {column: table[column].astype('string').fillna('') for column in table.columns if column.endswith('year')}
     words = table.astype(object).map(readable_cell).assign(**years)
-    return HTML(words.rename(columns=lambda name: name.replace('_', ' ')).to_html(index=False, border=0))
+    named = words.rename(columns=lambda name: name.replace('_', ' '))
+    with pd.option_context('display.html.use_mathjax', False):  # a dollar sign in a name begins no formula
+        return HTML(named.to_html(index=False, border=0))
 
 # %% ../../nbs/07_evaluation/09_reporting.ipynb #9ec909f5
 def check_parameters(

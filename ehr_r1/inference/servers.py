@@ -9,6 +9,8 @@ __all__ = ['Server', 'ServerEngine']
 import math
 from functools import partial
 
+from ..foreign_text import restored
+from .checkpoints import as_text
 from .connections import Connection, received, writable
 from .endpoints import InferenceError
 from .engines import WAYS, Engine, Text, Yes, yes_no_tokens
@@ -34,7 +36,8 @@ class Server(Teacher):
         return self.connection.ask(requests, self._one)
 
     def _one(self, client, request):
-        asked = dict(model=self.model, messages=list(request.messages), **request.sampling)
+        messages = [dict(message, content=as_text(message['content'])) for message in request.messages]
+        asked = dict(model=self.model, messages=messages, **request.sampling)
         send = partial(client.chat.completions.create, **asked)
         reply = received(self.connection, client, f'request {request.key!r}', send, self._read)
         self.hand_over(request, reply)
@@ -43,7 +46,7 @@ class Server(Teacher):
     def _read(self, reply):
         choice, usage = reply.choices[0], reply.usage
         counts = [getattr(usage, f'{kind}_tokens', 0) or 0 for kind in ('prompt', 'completion')]
-        text = writable(choice.message.content or '')
+        text = restored(writable(choice.message.content or ''))
         return Reply(text, *counts, choice.finish_reason or '', reply.model or self.model)
 
 # %% ../../nbs/04_inference/07_servers.ipynb #4ad9ebbc

@@ -12,6 +12,8 @@ import math
 from itertools import islice
 from pathlib import Path
 
+from ..foreign_text import restored
+from .checkpoints import as_text
 from .endpoints import InferenceError
 from .engines import Engine, Yes, text_of, yes_no_tokens
 from .teachers import Reply, Teacher
@@ -56,8 +58,11 @@ class Vllm(Teacher):
         from vllm import SamplingParams
 
         sampling = [SamplingParams(**request.sampling) for request in batch]
+        tokenizer = self._llm.get_tokenizer()
+        asked = [[dict(message, content=as_text(message['content'], tokenizer)) for message in request.messages]
+                 for request in batch]
         try:
-            outs = self._llm.chat([list(request.messages) for request in batch], sampling, use_tqdm=False)
+            outs = self._llm.chat(asked, sampling, use_tqdm=False)
         except Exception as e:  # what vLLM raises differs by version
             raise InferenceError(f"{self.name}, requests {batch[0].key!r} to {batch[-1].key!r}: {e}") from e
         return [self._reply(out) for out in outs]
@@ -65,7 +70,7 @@ class Vllm(Teacher):
     def _reply(self, out):
         said = out.outputs[0]
         tokens, new_tokens = len(out.prompt_token_ids), len(said.token_ids)
-        return Reply(said.text, tokens, new_tokens, said.finish_reason or '', self.name)
+        return Reply(restored(said.text), tokens, new_tokens, said.finish_reason or '', self.name)
 
 # %% ../../nbs/04_inference/10_vllm.ipynb #d35709e6
 def files_digest(

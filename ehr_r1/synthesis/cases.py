@@ -7,13 +7,13 @@ __all__ = ['write_cases', 'rating_cases']
 
 # %% ../../nbs/05_synthesis/18_cases.ipynb #adab13a8
 import re
-from html import escape
 from pathlib import Path
 
 import polars as pl
 
 from ..config import Run, seed_of
 from ..data.tasks import TASKS
+from ..foreign_text import html_text
 from ..stages import read_manifest, writing
 from .chains import briefs_of, kept_chains
 from .graphs import scan_graphs
@@ -27,13 +27,13 @@ def marked_record(
     brief:Brief # one sample
 )->str: # HTML
     "The record with the names of the clearest evidence marked."
-    surfaces = {link.surface for link in brief.graph.best()}
-    record = escape(brief.record)
-    if not surfaces:
-        return record
-    longest_first = sorted(surfaces, key=len, reverse=True)
-    pattern = '|'.join(re.escape(escape(surface)) for surface in longest_first)
-    return re.sub(pattern, lambda match: f'<mark>{match[0]}</mark>', record)
+    longest_first = sorted({link.surface for link in brief.graph.best()}, key=len, reverse=True)
+    if not longest_first:
+        return html_text(brief.record)
+    pieces = re.split(f"({'|'.join(map(re.escape, longest_first))})", brief.record)
+    pieces[::2] = map(html_text, pieces[::2])
+    pieces[1::2] = [f'<mark>{html_text(name)}</mark>' for name in pieces[1::2]]
+    return ''.join(pieces)
 
 # %% ../../nbs/05_synthesis/18_cases.ipynb #1c767073
 def evidence_list(
@@ -45,7 +45,7 @@ def evidence_list(
     for line in lines:
         good = supported(line, events)
         kind, title, mark = ('good', 'stands in the record', '✓') if good else ('bad', 'not in the record', '✗')
-        text = re.sub(r'\*\*(.+?)\*\*', r'<b>\1</b>', escape(line))
+        text = re.sub(r'\*\*(.+?)\*\*', r'<b>\1</b>', html_text(line))
         items.append(f'<li class="{kind}" title="{title}">{text} {mark}</li>')
     return f"<ul>{''.join(items)}</ul>"
 
@@ -58,8 +58,8 @@ def chain_sections(
     parts = []
     for name, text in read_chain(chain).items():
         lines = [line for line in text.splitlines() if line.strip()]
-        body = ''.join(f'<div>{escape(line)}</div>' for line in lines)
-        parts.append(f'<h2>{escape(name)}</h2>' + (evidence_list(lines, events) if name == 'Extraction' else body))
+        body = ''.join(f'<div>{html_text(line)}</div>' for line in lines)
+        parts.append(f'<h2>{html_text(name)}</h2>' + (evidence_list(lines, events) if name == 'Extraction' else body))
     return ''.join(parts)
 
 # %% ../../nbs/05_synthesis/18_cases.ipynb #ee6f557e
@@ -79,13 +79,13 @@ def case_page(
     "A sample on one page; every line of Extraction says whether the record supports it."
     events = read_record(brief.record, brief.style)
     fault = fault_of(chain, list(brief.answers), events, 'knowledge')
-    kind, said = ('bad', f'dropped: {escape(fault)}') if fault else ('good', 'passes all filters')
+    kind, said = ('bad', f'dropped: {html_text(fault)}') if fault else ('good', 'passes all filters')
     verdict = f'<span class="{kind}">{said}</span>'
-    writer = f' <small>written by {escape(teacher)}</small>' if teacher else ''
-    sample_id, task = escape(brief.sample_id), escape(brief.task)
+    writer = f' <small>written by {html_text(teacher)}</small>' if teacher else ''
+    sample_id, task = html_text(brief.sample_id), html_text(brief.task)
     return (
         f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{sample_id}</title><style>{_STYLE}</style>'
-        f'<h1>{task} <small>{sample_id}</small></h1><p>{escape(TASKS[brief.task].instruction)}</p>'
+        f'<h1>{task} <small>{sample_id}</small></h1><p>{html_text(TASKS[brief.task].instruction)}</p>'
         f'<p>{verdict}{writer}</p>'
         f'<h2>Thinking graph</h2><div class="svg">{draw_graph(brief.graph)}</div>'
         f'<div class="two"><div><h2>Record</h2><pre>{marked_record(brief)}</pre></div>'

@@ -17,6 +17,7 @@ from joblib import Parallel, delayed
 from tqdm import tqdm
 
 from ..config import Run, seed_of
+from ..data.serialize import RecordText, without_question
 from ..data.tasks import TASKS
 from ..inference.endpoints import InferenceError, allowed_endpoints, guard
 from ..inference.recorded import Recorded, Replay
@@ -80,10 +81,11 @@ def briefs_of(
     samples = pl.scan_parquet(run.samples/'ehr_ins'/file)
     samples = samples.filter(pl.col('sample_id').is_in(graphs['sample_id'].implode()))
     prompt = pl.col('messages').list.get(1).struct.field('content')
-    prompts = dict(samples.select('sample_id', prompt).collect().rows())
+    rows = samples.select('sample_id', prompt, 'starts').collect().rows()
+    prompts = {sample_id: RecordText(text, starts) for sample_id, text, starts in rows}
     briefs = []
     for graph in read_graphs(run, graphs):
-        record = prompts[graph.sample_id].removesuffix(TASKS[graph.task].instruction).rstrip('\n')
+        record = without_question(prompts[graph.sample_id], TASKS[graph.task].instruction)
         briefs.append(Brief(graph.sample_id, graph.task, record, graph.answers, graph, style))
     return briefs
 

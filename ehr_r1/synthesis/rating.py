@@ -10,12 +10,12 @@ import base64
 import hashlib
 import html
 import json
-import re
 from pathlib import Path
 
 import polars as pl
 
 from ..config import seed_of
+from ..foreign_text import html_text
 from ..stages import writing
 
 # %% ../../nbs/05_synthesis/16_rating.ipynb #763dd5f9
@@ -208,16 +208,6 @@ and answer. Ratings are kept in this browser; download them when all are given.<
 '''
 
 # %% ../../nbs/05_synthesis/16_rating.ipynb #eb82e322
-# control characters and those that turn the direction of text
-_UNSEEN = re.compile('[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]')
-
-def page_text(
-    text:str # of a record or a model
-)->str: # HTML
-    "A text as text of a page; characters that HTML forbids or that reorder others become visible."
-    return html.escape(_UNSEEN.sub('\ufffd', text))
-
-# %% ../../nbs/05_synthesis/16_rating.ipynb #5dc827a7
 def chain_part(
     row:dict # of `blinded`
 )->str: # HTML
@@ -227,9 +217,9 @@ def chain_part(
         name = f"{row['case']}-{row['letter']}-{question}"
         choices = ''.join(f'<label><input type="radio" name="{name}" value="{value}"> {value}</label>'
                           for value in range(1, 6))
-        fields.append(f'<fieldset><legend>{page_text(text)}</legend>{choices}</fieldset>\n')
+        fields.append(f'<fieldset><legend>{html_text(text)}</legend>{choices}</fieldset>\n')
     return (f'<article data-case="{row["case"]}" data-chain="{row["letter"]}"><h3>Chain {row["letter"]}</h3>\n'
-            f'<div class="text" tabindex="0">{page_text(row["chain"])}</div>\n{"".join(fields)}</article>\n')
+            f'<div class="text" tabindex="0">{html_text(row["chain"])}</div>\n{"".join(fields)}</article>\n')
 
 # %% ../../nbs/05_synthesis/16_rating.ipynb #d2959f48
 def case_part(
@@ -240,10 +230,10 @@ def case_part(
     first = rows.row(0, named=True)
     number = first['case']
     return (f'<section aria-labelledby="case-{number}">'
-            f'<h2 id="case-{number}">Case {number} of {total}: {page_text(first["task"])}</h2>\n'
+            f'<h2 id="case-{number}">Case {number} of {total}: {html_text(first["task"])}</h2>\n'
             f'<div class="case"><aside><h3>Answer</h3>\n'
-            f'<div class="text answer" tabindex="0">{page_text(first["answer"])}</div>\n'
-            f'<h3>Record</h3>\n<div class="text" tabindex="0">{page_text(first["record"])}</div></aside>\n'
+            f'<div class="text answer" tabindex="0">{html_text(first["answer"])}</div>\n'
+            f'<h3>Record</h3>\n<div class="text" tabindex="0">{html_text(first["record"])}</div></aside>\n'
             f'<div class="chains">{"".join(map(chain_part, rows.iter_rows(named=True)))}</div></div></section>\n')
 
 # %% ../../nbs/05_synthesis/16_rating.ipynb #831ec637

@@ -76,7 +76,7 @@ class Brief:
     "One sample, ready for a teacher."
     sample_id: str         # the sample
     task: str              # its task
-    record: str            # its prompt without the instruction
+    record: str            # its prompt without the instruction, a `RecordText` where the places of its events are known
     answers: tuple         # gold labels
     graph: ThinkingGraph   # its links
     style: str = 'compact' # of the record
@@ -171,7 +171,8 @@ def quoted_evidence(
         if title.lower() in NOTES:
             text = sentence_around(line, place, len(link.surface))
         else:  # a table's row without its marks and gaps
-            text = re.sub(r'\s*\|\s*(?:(?:nan|None)\s*\|\s*)*', ' ', line)
+            cells = [cell.strip() for cell in line.split('|')]
+            text = ' '.join(cell for cell in cells if cell not in ('', 'nan', 'None'))
         evidence = f"{evidence_heading(title, time)}: {text.strip().removeprefix('- ')}"
         if supported(evidence, events):
             return evidence

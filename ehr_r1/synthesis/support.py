@@ -7,7 +7,7 @@ __all__ = ['SECTIONS', 'NOTES', 'event_titles', 'read_record', 'read_chain', 'fi
 
 # %% ../../nbs/05_synthesis/13_support.ipynb #86ec52f4
 import re
-from functools import cache
+from functools import cache, lru_cache
 
 from ..data.events import DISPLAY
 from ..data.serialize import TITLES
@@ -41,29 +41,35 @@ def parts_after(
 
 # %% ../../nbs/05_synthesis/13_support.ipynb #df343844
 def read_record(
-    text:str, # a prompt
+    text:str, # a prompt; a `RecordText` where the places of its events are known
     style:str # official or compact
 )->dict: # (title in lower case, time to the minute) -> bodies; the time is '' where there is none
     "The events of a prompt by their headings."
-    events = {}
-    for match, body in parts_after(_event_heading(style), text):
+    events, heading = {}, _event_heading(style)
+    if getattr(text, 'starts', None) is None:
+        found = parts_after(heading, text)
+    else:
+        found = ((match, part[match.end():].strip()) for part in text.parts() if (match := heading.match(part)))
+    for match, body in found:
         time = '' if match[2] in (None, 'None') else match[2][:16]
         events.setdefault((match[1].lower(), time), []).append(body)
     return events
 
 # %% ../../nbs/05_synthesis/13_support.ipynb #d402f51d
 SECTIONS = ('Extraction', 'Reasoning', 'Final Results')
-_SECTION = re.compile(r'^##\s*(.+?)\s*:?\s*$', re.M)
-
 def read_chain(
     text:str # what a teacher wrote
 )->dict: # section -> text, in the order of the chain; twice the same heading: the second with a trailing *
     "The sections of a chain."
-    sections = {}
-    for match, body in parts_after(_SECTION, text):
-        name = match[1] + '*' if match[1] in sections else match[1]
-        sections[name] = body
-    return sections
+    sections, name = {}, None
+    for line in text.split('\n'):
+        title = line[2:].strip().removesuffix(':').rstrip() if line.startswith('##') else ''
+        if title:
+            name = title + '*' if title in sections else title
+            sections[name] = []
+        elif name:
+            sections[name].append(line)
+    return {name: '\n'.join(lines).strip() for name, lines in sections.items()}
 
 # %% ../../nbs/05_synthesis/13_support.ipynb #cd06012b
 _BULLET = re.compile(r'^\s*(?:[-*•]\s+|\d+[.)]\s+)?')
@@ -81,17 +87,20 @@ def final_results(
 # %% ../../nbs/05_synthesis/13_support.ipynb #58f77d50
 _NUMBER = re.compile(r'(?<![\w.])\d+(?:[.,]\d+)*')
 
+@lru_cache(4_096)
 def stated_numbers(
     text:str
 )->set: # floats; texts where there are several points, as in dates
     "The numbers of a text."
     found = set()
     for number in _NUMBER.findall(text):
-        is_one = re.fullmatch(r'[\d,]*\.?\d+', number)
+        whole, _, decimals = number.partition('.')
+        is_one = '.' not in decimals and ',' not in decimals
         found.add(float(number.replace(',', '')) if is_one else number)
     return found
 
 # %% ../../nbs/05_synthesis/13_support.ipynb #5eef0a13
+@lru_cache(4_096)
 def words_in(
     text:str,
     least:int # letters of a word
@@ -100,6 +109,7 @@ def words_in(
     return set(re.findall(rf'[^\W\d_]{{{least},}}', text.casefold()))
 
 # %% ../../nbs/05_synthesis/13_support.ipynb #f05499e3
+@lru_cache(4_096)
 def entry_words(
     body:str # of an event
 )->set: # in lower case
@@ -110,8 +120,9 @@ def entry_words(
 
 # %% ../../nbs/05_synthesis/13_support.ipynb #e52d3d0a
 NOTES = ('radiology', 'radiology examinations', 'discharge', 'discharge summary')  # titles of events of running text
-_QUOTATION = re.compile(r'"([^"]{3,})"|“([^”]{3,})”')
+_QUOTATION = re.compile(r'"([^"]{3,})"|“([^“”]{3,})”')
 
+@lru_cache(4_096)
 def _spaced(
     text:str
 )->str: # in lower case, blanks and line ends as one blank
@@ -133,17 +144,29 @@ def _says(
     return named and quoted and stated_numbers(finding) <= stated_numbers(body)
 
 # %% ../../nbs/05_synthesis/13_support.ipynb #4c89e0db
-_EVIDENCE = re.compile(r'^\s*(?:[-*•]\s+|\d+[.)]\s+)?\*\*\s*(.+?)\s*(?:\[([^\]]*)\])?\s*\*\*\s*:?\s*(.*)$')
+def evidence_parts(
+    line:str # one line of Extraction
+)->tuple|None: # title in lower case, time to the minute ('' where there is none), finding; None if it is no evidence
+    "What a line of the form **Event [time]**: finding says."
+    begins, *rest = _BULLET.sub('', line, count=1).split('**', 2)
+    if begins or len(rest) < 2:
+        return None
+    title, finding = rest[0].strip(), rest[1].lstrip().removeprefix(':').strip()
+    opened = title.find('[', title.rfind(']', 0, -1) + 1) if title.endswith(']') else -1
+    time = title[opened + 1:-1].strip()[:16] if opened > 0 else ''
+    title = title[:opened].rstrip() if opened > 0 else title
+    return title.lower(), time, finding
 
+# %% ../../nbs/05_synthesis/13_support.ipynb #c2bb4670
 def supported(
     line:str,   # one line of Extraction
     events:dict # from `read_record`
 )->bool: # False also if it does not have the form **Event [time]**: finding
     "Whether the record says what a line says."
-    match = _EVIDENCE.match(line)
-    if not match:
+    parts = evidence_parts(line)
+    if not parts:
         return False
-    title, time, finding = match[1].lower(), (match[2] or '').strip()[:16], match[3]
+    title, time, finding = parts
     return any(_says(finding, body, title) for body in events.get((title, time), ()))
 
 # %% ../../nbs/05_synthesis/13_support.ipynb #78c1038a

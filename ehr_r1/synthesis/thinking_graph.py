@@ -8,9 +8,9 @@ __all__ = ['Link', 'ThinkingGraph', 'draw_graph']
 # %% ../../nbs/05_synthesis/11_thinking_graph.ipynb #8cfcb38e
 from dataclasses import dataclass
 from datetime import datetime
-from html import escape
 
 from ..data.serialize import TITLES
+from ..foreign_text import html_text, visible
 
 # %% ../../nbs/05_synthesis/11_thinking_graph.ipynb #4bc6c726
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class ThinkingGraph:
             lines.append(answer if own else f'{answer}  (no link)')
             for link in own:
                 lines.append(f'  {link.title}: {link.history}, {link.lift:.1f} times; {" ".join(link.paths[0])}')
-        return '\n'.join(lines)
+        return visible('\n'.join(lines))
 
     def _repr_html_(self):
         return draw_graph(self)
@@ -126,9 +126,9 @@ def svg_box(
     "A box with a text, nothing in which is markup."
     x, y = place
     short = text if len(text) < 28 else text[:26] + '…'
-    return (f'<g><title>{escape(title or text)}</title>'
+    return (f'<g><title>{html_text(title or text)}</title>'
             f'<rect x="{x}" y="{y}" width="{COLUMN - GAP}" height="{LINE - 6}" rx="4" fill="{colour}"/>'
-            f'<text x="{x + 6}" y="{y + 14}" font-size="11" fill="#111">{escape(short)}</text></g>')
+            f'<text x="{x + 6}" y="{y + 14}" font-size="11" fill="#111">{html_text(short)}</text></g>')
 
 # %% ../../nbs/05_synthesis/11_thinking_graph.ipynb #3022ea92
 def svg_arc(
@@ -142,7 +142,7 @@ def svg_arc(
     x1 += (COLUMN - GAP)*(x2 > x1)
     x2 += (COLUMN - GAP)*(x2 < right)
     curve = f'M{x1},{y1 + 10} C{x1 + 22},{y1 + 10} {x2 - 22},{y2 + 10} {x2},{y2 + 10}'
-    return f'<path d="{curve}" fill="none" stroke="#888"><title>{escape(relation)}</title></path>'
+    return f'<path d="{curve}" fill="none" stroke="#888"><title>{html_text(relation)}</title></path>'
 
 # %% ../../nbs/05_synthesis/11_thinking_graph.ipynb #65303b1d
 def svg_path(
@@ -190,8 +190,8 @@ def draw_graph(
     layout = graph_layout(graph, links)
     last = len(layout.columns) - 1
     heads = {0: 'record', last: f'answers of {graph.task}'} | ({1: 'knowledge'} if last > 1 else {})
-    texts = [f'<text x="{column*COLUMN + 8}" y="16" font-size="12" font-weight="bold" fill="#444">{escape(head)}</text>'
-             for column, head in heads.items()]
+    bold = 'y="16" font-size="12" font-weight="bold" fill="#444"'
+    texts = [f'<text x="{column*COLUMN + 8}" {bold}>{html_text(head)}</text>' for column, head in heads.items()]
     body = [*(svg_path(link, layout) for link in links), svg_boxes(graph, links, layout), *texts]
     width = len(layout.columns)*COLUMN
     opening = (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {layout.height}" width="{width}" '

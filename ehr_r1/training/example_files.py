@@ -15,6 +15,7 @@ from joblib import Parallel, delayed
 from tqdm import tqdm
 
 from ehr_r1.config import Run
+from ehr_r1.data.serialize import RecordText
 from ehr_r1.stages import writing
 from ehr_r1.training.examples import EXAMPLES, Writer, count_examples
 
@@ -72,10 +73,11 @@ def write_shard(
 )->Counter: # reason -> samples left out; 'bare' -> bare chains; '' -> the others
     "Examples of the chosen samples of one file."
     text = pl.col('messages').list.get(1).struct.field('content').alias('text')
-    samples = pl.scan_parquet(file).select('sample_id', 'task', 'family', 'label', text).collect()
+    samples = pl.scan_parquet(file).select('sample_id', 'task', 'family', 'label', text, 'starts').collect()
     samples = samples.join(pl.read_parquet(chosen), on='sample_id', maintain_order='left')
     made, orders, noted = [], [], Counter()
     for sample in samples.iter_rows(named=True):
+        sample['text'] = RecordText(sample['text'], sample.pop('starts'))
         row, why = example_of(writer, sample, variant)
         noted[why] += 1
         if row:

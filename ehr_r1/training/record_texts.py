@@ -21,10 +21,11 @@ from ..config import Run, seed_of
 from ..data.events import HIDDEN
 from ..data.samples import SYSTEM, Record
 from ..data.sampling import split_of
+from ..data.serialize import RecordText, record_text
 from ..data.trajectories import store_files
-from ..inference.checkpoints import chat_text
+from ..inference.checkpoints import answer_text, as_text, chat_text
 from ..stages import read_manifest, writing
-from .examples import EVENT_START, EXAMPLES, Writer, count_examples
+from .examples import EXAMPLES, Writer, count_examples, record_parts
 
 QUOTED = .75 # share of the texts that quote
 QUOTES = 4   # lines quoted at most
@@ -37,12 +38,11 @@ def quotes(
 )->list: # lines, each once
     "Some lines of a record as evidence."
     found = {}
-    for event in EVENT_START.split(text):
+    for event in record_parts(text):
         head, *lines = event.split('\n')
-        heading = re.fullmatch(r'## (.+) \[(.+)\]', head)
-        if not heading:
+        title, timed, time = head.removeprefix('## ').removesuffix(']').rpartition(' [')
+        if not timed:
             continue
-        title, time = heading.groups()
         for line in lines:
             if line.startswith('- '):
                 found[f'**{title} [{time}]**: {line[2:]}'] = None
@@ -74,7 +74,7 @@ def conversation(
     for number in range(len(names), 0, -1):
         results = '\n'.join(names[:number])
         thought = f'## Extraction\n{evidence}\n\n## Final Results\n{results}'
-        answer = writer.ended(f'<think>\n{thought}\n</think>\n\n{results}')
+        answer = writer.ended(answer_text(thought, names[:number], writer.tokenizer))
         if writer.count(answer) < writer.answer_tokens:  # the last one ends it
             return chat_text(writer.tokenizer, messages, 'think'), answer
     return None
@@ -86,7 +86,7 @@ def quoting_text(
     writer:Writer  # for the model
 )->tuple: # (prompt, answer); without a quote: ('', text)
     "A text of stage 0: a conversation in about three of four, the record alone in the others."
-    alone = '', text
+    alone = '', as_text(text, writer.tokenizer)
     if draw >= QUOTED*2**64:
         return alone
     lines, names = quotes(text, draw), listed_names(text, draw)
@@ -99,21 +99,21 @@ def pieces(
     first:str,     # text of the demographics
     events:list,   # texts of the events, oldest first
     writer:Writer  # for the model
-)->Iterator[str]: # records
+)->Iterator[RecordText]:
     "A patient's record in pieces as long as the context, each beginning with the demographics."
-    room = writer.context - writer.around['think'] - (writer.count(first) + 1)
+    room = writer.context - writer.around['think'] - (writer.count_foreign(first) + 1)
     piece, used = [], 0
     for event in events:
-        size = writer.count(event) + 1
+        size = writer.count_foreign(event) + 1
         if size > room:
             continue
         if used + size > room:
-            yield '\n\n'.join([first, *piece])
+            yield record_text([first, *piece])
             piece, used = [], 0
         piece.append(event)
         used += size
     if piece:
-        yield '\n\n'.join([first, *piece])
+        yield record_text([first, *piece])
 
 # %% ../../nbs/06_training/06_record_texts.ipynb #1bdb9b54
 def patient_texts(

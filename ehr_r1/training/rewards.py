@@ -12,6 +12,7 @@ import re
 from collections.abc import Callable, Sequence
 from itertools import islice
 
+from ..foreign_text import TAGS, restored
 from ..scoring import parse_answer, set_f1
 
 # %% ../../nbs/06_training/07_rewards.ipynb #63c5b0b7
@@ -125,7 +126,6 @@ def grpo_rewards()->list: # functions of (completions, label, family, ...) that 
 # %% ../../nbs/06_training/07_rewards.ipynb #bbb5d529
 LONGEST = 10_000 # characters of a JSON answer, at most
 _BRACKETS = 100   # opening brackets in it, at most
-_TAGS = ('<think>', '</think>', '<answer>', '</answer>')
 _HALF = re.compile('[\ud800-\udfff]') # of a surrogate pair
 
 # %% ../../nbs/06_training/07_rewards.ipynb #5272ff69
@@ -133,7 +133,7 @@ def answer_body(
     text:str # a completion
 )->str|None: # what stands in its answer block; None if the blocks are not as asked for
     "The JSON of a completion in EHRMind's form."
-    if any(text.count(tag) != 1 for tag in _TAGS):
+    if any(text.count(tag) != 1 for tag in TAGS):
         return None
     before, _, rest = text.partition('<think>')
     _, _, rest = rest.partition('</think>')
@@ -196,7 +196,9 @@ def ehrmind_answer(
         return None
     if not isinstance(found, dict) or set(found) != set(keys):
         return None
-    return found if all(single(value) for value in found.values()) else None
+    if not all(single(value) for value in found.values()):
+        return None
+    return {key: restored(value) if isinstance(value, str) else value for key, value in found.items()}
 
 # %% ../../nbs/06_training/07_rewards.ipynb #764684e7
 def ehrmind_reward(

@@ -17,7 +17,7 @@ from ..config import seed_of
 from ..data.samples import SYSTEM
 from ..evaluation.answers import RISKS_A_DECISION
 from ..inference.asking import Ask
-from ..inference.checkpoints import chat_text
+from ..inference.checkpoints import as_text, chat_text
 from ..intervals import interval, resample_patients
 from ..scoring import weighted_mean
 from ..training.examples import Writer
@@ -82,6 +82,7 @@ def cut_context(
     writer:Writer # counts tokens
 )->tuple: # (text, pieces dropped or cut)
     "A record and a question in so many tokens."
+    parts = [as_text(part, writer.tokenizer) for part in parts]
     first = fitting_parts(parts, question, limit, writer)
     if first < len(parts) or not parts:
         return context_text(parts[first:], question), first
@@ -100,7 +101,7 @@ def questions_to_asks(
         limit = writer.context - writer.around[how]
         text, gone = cut_context(row['context'], row['question'], limit, writer)
         messages = [dict(role='system', content=SYSTEM), dict(role='user', content=text)]
-        prompt = chat_text(writer.tokenizer, messages, how)
+        prompt = chat_text(writer.tokenizer, messages, how, row['question'])
         asks.append(Ask(row['sample_id'], row['task'], 0, row['kind'], prompt, how, gone))
     return asks
 

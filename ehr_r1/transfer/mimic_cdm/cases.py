@@ -23,7 +23,7 @@ from ehr_r1.transfer.mimic_cdm.files import (
 )
 
 # %% ../../../nbs/08_transfer/10_cdm_cases.ipynb #910633a7
-_RESULT = re.compile(r'(?P<sign>[<>]?)=?\s*(?P<number>-?\d+(?:\.\d+)?)(?=\s|$)')
+_RESULT = re.compile(r'\A(?P<sign>[<>]?)=?\s*(?P<number>-?\d+(?:\.\d+)?)(?=\s|$)')
 
 def result_flag(
     sign:str,        # <, > or ''

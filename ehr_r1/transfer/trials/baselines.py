@@ -47,7 +47,8 @@ def patient_of(
 # %% ../../../nbs/08_transfer/21_trial_baselines.ipynb #b681ce38
 _ABOUT_AGE = re.compile(r'\bage[ds]?\b|\b(?:years?|yrs?)[\s-]+(?:old|of\s+age)|\bolder\b|\badults?\b', re.I)
 _RANGE = re.compile(   # 18 to 65
-    r'\b(\d{1,3})\s*(?:years?|yrs?)?(?: of age)?\s*(?:-|–|to|and|through)\s*(?:<|≤|<=)?\s*' + _YEARS, re.I)
+    r'\b(\d{1,3})\s*+(?:(?:years?|yrs?)\s*+)?(?:of age\s*+)?(?:-|–|to|and|through)\s*+'
+    + r'(?:(?:<=?|≤)\s*+)?' + _YEARS, re.I)
 _MOST = re.compile(    # under 65
     r'(?:≤|<=|<|under|below|younger than|less than|up to)\s*' + _YEARS, re.I)
 _LEAST = re.compile(   # at least 18; 18 or older
