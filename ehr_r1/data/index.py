@@ -106,7 +106,7 @@ def no_answers(
         return f'{task.target} cannot be looked up: no {file}'
     if found['matched']:
         return ''
-    return f"{task.target} is empty: none of {found['rows']:,} codes of {task.trigger} is in {file}"
+    return f'{task.target} is empty: no code of {task.trigger} is in {file}'
 
 # %% ../../nbs/02_data/17_index.ipynb #4c543d15
 def needs_end(
