@@ -325,7 +325,7 @@ def test_wrong_value_in_a_column_nobody_asked_for_is_found_by_check(root):
 @pytest.mark.parametrize('dtype, value, column', [
     (pl.Float64, 41.5, 'itemid'),
     (pl.Boolean, True, 'itemid'),
-    (pl.Int64, 9, 'flag'),
+    (pl.Boolean, True, 'flag'),
     (pl.Int64, 2180, 'charttime'),
     (pl.Datetime('us', 'UTC'), datetime(2180, 1, 1), 'charttime'),
 ])

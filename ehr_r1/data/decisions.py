@@ -10,6 +10,7 @@ import numpy as np
 import polars as pl
 
 from ehr_r1.data.events import DISPLAY, FIELD, ITEM
+from ehr_r1.data.table_reading import one_line
 from ehr_r1.data.task_events import SECONDS_A_DAY, Events, sample_rows, value_at
 from ehr_r1.data.tasks import GROUP_TARGETS, TASKS, Task
 
@@ -45,7 +46,7 @@ def row_answers(
     values = rows.select('j', label=answer_of(task))
     if task.target == 'exam_name':  # one note, several examinations
         values = values.with_columns(pl.col('label').str.split(ITEM)).explode('label')
-    values = values.with_columns(pl.col('label').str.strip_chars())
+    values = values.with_columns(one_line(pl.col('label')).str.strip_chars())
     values = values.filter(~pl.col('label').is_in(_NO_ANSWER))
     return values.with_columns(pl.col('label').cast(pl.Categorical)).collect()
 

@@ -14,10 +14,12 @@ from tqdm import tqdm
 
 from ..config import Run
 from .decisions import decision_index
+from .events import DISPLAY, STAY_ENDS
+from .lookups import dictionary_of
 from .risks import official_risks, strict_risks
 from .task_events import INDEX, Events
-from .tasks import TASKS
-from .trajectories import store_files
+from .tasks import TASKS, Task
+from .trajectories import scan_trajectories, store_files
 from ..profiles import Profile
 from ..stages import build, read_manifest, writing
 
@@ -52,28 +54,131 @@ def index_shard(
 # %% ../../nbs/02_data/17_index.ipynb #5901852b
 def count_index(
     folder:Path # of index shards
-)->dict: # rows, and for each task its rows and, of a risk, its yes answers
+)->dict: # rows; for each task its rows and, of a risk, its yes answers; events in its shortest and longest window
     "How many samples there are."
-    answer = pl.col('label').list.first()
+    answer, size = pl.col('label').list.first(), pl.col('end') - pl.col('begin')
     shards = pl.scan_parquet(sorted(folder.glob('shard-*.parquet')))
-    counted = shards.group_by('task').agg(rows=pl.len(), yes=(answer == 'yes').sum())
+    window = pl.concat_list(size.min(), size.max())
+    counted = shards.group_by('task').agg(rows=pl.len(), yes=(answer == 'yes').sum(), window=window)
     counted = counted.collect(engine='streaming')
+    windows = dict(counted.select('task', 'window').sort('task').rows())
+    counted = counted.drop('window')
     found = {row.pop('task'): row for row in counted.iter_rows(named=True)}
     tasks = {}
     for task in TASKS.values():
         count = found.get(task.name, dict(rows=0, yes=0))
         tasks[task.name] = count if task.family == 'risk' else dict(rows=count['rows'])
-    return dict(rows=int(counted['rows'].sum()), tasks=tasks)
+    return dict(rows=int(counted['rows'].sum()), tasks=tasks, windows=windows)
 
 # %% ../../nbs/02_data/17_index.ipynb #23e2b61c
+def stays_without_end(
+    store:Path # a trajectory store
+)->dict: # table -> rows, and those without the time at which the stay ended
+    "How many stays have no end."
+    rows = scan_trajectories(store).select(pl.col('table').cast(pl.String), 'until')
+    stays = rows.filter(pl.col('table').is_in(list(STAY_ENDS)))
+    counts = stays.group_by('table').agg(rows=pl.len(), without=pl.col('until').is_null().sum())
+    return counts.collect(engine='streaming').sort('table').rows_by_key('table', named=True, unique=True)
+
+# %% ../../nbs/02_data/17_index.ipynb #5ad95499
+DOWNLOADS = {'ed': 'MIMIC-IV-ED is a download of its own', 'note': 'MIMIC-IV-Note is a download of its own'}
+
+def nothing_to_ask(
+    table:str,   # an event table without rows
+    absent:list # tables that are not there
+)->str:
+    "Why a table has no rows."
+    module = DISPLAY[table].module
+    if all(name in absent for name, display in DISPLAY.items() if display.module == module):
+        return f'no {module}/: {DOWNLOADS.get(module, "its tables are not there")}'
+    return f'no table {module}/{table}' if table in absent else f'no rows in {module}/{table}'
+
+# %% ../../nbs/02_data/17_index.ipynb #827db1de
+def no_answers(
+    task:Task,   # a decision
+    lookups:dict # table -> column -> rows and matched, from the manifest of trajectories
+)->str: # '' where some row has an answer, as far as look-ups know
+    "Why nothing answers a task that asks for a column that is looked up."
+    if task.trigger == 'any' or task.target not in DISPLAY[task.trigger].looked_up:
+        return ''
+    file, found = dictionary_of(task.trigger, task.target), lookups.get(task.trigger, {}).get(task.target)
+    if found is None:
+        return f'{task.target} cannot be looked up: no {file}'
+    if found['matched']:
+        return ''
+    return f'{task.target} is empty: no code of {task.trigger} is in {file}'
+
+# %% ../../nbs/02_data/17_index.ipynb #4c543d15
+def needs_end(
+    task:Task,
+    protocol:str # strict or official
+)->str: # the table of the stay whose end a risk cannot be asked without, or ''
+    "Whether a task is asked only of stays that have an end."
+    if task.family != 'risk' or protocol == 'official' and task.trigger != 'edstays':
+        return ''
+    return 'admissions' if task.trigger == 'discharge' else task.trigger
+
+# %% ../../nbs/02_data/17_index.ipynb #aa778529
+def why_empty(
+    task:Task,    # one without an index row
+    counts:dict,  # of the trajectories' manifest
+    stays:dict,   # from `stays_without_end`
+    protocol:str  # strict or official
+)->str:
+    "Why a task has no index row."
+    if task.trigger != 'any' and task.trigger not in counts['tables']:
+        return nothing_to_ask(task.trigger, counts.get('absent', []))
+    if task.family == 'decision':
+        return no_answers(task, counts.get('lookups', {})) or (
+            f'no event of {task.trigger} has an answer and, within 24 h before it, another event of its admission')
+    table = needs_end(task, protocol)
+    if table in stays and stays[table]['rows'] == stays[table]['without']:
+        return f'no row of {table} has its {STAY_ENDS[table]}'
+    return f'no event of {task.trigger} is as the {protocol} protocol wants it (see the notebook on risks)'
+
+# %% ../../nbs/02_data/17_index.ipynb #479460a7
+def task_lines(
+    counts:dict, # of the index' manifest
+    protocol:str # strict or official
+)->list[str]: # for the terminal
+    "Which tasks have no index rows, and of which stays risks are not asked, and why."
+    reasons = {}
+    for name, why in counts['empty'].items():
+        reasons.setdefault(why, []).append(name)
+    lines = [f"no samples of {', '.join(names)}: {why}" for why, names in reasons.items()]
+    for table, found in counts['stays'].items():
+        risks = [task.name for task in TASKS.values() if needs_end(task, protocol) == table]
+        if found['without'] and risks:
+            lacking = f"{found['without']:,} of {found['rows']:,} rows of {table} have no {STAY_ENDS[table]}"
+            lines.append(f"{lacking} and are not asked for {', '.join(risks)}")
+    return lines
+
+# %% ../../nbs/02_data/17_index.ipynb #d1b5301b
+def unfit_lines(
+    folder:Path, # of index shards
+    p:Profile    # caps, events_max, window_min, window_max
+)->list[str]: # for the terminal, none or one
+    "Tasks with index rows, none of which can become a sample."
+    size = pl.col('end') - pl.col('begin')
+    fits = (size > p.window_min) & (size < p.window_max) & (pl.col('patient_events') <= p.events_max)
+    index = pl.scan_parquet(sorted(folder.glob('shard-*.parquet')))
+    fitting = dict(index.group_by('task').agg(fits.sum()).collect(engine='streaming').rows())
+    unfit = [task for task in TASKS if fitting.get(task) == 0]
+    if p.caps != 'paper' or not unfit:
+        return []
+    return [f"no samples of {', '.join(unfit)}: no window of more than {p.window_min} and fewer than {p.window_max} "
+            f'events in a patient of at most {p.events_max}']
+
+# %% ../../nbs/02_data/17_index.ipynb #b88afd8f
 def build_index(
     run:Run,  # the run; its trajectories must stand
-    p:Profile # protocol, workers
+    p:Profile # protocol, workers; what becomes samples, for what is said at the end
 )->bool: # False if it was up to date; a ValueError where the trajectories are of the other protocol
     "Index every task over the trajectory store."
     s = p.only('protocol')
-    stored = read_manifest(run.trajectories)['params']['protocol']
-    if stored != s.protocol:
+    store = read_manifest(run.trajectories)
+    if store['params']['protocol'] != s.protocol:
+        stored = store['params']['protocol']
         raise ValueError(f'trajectories are {stored}, the index shall be {s.protocol}: build them again')
 
     def make(out):
@@ -82,6 +187,12 @@ def build_index(
         done = Parallel(p.workers, return_as='generator')(work)
         for _ in tqdm(done, desc='index', unit='shard', total=len(files)):
             pass
-        return count_index(out)
+        counts, stays = count_index(out), stays_without_end(run.trajectories)
+        empty = {name: why_empty(TASKS[name], store['counts'], stays, s.protocol)
+                 for name, count in counts['tasks'].items() if not count['rows']}
+        return counts | dict(stays=stays, empty=empty)
 
-    return build(run.index, make, dict(trajectories=run.trajectories), vars(s), 'data.index')
+    ran = build(run.index, make, dict(trajectories=run.trajectories), vars(s), 'data.index')
+    for line in task_lines(read_manifest(run.index)['counts'], s.protocol) + unfit_lines(run.index, p):
+        print(line, flush=True)
+    return ran

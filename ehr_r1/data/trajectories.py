@@ -23,6 +23,7 @@ from ehr_r1.data.events import (
     DISPLAY,
     ENDS,
     FIELD,
+    ITEM,
     MERGED,
     MODULES_IN_ORDER,
     STORE,
@@ -32,8 +33,9 @@ from ehr_r1.data.events import (
     time_columns,
     without_totals,
 )
-from .lookups import dictionaries, padded_ndc
+from .lookups import dictionaries, match_counts, matches_line, matches_of, poor_matches, row_keys
 from .table_files import TableError
+from .table_reading import one_line
 from .tables import Source
 from ..profiles import Profile
 from ..stages import build, read_manifest, writing
@@ -150,6 +152,20 @@ def has_released_time(
     return pl.lit(table != 'hcpcsevents')
 
 # %% ../../nbs/02_data/07_trajectories.ipynb #75ceb9f9
+FREE_TEXT = {'strict': ('text',), 'official': ('text', 'comments')}
+
+def names_in_one_line(
+    table:str,        # an event table
+    schema:pl.Schema, # its columns
+    protocol:str      # strict or official
+)->list[pl.Expr]: # the columns that may have to be mended
+    "What a table shows, without characters that would break the record."
+    shown = [name for name in DISPLAY[table].columns if schema.get(name) == pl.String]
+    free = FREE_TEXT[protocol]
+    separators = pl.col([name for name in shown if name in free]).str.replace_many([FIELD, ITEM], [' ', ' '])
+    return [separators, *(one_line(pl.col(name)) for name in shown if name not in free)]
+
+# %% ../../nbs/02_data/07_trajectories.ipynb #dbfa9f36
 def looked_up(
     source:Source, # where the tables are
     table:str,     # an event table
@@ -163,8 +179,7 @@ def looked_up(
         stays = stays.unique(own, keep='first', maintain_order=True)
         rows = rows.join(stays, on=own, how='left', maintain_order='left')
     lookups = dictionaries(source, table, protocol)
-    if any('ndc11' in lookup.key for lookup in lookups):
-        rows = rows.with_columns(padded_ndc())
+    rows = rows.with_columns(*names_in_one_line(table, rows.collect_schema(), protocol), *row_keys(lookups))
     for lookup in lookups:
         rows = rows.join(lookup.names, on=lookup.key, how='left', maintain_order='left')
     return rows
@@ -354,28 +369,31 @@ def stream_to_parts(
     s:SimpleNamespace, # protocol, times
     shards:int,        # how many
     folder:Path        # where `<table>/shard=<n>/` and `<table>.json` go
-)->list[str]: # numeric columns that hold whole numbers without gaps
+)->dict: # integers: numeric columns that hold whole numbers without gaps; lookups: see `matches_of`
     "Stream one table into one Parquet file a shard; what is already there is not made again."
     done, part = folder/f'{table}.json', folder/table
     if done.exists():
-        return json.loads(done.read_text())['integers']
+        return json.loads(done.read_text())
     shutil.rmtree(part, ignore_errors=True)
     with source.explaining(table):
         found = looked_up(source, table, s.protocol)
         rows = merged_rows(found, table, s.protocol, s.times).with_columns(shard=pl.col('subject_id') % shards)
         by_shard = pl.PartitionBy(part, key='shard', include_key=False)
         outputs = [rows.sink_parquet(by_shard, compression='lz4', statistics=False, mkdir=True, lazy=True)]
+        asked = match_counts(table, found.collect_schema())
         if tests := whole_number_tests(table, found.collect_schema(), s.protocol):
             # a gap or a fraction in the first rows settles it for most columns
             head = found.head(10_000).select(tests).collect(engine='streaming')
-            if unsettled := [name for name in head.columns if head[name][0] is not False]:
-                outputs.append(found.select(tests).select(unsettled))
+            asked += [test for test in tests if head[test.meta.output_name()][0] is not False]
+        if asked:
+            outputs.append(found.select(asked))
         results = pl.collect_all(outputs, engine='streaming')
-    answers = results[1].row(0, named=True) if len(results) > 1 else {}
-    whole = [name for name, is_whole in answers.items() if is_whole]
+        answers = results[1].row(0, named=True) if asked else {}
+        whole = [name for name, is_whole in answers.items() if is_whole is True]
+        about = dict(integers=whole, lookups=matches_of(answers, found))
     with writing(done) as beside:
-        beside.write_text(json.dumps(dict(integers=whole)))
-    return whole
+        beside.write_text(json.dumps(about))
+    return about
 
 # %% ../../nbs/02_data/07_trajectories.ipynb #40137d88
 def assemble_shard(
@@ -501,19 +519,20 @@ def make_store(
     if not patients:
         raise TableError('patients: the table is empty; there is nobody to make a trajectory of')
     shards = min(512, -(-patients//s.shard_patients))
-    integers = {}
+    about = {}
     bar = tqdm([table for table in DISPLAY if source.has(table)], desc='tables', unit='table')
     for table in bar:
         bar.set_postfix_str(table)
-        if whole := stream_to_parts(source, table, s, shards, parts):
-            integers[table] = whole
+        about[table] = stream_to_parts(source, table, s, shards, parts)
     jobs = (delayed(assemble_shard)(shard, parts, out, s.protocol) for shard in range(shards))
     finished = Parallel(workers, return_as='generator')(jobs)
     for _ in tqdm(finished, desc='shards', unit='shard', total=shards):
         pass
     counts = count_rows(out) | dict(
         shards=shards,
-        integers=integers,
+        integers={table: of['integers'] for table, of in about.items() if of['integers']},
+        lookups={table: of['lookups'] for table, of in about.items() if of['lookups']},
+        absent=[table for table in DISPLAY if not source.has(table)],
         access=source.access,
         source=source.version,
         dropped={'subject_id not in patients': dropped_rows(parts)},
@@ -535,4 +554,8 @@ def build_trajectories(
         return make_store(source, s, p.workers, out)
 
     inputs = source_files(source) if inputs is None else inputs
-    return build(run.trajectories, make, inputs, vars(s), 'data.trajectories')
+    ran = build(run.trajectories, make, inputs, vars(s), 'data.trajectories')
+    lookups = read_manifest(run.trajectories)['counts']['lookups']
+    for line in [matches_line(lookups)]*ran + poor_matches(lookups, s.protocol):
+        print(line, flush=True)
+    return ran

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from ..data.rrf import RRF
 from .names import normal_form
-from .release_files import PER_LETTER, concept_ids, knowledge_fault, rrf_file, rrf_parts
+from .release_files import PER_LETTER, concept_ids, knowledge_fault, pieces_of, rrf_file, rrf_parts
 
 # %% ../../nbs/05_synthesis/03_compiling.ipynb #f59325b5
 NAME_TABLE = pl.Schema(dict(
@@ -353,7 +353,7 @@ def compile_kinds(
 
 # %% ../../nbs/05_synthesis/03_compiling.ipynb #15c571ff
 def compile_knowledge(
-    folder, # holds MRCONSO.RRF, MRREL.RRF, MRSTY.RRF, plain or .gz
+    folder, # holds MRCONSO.RRF, MRREL.RRF, MRSTY.RRF, plain or .gz, whole or in pieces
     out     # where the compiled knowledge goes
 )->dict: # counts: what was read, kept, and left out why
     "Compile a folder of RRF files; a `KnowledgeError` names the line that is wrong."
@@ -361,7 +361,7 @@ def compile_knowledge(
     out.mkdir(parents=True, exist_ok=True)
     (out/'knowledge.json').unlink(missing_ok=True)
     for name in RRF:
-        rrf_file(folder, name)
+        pieces_of(rrf_file(folder, name))
     parts = out/'parts'
     shutil.rmtree(parts, ignore_errors=True)
     parts.mkdir()

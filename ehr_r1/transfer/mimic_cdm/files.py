@@ -178,11 +178,15 @@ def cdm_release_files(
 )->dict: # name -> Path
     "Four pickles or the CSV release, and the names of tests; a TableError where one is missing."
     needed = [folder/pickle_name(disease) for disease in CDM_DISEASES]
-    if not any(file.is_file() for file in needed) and (folder/'pathology_ids.json').is_file():
-        needed = [folder/'pathology_ids.json', *(folder/f'{table}.csv' for table in RELEASE_COLUMNS)]
+    release = [folder/'pathology_ids.json', *(folder/f'{table}.csv' for table in RELEASE_COLUMNS)]
+    if not any(file.is_file() for file in needed) and any(file.is_file() for file in release):
+        needed = release
     for file in needed:
         if not file.is_file():
-            raise fault(file.name, f'it is not in {folder}', 'Fetch it, or name the right folder')
+            remedy = 'Fetch it, or name the right folder'
+            if file == release[0]:
+                remedy = 'It lists the admissions of each disease; fetch it with version 1.1 of the CSV release'
+            raise fault(file.name, f'it is not in {folder}', remedy)
     others = ['lab_test_mapping.csv', 'lab_test_mapping.pkl', 'microbiology_test_mapping.csv',
               'microbiology_test_mapping.pkl', 'LICENSE.txt']
     files = [*needed, *(folder/name for name in others)]

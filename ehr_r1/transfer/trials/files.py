@@ -84,16 +84,22 @@ def _json_object(line, file, row):
         raise fault(file.name, 'it is no JSON object', 'fetch it again', row=row)
     return found
 
-def _json_texts(file, keys):
-    "(line, texts of the keys) of a JSON Lines file."
+def _json_texts(file, keys, optional=()):
+    "(line, texts of the keys and of those that may be missing or null, if not everywhere) of a JSON Lines file."
+    seen = set()
     for row, line in enumerate(read_lines(file), 1):
         if not line.strip():
             continue
         found = _json_object(line, file, row)
-        for key in keys:
+        seen |= found.keys()
+        found |= {key: '' for key in optional if found.get(key) is None}
+        for key in (*keys, *optional):
             if not isinstance(found.get(key), str) or re.search('[\ud800-\udfff]', found[key]):
                 raise fault(file.name, 'it is missing, or no text', 'take the published file', key, row)
-        yield row, *(found[key].strip() for key in keys)
+        yield row, *(found[key].strip() for key in (*keys, *optional))
+    if lacking := [key for key in optional if seen and key not in seen]:
+        what = f"it is nowhere among {', '.join(sorted(seen))[:200]}"
+        raise fault(file.name, what, 'rename the key that means it, or write "" where a trial has none', lacking[0])
 
 # %% ../../../nbs/08_transfer/19_trial_files.ipynb #d1280028
 def read_topics(
@@ -154,10 +160,10 @@ def settled_judgements(
 def read_trials(
     file:Path,  # .jsonl or .jsonl.gz, one trial a line
     wanted:set  # trials that were judged; others are passed over
-)->pl.DataFrame: # trial and the columns of `FIELDS`, of wanted trials with any text
-    "Trial texts; a TableError where a trial stands twice or lacks a field."
+)->pl.DataFrame: # trial and the columns of `FIELDS`, '' where a trial has none, of wanted trials with any text
+    "Trial texts; a TableError where a trial stands twice or nothing has a field."
     found = {}
-    rows = _json_texts(file, ('nct_id', *FIELDS.values()))
+    rows = _json_texts(file, ('nct_id',), FIELDS.values())
     for row, trial, *texts in tqdm(rows, desc=file.name, unit='trial', disable=None):
         if trial not in wanted:
             continue
@@ -195,4 +201,5 @@ def read_trial_pairs(
         raise fault(files['trials'].name, 'none of the judged trials is in it', 'add their texts')
     pairs = pairs.with_columns(note=pl.col('topic').replace_strict(notes, return_dtype=pl.String))
     pairs = pairs.join(trials, on='trial', how='left', maintain_order='left')
-    return pairs, counts | dict(topics=len(notes), pairs=len(pairs), trials=len(trials))
+    gaps = {f'trials_without_{field}': int((trials[field] == '').sum()) for field in FIELDS}
+    return pairs, counts | dict(topics=len(notes), pairs=len(pairs), trials=len(trials)) | gaps
