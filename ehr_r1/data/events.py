@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FIELD', 'ITEM', 'DISPLAY', 'HIDDEN', 'MODULES_IN_ORDER', 'TABLE_ORDER', 'TABLE', 'MERGED', 'STORE', 'TIMES', 'STORED',
-           'ENDS', 'DEATHS', 'TOTALS', 'SAME_ACT', 'time_columns', 'without_totals']
+           'STAY_ENDS', 'ENDS', 'DEATHS', 'TOTALS', 'SAME_ACT', 'time_columns', 'without_totals']
 
 # %% ../../nbs/02_data/05_events.ipynb #c29510bc
 from dataclasses import dataclass
@@ -141,14 +141,8 @@ TIMES = {
     'procedureevents': 'starttime',
 }
 STORED = ('labevents', 'microbiologyevents', 'radiology', 'discharge') # their storetime is when they could be read
-ENDS = {
-    'admissions': 'dischtime',
-    'edstays': 'outtime',
-    'icustays': 'outtime',
-    'inputevents': 'endtime',
-    'ingredientevents': 'endtime',
-    'procedureevents': 'endtime',
-}
+STAY_ENDS = {'admissions': 'dischtime', 'edstays': 'outtime', 'icustays': 'outtime'}
+ENDS = STAY_ENDS | dict.fromkeys(['inputevents', 'ingredientevents', 'procedureevents'], 'endtime')
 DEATHS = {'patients': 'dod', 'admissions': 'deathtime'}
 
 # %% ../../nbs/02_data/05_events.ipynb #df04453a

@@ -8,6 +8,7 @@ __all__ = ['PUBLISHED', 'Source', 'open_source', 'code_map']
 # %% ../../nbs/02_data/04_tables.ipynb #28e7d6f0
 import os
 import re
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -20,9 +21,9 @@ from ehr_r1.data.schema import CODE_MAPS, TABLES, Table
 from ehr_r1.data.table_files import (
     DOWNLOAD_AGAIN,
     TableError,
-    bad_bytes,
     fault,
     lacks_last_break,
+    layout_fault,
     ragged,
     stored,
 )
@@ -94,13 +95,11 @@ def explain(
     file:str     # its name in messages
 )->TableError|None: # None if the fault is elsewhere
     "What is wrong with a table on whose account the engine stopped."
-    if path.suffix != '.parquet':
-        error = bad_bytes(path, file) or ragged(path, file)
-        if error:
-            return error
+    if error := layout_fault(path, file):
+        return error
     try:
         return bad_value(path, table, file)
-    except pl.exceptions.PolarsError as error:
+    except (pl.exceptions.PolarsError, OSError) as error:
         first_line = str(error).splitlines()[0]
         return fault(file, f'the file cannot be read ({first_line[:120]})', DOWNLOAD_AGAIN)
 
@@ -164,6 +163,19 @@ class TableReader(TableFolder):
                 if error := explain(self.files[table], TABLES[table], self.file(table)):
                     raise error from None
             raise
+
+    @contextmanager
+    def reading(
+        self,
+        table:str # that is read to its end inside
+    ):
+        "As `explaining`, and go through the bytes of the table's file at the same time: no fault of its layout passes."
+        with ThreadPoolExecutor(1) as beside:
+            layout = beside.submit(layout_fault, self.files[table], self.file(table))
+            with self.explaining(table):
+                yield
+        if error := layout.result():
+            raise error
 
     def rows(self, table:str)->int:
         "How many rows a table has."
@@ -252,12 +264,10 @@ def check_table(
     deep:bool=False # look for duplicate keys in a large file too
 )->dict: # a row of `CHECKED`
     "Read a whole table; a `TableError` at its first fault."
-    with source.explaining(table):
+    with source.reading(table):
         values = source.scan(table).select(pl.len().alias('rows'), pl.all().null_count())
         rows = values.collect(engine='streaming')['rows'][0]
     path, file = source.files[table], source.file(table)
-    if path.suffix != '.parquet' and (error := ragged(path, file)):
-        raise error
     key = list(TABLES[table].key)
     state = 'not checked' if key else ''
     if key and (deep or path.stat().st_size <= LARGE_FILE):
@@ -324,6 +334,8 @@ def code_map(
         if error := explain(path, table, file):
             raise error from None
         raise
+    if error := layout_fault(path, file):
+        raise error
     if error := duplicate_key(codes.lazy().with_row_index('the row'), list(table.key), file):
         raise error
     return codes

@@ -34,6 +34,18 @@ from ehr_r1.data.events import (
     without_totals,
 )
 from .lookups import dictionaries, match_counts, matches_line, matches_of, poor_matches, row_keys
+from ehr_r1.data.row_checks import (
+    BLANKED,
+    CHECKED,
+    REASONS,
+    TWICE,
+    RowChecks,
+    blanked,
+    check_share,
+    check_twice,
+    key_of,
+    said,
+)
 from .table_files import TableError
 from .table_reading import one_line
 from .tables import Source
@@ -165,6 +177,21 @@ def names_in_one_line(
     separators = pl.col([name for name in shown if name in free]).str.replace_many([FIELD, ITEM], [' ', ' '])
     return [separators, *(one_line(pl.col(name)) for name in shown if name not in free)]
 
+# %% ../../nbs/02_data/07_trajectories.ipynb #6de703bd
+def with_stay_times(
+    source:Source, # where the tables are
+    table:str,     # an event table
+    protocol:str   # strict or official
+)->pl.LazyFrame: # the table, its row numbers as `row`, and times of its ED stay where it has none of its own
+    "A table with the times of its rows."
+    rows = source.scan(table, row_index='row', protocol=protocol)
+    if table not in ('triage', 'diagnosis'):
+        return rows
+    own = ['subject_id', 'stay_id']  # a wrong number must not lead to somebody else's stay
+    stays = source.scan('edstays', [*own, 'intime', 'outtime'])
+    stays = stays.unique(own, keep='first', maintain_order=True)
+    return rows.join(stays, on=own, how='left', maintain_order='left')
+
 # %% ../../nbs/02_data/07_trajectories.ipynb #dbfa9f36
 def looked_up(
     source:Source, # where the tables are
@@ -172,12 +199,7 @@ def looked_up(
     protocol:str   # strict or official
 )->pl.LazyFrame: # the table, its row numbers as `row`, times of its ED stay, and the words for its codes
     "A table with all that its events need from other tables."
-    rows = source.scan(table, row_index='row', protocol=protocol)
-    if table in ('triage', 'diagnosis'):
-        own = ['subject_id', 'stay_id']  # a wrong number must not lead to somebody else's stay
-        stays = source.scan('edstays', [*own, 'intime', 'outtime'])
-        stays = stays.unique(own, keep='first', maintain_order=True)
-        rows = rows.join(stays, on=own, how='left', maintain_order='left')
+    rows = with_stay_times(source, table, protocol)
     lookups = dictionaries(source, table, protocol)
     rows = rows.with_columns(*names_in_one_line(table, rows.collect_schema(), protocol), *row_keys(lookups))
     for lookup in lookups:
@@ -222,6 +244,7 @@ def merged_rows(
         cells=cells_of(table, schema, protocol),
         until=column(ENDS.get(table, '')).cast(pl.Datetime('us')),
         died=moment_of_death(table, schema),
+        **{name: name for name in CHECKED if name in schema},
     )
 
 # %% ../../nbs/02_data/07_trajectories.ipynb #48d0631f
@@ -363,23 +386,87 @@ def number_events(
     return rows.with_columns(of_row).select(list(STORE))
 
 # %% ../../nbs/02_data/07_trajectories.ipynb #3936fbc2
+def part_files(
+    part:Path # folder of one table's files
+)->list[Path]: # of all shards
+    "The files of one table."
+    return sorted(part.rglob('*.parquet'))
+
+def with_checks(
+    found:pl.LazyFrame,    # from `looked_up`
+    table:str,             # its name
+    protocol:str,          # strict or official
+    checks:RowChecks|None  # what rows are held against; None: nothing
+)->pl.LazyFrame: # with those of `CHECKED` that are looked at
+    "Say of every row of a table whether it can be true, and blank the cells that cannot."
+    if (key := key_of(table, protocol)) is not None:
+        found = found.with_columns(key=key)
+    return blanked(checks.flagged(found, table), table) if checks else found
+
+# %% ../../nbs/02_data/07_trajectories.ipynb #47febd93
+def left_out(
+    source:Source,         # where the tables are
+    table:str,             # an event table
+    protocol:str,          # strict or official
+    part:Path,             # folder of its files, with `CHECKED`
+    checks:RowChecks|None  # what its rows are held against
+)->tuple[dict, dict]: # rows left out and cells blanked, by reason; a `TableError` where they are too many
+    "Count what of a table cannot be true, and take out what is there twice."
+    if not (files := part_files(part)):
+        return {}, {}
+    rows = pl.scan_parquet(files, hive_partitioning=False)
+    again = 0
+    if key_of(table, protocol) is not None:
+        keys = rows.select('key').collect(engine='streaming').to_series()
+        again = check_twice(source, table, keys, protocol)
+    if again:
+        for folder in {file.parent for file in files}:
+            take_out_twice(folder)
+    if not checks:
+        return {}, {}
+    of_reason = rows.group_by('reason').agg(pl.len(), pl.col('blanked').sum()).collect(engine='streaming')
+    dropped = {REASONS[place]: count for place, count, _ in of_reason.sort('reason').rows() if place is not None}
+    cells = {BLANKED[table == 'patients']: number} if (number := of_reason['blanked'].sum()) else {}
+
+    def flagged():
+        return checks.flagged(with_stay_times(source, table), table)
+
+    check_share(dropped | cells, of_reason['len'].sum(), flagged, table, source.file(table))
+    return dropped | ({TWICE: again} if again else {}), cells
+
+# %% ../../nbs/02_data/07_trajectories.ipynb #923c933f
+def take_out_twice(
+    folder:Path # of one table's files of one shard
+)->None:
+    "Keep the first of rows that are equal in every column."
+    files = part_files(folder)
+    rows = pl.concat([pl.read_parquet(file, hive_partitioning=False) for file in files])
+    is_first = pl.col('key').is_null() | pl.col('key').is_first_distinct()
+    with writing(files[0]) as beside:
+        rows.filter(is_first).write_parquet(beside, compression='lz4', statistics=False)
+    for file in files[1:]:
+        file.unlink()
+
+# %% ../../nbs/02_data/07_trajectories.ipynb #b1f43062
 def stream_to_parts(
-    source:Source,     # where the tables are
-    table:str,         # an event table
-    s:SimpleNamespace, # protocol, times
-    shards:int,        # how many
-    folder:Path        # where `<table>/shard=<n>/` and `<table>.json` go
-)->dict: # integers: numeric columns that hold whole numbers without gaps; lookups: see `matches_of`
+    source:Source,              # where the tables are
+    table:str,                  # an event table
+    s:SimpleNamespace,          # protocol, times
+    shards:int,                 # how many
+    folder:Path,                # where `<table>/shard=<n>/` and `<table>.json` go
+    checks:RowChecks|None=None  # what its rows are held against
+)->dict: # integers: whole columns without gaps; lookups: from `matches_of`; dropped, blanked: from `left_out`
     "Stream one table into one Parquet file a shard; what is already there is not made again."
     done, part = folder/f'{table}.json', folder/table
     if done.exists():
         return json.loads(done.read_text())
     shutil.rmtree(part, ignore_errors=True)
-    with source.explaining(table):
-        found = looked_up(source, table, s.protocol)
+    with source.reading(table):
+        found = with_checks(looked_up(source, table, s.protocol), table, s.protocol, checks)
         rows = merged_rows(found, table, s.protocol, s.times).with_columns(shard=pl.col('subject_id') % shards)
         by_shard = pl.PartitionBy(part, key='shard', include_key=False)
         outputs = [rows.sink_parquet(by_shard, compression='lz4', statistics=False, mkdir=True, lazy=True)]
+        found = found.filter(pl.col('reason').is_null()) if checks else found
         asked = match_counts(table, found.collect_schema())
         if tests := whole_number_tests(table, found.collect_schema(), s.protocol):
             # a gap or a fraction in the first rows settles it for most columns
@@ -390,12 +477,23 @@ def stream_to_parts(
         results = pl.collect_all(outputs, engine='streaming')
         answers = results[1].row(0, named=True) if asked else {}
         whole = [name for name, is_whole in answers.items() if is_whole is True]
-        about = dict(integers=whole, lookups=matches_of(answers, found))
+        matched = matches_of(answers, found)
+    dropped, cells = left_out(source, table, s.protocol, part, checks)
+    about = dict(integers=whole, lookups=matched, dropped=dropped, blanked=cells)
     with writing(done) as beside:
         beside.write_text(json.dumps(about))
     return about
 
 # %% ../../nbs/02_data/07_trajectories.ipynb #40137d88
+def possible(
+    rows:pl.DataFrame # of one table, with `MERGED` and perhaps `CHECKED`
+)->pl.DataFrame: # `MERGED`
+    "The rows that can be true."
+    if 'reason' in rows.columns:
+        rows = rows.filter(pl.col('reason').is_null())
+    return rows.select(list(MERGED)).cast(MERGED)
+
+# %% ../../nbs/02_data/07_trajectories.ipynb #272f0ec7
 def assemble_shard(
     shard:int,    # its number
     parts:Path,   # folder that `stream_to_parts` filled
@@ -407,7 +505,7 @@ def assemble_shard(
     if path.exists():
         return
     files = [file for table in DISPLAY for file in sorted((parts/table/f'shard={shard}').glob('*.parquet'))]
-    frames = [pl.read_parquet(file).cast(MERGED) for file in files]
+    frames = [possible(pl.read_parquet(file, hive_partitioning=False)) for file in files]
     rows = pl.concat(frames) if frames else pl.DataFrame(schema=MERGED)
     known = rows.filter(pl.col('table') == 'patients').select('subject_id').unique()
     dropped = rows.join(known, on='subject_id', how='anti').group_by('table').len()
@@ -418,6 +516,14 @@ def assemble_shard(
         beside.write_text(json.dumps({str(table): count for table, count in dropped.rows()}))
     with writing(path) as beside:
         store.write_parquet(beside, compression='zstd', compression_level=1, row_group_size=250_000)
+
+# %% ../../nbs/02_data/07_trajectories.ipynb #fe66d183
+def by_reason(
+    reasons:tuple, # all that are looked for
+    of_tables:dict # table -> reason -> number
+)->dict: # reason -> table -> number, for tables that have any
+    "Counts of tables, the other way round."
+    return {why: {table: counts[why] for table, counts in of_tables.items() if counts.get(why)} for why in reasons}
 
 # %% ../../nbs/02_data/07_trajectories.ipynb #96939d58
 def dropped_rows(
@@ -519,11 +625,12 @@ def make_store(
     if not patients:
         raise TableError('patients: the table is empty; there is nobody to make a trajectory of')
     shards = min(512, -(-patients//s.shard_patients))
+    checks = RowChecks(source) if s.protocol == 'strict' else None
     about = {}
     bar = tqdm([table for table in DISPLAY if source.has(table)], desc='tables', unit='table')
     for table in bar:
         bar.set_postfix_str(table)
-        about[table] = stream_to_parts(source, table, s, shards, parts)
+        about[table] = stream_to_parts(source, table, s, shards, parts, checks)
     jobs = (delayed(assemble_shard)(shard, parts, out, s.protocol) for shard in range(shards))
     finished = Parallel(workers, return_as='generator')(jobs)
     for _ in tqdm(finished, desc='shards', unit='shard', total=shards):
@@ -535,8 +642,12 @@ def make_store(
         absent=[table for table in DISPLAY if not source.has(table)],
         access=source.access,
         source=source.version,
-        dropped={'subject_id not in patients': dropped_rows(parts)},
+        dropped={'subject_id not in patients': dropped_rows(parts)} | by_reason(
+            (*REASONS, TWICE) if checks else (), {table: of['dropped'] for table, of in about.items()}),
+        blanked=by_reason(BLANKED if checks else (), {table: of['blanked'] for table, of in about.items()}),
     )
+    if line := said(counts):
+        print(line)
     shutil.rmtree(parts)
     return counts
 
