@@ -1,10 +1,16 @@
-"""What must not become open by accident: licences that only mention one, connections in the clear, small counts."""
+"""What must not become open by accident: licences that only mention one, programs beside models, small counts."""
+import ast
+import json
 from pathlib import Path
 
 import pytest
+import torch
 
+import ehr_r1
 from ehr_r1.data.tables import SYNTHETIC_LICENCE, licence_of
 from ehr_r1.hospital.hospital import LICENSE
+from ehr_r1.inference.checkpoints import ModelError, load_model, load_tokenizer
+from ehr_r1.training.models import new_model, train_tokenizer
 from ehr_r1.transfer.ehrshot.files import standing
 from ehr_r1.transfer.mimic_cdm.files import cdm_is_synthetic
 
@@ -55,3 +61,61 @@ def test_legal_code_of_cc0_opens():
     text = LEGAL_CODE.read_text()
     assert licence_of(text) == 'open'
     assert licence_of('Not under:\n' + text) == ''
+
+# --- models bring no program
+
+LIBRARY = Path(ehr_r1.__file__).parent
+
+def loading_calls():
+    "Every call in the library that loads something of transformers, PEFT or vLLM: where, what, and its arguments."
+    for path in sorted(LIBRARY.rglob('*.py')):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call):
+                called = ast.unparse(node.func)
+                if called.endswith(('.from_pretrained', '.from_config', 'load_dataset')) or called == 'LLM':
+                    yield path.name, called, {word.arg: ast.unparse(word.value) for word in node.keywords}
+
+def test_no_call_lets_a_model_bring_code():
+    calls = [call for call in loading_calls() if call[1] != 'PeftModel.from_pretrained']
+    assert len(calls) >= 3
+    for where, called, words in calls:
+        assert words.get('trust_remote_code') == 'False', (where, called)
+    weights = [words for _, called, words in calls if 'Model' in called]
+    assert all(words.get('use_safetensors') == 'True' for words in weights)
+
+CODE = 'open({!r}, "w").close()\n'
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    "A folder whose configuration names a program beside it, and the file that appears when the program runs."
+    caught = tmp_path/'it-ran'
+    names = {f'Auto{kind}': 'mine.Mine' for kind in ('Config', 'ModelForCausalLM')}
+    tokenizer = dict(tokenizer_class='Mine', auto_map=dict(AutoTokenizer=['mine.Mine', None]))
+    folder = tmp_path/'model'
+    folder.mkdir()
+    (folder/'config.json').write_text(json.dumps(dict(model_type='mine', auto_map=names)))
+    (folder/'tokenizer_config.json').write_text(json.dumps(tokenizer))
+    (folder/'mine.py').write_text(CODE.format(str(caught)))
+    return folder, caught
+
+@pytest.mark.parametrize('load', [load_model, load_tokenizer])
+def test_code_beside_a_model_is_not_run(checkpoint, load):
+    folder, caught = checkpoint
+    with pytest.raises(ModelError, match='code of its own, which is never run'):
+        load(folder)
+    assert not caught.exists()
+
+def test_weights_in_a_pickle_are_not_opened(tmp_path):
+    tokenizer = train_tokenizer(['a yes', 'b no'], 320)
+    tokenizer.save_pretrained(tmp_path)
+    model = new_model('tiny', tokenizer, 1, 64)
+    model.config.save_pretrained(tmp_path)
+    torch.save(model.state_dict(), tmp_path/'pytorch_model.bin')
+    with pytest.raises(ModelError, match='safetensors'):
+        load_model(tmp_path)
+
+def test_adapter_in_a_pickle_is_not_opened(tmp_path):
+    (tmp_path/'adapter_config.json').write_text(json.dumps(dict(base_model_name_or_path='x')))
+    (tmp_path/'adapter_model.bin').write_bytes(b'')
+    with pytest.raises(ModelError, match='a pickle is not opened'):
+        load_model(tmp_path)

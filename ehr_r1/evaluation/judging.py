@@ -13,6 +13,7 @@ import polars as pl
 
 from ..config import Run
 from .results import model_of
+from ..inference.checkpoints import load_tokenizer
 from ..stages import read_manifest
 from ..synthesis.support import read_record, support
 from ..training.examples import Writer
@@ -62,8 +63,7 @@ def tokenizer_of(
     "The tokenizer of a system's model."
     with warnings.catch_warnings():
         warnings.filterwarnings('ignore', 'IProgress')  # transformers' bars are not wanted in a notebook
-        from transformers import AutoTokenizer  # takes seconds that a report without models need not wait
-    return AutoTokenizer.from_pretrained(model_at(run, model_of(system)))
+        return load_tokenizer(model_at(run, model_of(system)))
 
 def asked_records(
     run:Run,   # the run
