@@ -3,11 +3,15 @@ import ast
 import json
 from pathlib import Path
 
+import polars as pl
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 import ehr_r1
 from ehr_r1.data.tables import SYNTHETIC_LICENCE, licence_of
+from ehr_r1.evaluation.reporting import SMALLEST, count_in_words, suppress
 from ehr_r1.hospital.hospital import LICENSE
 from ehr_r1.inference.checkpoints import ModelError, load_model, load_tokenizer
 from ehr_r1.training.models import new_model, train_tokenizer
@@ -119,3 +123,51 @@ def test_adapter_in_a_pickle_is_not_opened(tmp_path):
     (tmp_path/'adapter_model.bin').write_bytes(b'')
     with pytest.raises(ModelError, match='a pickle is not opened'):
         load_model(tmp_path)
+
+# --- counts that others give away
+
+def told(counts, **words):
+    "The counts that are left of a table of credentialed data."
+    table = pl.DataFrame(dict(task=[f't{i}' for i in range(len(counts))], samples=counts) | words)
+    return suppress(table, ['samples'], 'credentialed')['samples'].to_list()
+
+ALONE = [
+    ([120, 7, 45, 300], [120, None, None, 300]),         # 7 is the total less the others
+    ([120, 7, 3, 300], [120, None, None, 300]),          # so is 10, but nobody knows who has which part
+    ([120, 4, 3, 300], [None, None, None, 300]),         # seven together are a small count, too
+    ([7, 0, 45, 300], [None, 0, None, 300]),             # nobody hides behind nobody
+    ([7], [None]),
+    ([120, 45], [120, 45])]
+
+@pytest.mark.parametrize('counts, left', ALONE)
+def test_total_less_what_is_shown_tells_no_small_count(counts, left):
+    assert told(counts) == left
+
+def test_total_of_a_group_tells_no_small_count():
+    "Each task's answers sum to its samples, which another table has."
+    answers = dict(task=['a', 'a', 'a', 'b', 'b', 'b'], answer=['x', 'y', 'z']*2)
+    assert told([50, 5, 40, 30, 8, 20], **answers) == [50, None, None, 30, None, None]
+
+CELLS = st.tuples(st.sampled_from('ab'), st.sampled_from('xyz'), st.integers(0, 40))
+
+@given(st.lists(CELLS, max_size=20, unique_by=lambda row: row[:2]))
+def test_no_difference_is_small(rows):
+    table = pl.DataFrame(rows, dict(task=pl.String, answer=pl.String, samples=pl.Int64), orient='row')
+    left = suppress(table, ['samples'], 'credentialed')
+    both = table.with_columns(left=left['samples'])
+    assert not both['left'].is_between(1, SMALLEST - 1).any()
+    groups = [both, *both.partition_by('task'), *both.partition_by('answer')]
+    for group in groups:
+        difference = group['samples'].sum() - group['left'].sum()
+        nothing_else = group.filter(pl.col('left') > 0).is_empty()
+        assert difference == 0 or difference >= SMALLEST or nothing_else
+
+def test_note_on_a_hidden_row_is_hidden():
+    table = pl.DataFrame(dict(task=['a', 'b', 'c'], samples=[7, 45, 300], note=['x', 'y', 'z']))
+    assert suppress(table, ['samples'], 'credentialed')['note'].to_list() == [None, None, 'z']
+    assert suppress(table, ['samples'], 'open').equals(table)
+
+def test_sentence_tells_no_complement():
+    said = [count_in_words(number, 'credentialed', of=100) for number in (0, 9, 10, 90, 91, 100)]
+    assert said == ['0', 'fewer than 10', '10', '90', 'all but fewer than 10', '100']
+    assert count_in_words(95, 'open', of=100) == '95'
