@@ -41,6 +41,24 @@ DATA_FILES = [
 def test_data_are_refused(refusal, name):
     assert refusal(name, b'x')
 
+OTHER_KINDS = [
+    'rows.json', 'notes.txt', 'case.html', 'x.jsonl.1', 'x.parquet.bak', 'x.avro', 'x.dta', 'x.log', 'x.sav', 'X.CSV',
+    'notes', 'a.md', 'nbs/notes.md', 'nbs/exploration.ipynb', 'nbs/02_data/rows.json', 'tests/rows.txt',
+    'docs/case.html', 'ehr_r1/data/rows.json', '.ci/rows.csv', 'reports/demo/notes.txt', 'reports/demo/more/a.csv',
+    'reports/a.csv']
+
+@pytest.mark.parametrize('name', OTHER_KINDS)
+def test_what_is_not_expected_is_refused_with_the_remedy(refusal, name):
+    why = refusal(name, b'x')
+    assert 'reports are committed for' in why or f'.ci/allowed.txt, "{name} WHY"' in why
+
+def test_file_is_allowed_on_purpose_by_path_and_reason(refusal):
+    refusal('.ci/allowed.txt', b'# path why\ndocs/case.html\nnotes.md how to write to us\nruns/a.md why not\n')
+    assert refusal('docs/case.html', b'x')  # no reason is given
+    assert refusal('runs/a.md', b'x')
+    assert refusal('notes.md', b'x') is None
+    assert 'KiB' in refusal('notes.md', bytes(1025*1024))
+
 CODE_FILES = ['ehr_r1/data/library/conditions.csv', 'README.md', 'tests/test_x.py', 'Makefile']
 
 @pytest.mark.parametrize('name', CODE_FILES)
@@ -49,7 +67,7 @@ def test_code_passes(refusal, name):
 
 def test_big_file_is_refused(refusal):
     big = bytes(1025*1024)
-    assert 'KiB' in refusal('figure.png', big)
+    assert 'KiB' in refusal('docs/_static/figure.svg', big)
 
 REPORTS = [
     ('access: open\n', True),
@@ -71,10 +89,65 @@ def test_one_credentialed_report_spoils_its_folder(refusal, tmp_path):
     assert refusal('reports/demo/a.png', b'x')
 
 def test_notebook_with_credentialed_output_is_refused(refusal, tmp_path):
-    notebook(tmp_path/'nbs/x.ipynb', 'access: credentialed')
-    notebook(tmp_path/'nbs/y.ipynb', 'access: open')
-    assert refusal('nbs/x.ipynb')
-    assert refusal('nbs/y.ipynb') is None
+    notebook(tmp_path/'nbs/02_data/01_x.ipynb', 'access: credentialed')
+    notebook(tmp_path/'nbs/02_data/02_y.ipynb', 'access: open')
+    assert refusal('nbs/02_data/01_x.ipynb')
+    assert refusal('nbs/02_data/02_y.ipynb') is None
+
+NOTE = 'Name: ___  Unit No: ___\nHistory of Present Illness: patient 10000032 ...'
+SHOWN = {
+    'a note': dict(output_type='stream', name='stdout', text=NOTE),
+    'its lines': dict(output_type='stream', name='stdout', text=NOTE.splitlines(True)),
+    'a page': dict(output_type='display_data', metadata={}, data={
+        'text/html': ['<p><b>Chief Complaint</b>: fever</p>']}),
+    'a value': dict(output_type='execute_result', metadata={}, data={'text/plain': repr(NOTE)}),
+    'an error': dict(output_type='error', ename='E', evalue='', traceback=['Discharge Diagnosis: sepsis']),
+    'a patient': dict(output_type='stream', name='stdout', text='subject_id 15312477'),
+    'a row': dict(output_type='stream', name='stdout', text='(15312477, 23814529)'),
+    'a table': dict(output_type='execute_result', metadata={}, data={
+        'text/html': ['<th>subject_id</th>\n', '<td>15312477</td>']}),
+    'what it is': dict(output_type='stream', name='stdout', text='rows: 3\naccess: credentialed'),
+    'a dict': dict(output_type='execute_result', metadata={}, data={'text/plain': "{'access': 'credentialed'}"}),
+    'in a table': dict(output_type='execute_result', metadata={}, data={
+        'text/html': '<td>access</td><td>credentialed</td>'})}
+
+def shows(path, output, source='show()'):
+    "A notebook with this output."
+    cell = dict(cell_type='code', metadata={}, source=source, outputs=[output], execution_count=None)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(dict(cells=[cell], **FORMAT)))
+
+@pytest.mark.parametrize('what', SHOWN)
+def test_lesson_that_shows_a_patient_is_refused(refusal, tmp_path, what):
+    shows(tmp_path/'nbs/02_data/01_x.ipynb', SHOWN[what])
+    assert refusal('nbs/02_data/01_x.ipynb')
+
+MADE = ['build_hospital(folder, 40)', 'open_source(demo_folder())', 'text = "Name: ___ Chief Complaint:"']
+
+@pytest.mark.parametrize('source', MADE)
+def test_lesson_may_show_what_it_makes(refusal, tmp_path, source):
+    shows(tmp_path/'nbs/02_data/01_x.ipynb', SHOWN['a note'], source)
+    assert refusal('nbs/02_data/01_x.ipynb') is None
+
+@pytest.mark.parametrize('what', ['a patient', 'a row', 'a table'])
+def test_stranger_is_found_in_a_lesson_on_the_hospital_and_in_a_report(refusal, tmp_path, what):
+    "The tables may be others than the code says: EHR_R1_DEMO names them."
+    shows(tmp_path/'nbs/02_data/01_x.ipynb', SHOWN[what], 'open_source(demo_folder())')
+    assert '15312477' in refusal('nbs/02_data/01_x.ipynb')
+    notebook(tmp_path/'reports/demo/01.ipynb', 'access: open')
+    assert '15312477' in refusal('reports/demo/a.csv', b'subject_id,age\n15312477,50\n')
+
+NO_STRANGERS = [
+    '10000032 is a patient', '10632452 rows', '13310758 rows of 100 patients', 'patient_id: 0.12345678',
+    'mean 15,312,477']
+
+@pytest.mark.parametrize('said', NO_STRANGERS)
+def test_number_that_is_no_stranger_passes(refusal, tmp_path, said):
+    shows(tmp_path/'nbs/02_data/01_x.ipynb', dict(output_type='stream', name='stdout', text=said))
+    assert refusal('nbs/02_data/01_x.ipynb') is None
+
+def test_broken_notebook_is_refused(refusal):
+    assert 'cannot be read' in refusal('nbs/02_data/01_x.ipynb', b'{"cells": [')
 
 def test_nothing_here_is_refused(script, root):
     command = ['git', 'ls-files', '--cached', '--others', '--exclude-standard']

@@ -67,7 +67,23 @@ def test_allowed_endpoints_are_parted_by_commas(monkeypatch):
     assert allowed_endpoints() == ('a@b:1', 'c@d')
 
 
-@pytest.mark.parametrize('entry', ['api.example.org', 'a@', '@b'])
+def test_a_permission_is_read_like_an_address(monkeypatch):
+    monkeypatch.setenv('EHR_R1_ALLOW', 'a@https://B.org:443/v1, a@http://b.org:80/v1, a@http://localhost:8000')
+    assert allowed_endpoints() == ('a@b.org', 'a@http://b.org', 'a@localhost:8000')
+
+
+IN_THE_CLEAR = Server('http://api.example.org:443/v1', 'x')
+
+
+@pytest.mark.parametrize('asked', [IN_THE_CLEAR, Recorded(IN_THE_CLEAR, 'a'), 'HTTP://api.example.org:443'])
+def test_a_permission_for_a_host_is_none_for_plain_http(asked):
+    with pytest.raises(PermissionError, match='http can be read on the way'):
+        guard(asked, 'mimic', 'credentialed', ('mimic@api.example.org', 'mimic@api.example.org:443'))
+    guard(asked, 'mimic', 'credentialed', ('mimic@http://api.example.org:443',))
+    guard(asked, 'hospital', 'open', ())
+
+
+@pytest.mark.parametrize('entry', ['api.example.org', 'a@', '@b', 'a@ftp://b', 'a@b?c'])
 def test_a_permission_names_data_and_host(monkeypatch, entry):
     monkeypatch.setenv('EHR_R1_ALLOW', entry)
     with pytest.raises(InferenceError, match='EHR_R1_ALLOW'):
@@ -99,19 +115,20 @@ def stranger(outer):
 
 
 @pytest.mark.parametrize('allow', [
-    '', 'mimic-iv-2.2@{host}:{port}', 'mimic-iv-3.1@{host}', 'mimic-iv-3.1@127.0.0.1:{port}'])
+    '', 'mimic-iv-2.2@http://{host}:{port}', 'mimic-iv-3.1@http://{host}', 'mimic-iv-3.1@127.0.0.1:{port}',
+    'mimic-iv-3.1@{host}:{port}', 'mimic-iv-3.1@https://{host}:{port}'])
 def test_credentialed_text_stays_here(stranger, outer, tmp_path, monkeypatch, allow):
     monkeypatch.setenv('EHR_R1_ALLOW', allow.format(host=outer, port=stranger.port))
     file = tmp_path/'a.jsonl'
     said = what_is_said(stranger, file)
     assert said.startswith('Refused: mimic-iv-3.1')
-    assert f'EHR_R1_ALLOW=mimic-iv-3.1@{outer}:{stranger.port}' in said
+    assert f'EHR_R1_ALLOW=mimic-iv-3.1@http://{outer}:{stranger.port}' in said
     assert stranger.connections == 0
     assert not file.exists()
 
 
 def test_credentialed_text_goes_to_a_named_host(stranger, outer, tmp_path, monkeypatch):
-    monkeypatch.setenv('EHR_R1_ALLOW', f'other@example.org, mimic-iv-3.1@{outer}:{stranger.port}')
+    monkeypatch.setenv('EHR_R1_ALLOW', f'other@example.org, mimic-iv-3.1@http://{outer}:{stranger.port}')
     assert what_is_said(stranger, tmp_path/'a.jsonl') == ''
     assert len(stranger.delivered) == 3
 

@@ -15,7 +15,7 @@ from ehr_r1.config import Run
 from ehr_r1.data.events import STORE
 from ehr_r1.data.samples import SAMPLES
 from ehr_r1.data.table_files import TableError
-from ehr_r1.data.tables import open_source
+from ehr_r1.data.tables import SYNTHETIC_LICENCE, open_source
 from ehr_r1.hospital.hospital import build_hospital
 from ehr_r1.profiles import profile
 from ehr_r1.stages import read_manifest
@@ -661,8 +661,8 @@ def test_patients_of_training_are_not_asked(without_seen):
 
 @pytest.mark.parametrize('source, licence, two_worlds', [
     ('synthetic', '', True),
-    ('3.1', 'Synthetic data', True),
-    ('synthetic', 'Synthetic data', False),
+    ('3.1', SYNTHETIC_LICENCE, True),
+    ('synthetic', SYNTHETIC_LICENCE, False),
     ('3.1', '', False),
 ])
 def test_numbers_of_two_worlds_are_not_compared(tmp_path, cohort, source, licence, two_worlds):

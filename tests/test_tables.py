@@ -11,7 +11,7 @@ from polars.testing import assert_frame_equal
 from ehr_r1.data.schema import CODE_MAPS, TABLES
 from ehr_r1.data.table_files import TableError
 from ehr_r1.data.table_reading import MISSING_WORDS
-from ehr_r1.data.tables import PUBLISHED, code_map, open_source
+from ehr_r1.data.tables import PUBLISHED, SYNTHETIC_LICENCE, code_map, open_source
 
 LABS = [
     '1,7,70,500,50912,,2180-05-06 10:00:00,2180-05-06 11:30:00,1.4,1.4,mg/dL,0.4,1.1,abnormal,ROUTINE,',
@@ -397,7 +397,8 @@ def test_access_without_a_licence_is_credentialed(root):
 
 @pytest.mark.parametrize('text, access', [
     ('PhysioNet Credentialed Health Data License 1.5.0', 'credentialed'),
-    ('A synthetic hospital, CC0 1.0', 'open'),
+    ('CC0 1.0 Universal', 'open'),
+    (SYNTHETIC_LICENCE, 'open'),
 ])
 def test_access_is_open_only_by_a_licence(root, text, access):
     (root/'LICENSE.txt').write_text(text)
@@ -405,7 +406,7 @@ def test_access_is_open_only_by_a_licence(root, text, access):
 
 
 def test_a_synthetic_hospital_says_so(root):
-    (root/'LICENSE.txt').write_text('A synthetic hospital, CC0 1.0')
+    (root/'LICENSE.txt').write_text(SYNTHETIC_LICENCE)
     assert open_source(root).version == 'synthetic'
 
 

@@ -16,6 +16,7 @@ from .recipe import Course
 from .stages import recipe_of, trained, weights_at
 from ..evaluation.answers import open_engine
 from ..inference.asking import Ask, answer
+from ..inference.checkpoints import load_tokenizer
 from ..profiles import Profile
 from ..stages import build, writing
 from ..training.examples import Writer
@@ -52,10 +53,9 @@ def answers_in_form(
     folder:Path             # of its training
 )->list: # of lines from `inference.answer`
     "What a model says to the questions, in EHRMind's form."
-    from transformers import AutoTokenizer
     tune_allocator()
     benchmark, lengths, where = course.benchmark, recipe_of(p, course).profile, weights_at(folder)
-    writer = Writer(AutoTokenizer.from_pretrained(where), lengths.context, lengths.answer_tokens)
+    writer = Writer(load_tokenizer(where), lengths.context, lengths.answer_tokens)
     examples, _ = course_examples(questions, course, writer)
     asks = [Ask(sample_id, task, 0, 'decision', prompt, 'think')
             for sample_id, task, prompt in examples.select('sample_id', 'task', 'prompt').iter_rows()]

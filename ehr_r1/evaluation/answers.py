@@ -17,6 +17,7 @@ from ..config import Run, seed_of
 from ..data.serialize import RecordText
 from .baselines import PREDICTIONS
 from ..inference.asking import Ask, answer
+from ..inference.checkpoints import load_tokenizer
 from ..inference.local import Transformers
 from ..inference.servers import ServerEngine
 from ..inference.vllm import VllmEngine
@@ -139,13 +140,12 @@ def open_engine(
     longest:int # prompt and answer in tokens
 ): # an Engine
     "The engine of this computer."
-    from transformers import AutoTokenizer
     kind = engine_kind()
     if kind == 'transformers':
         return Transformers(folder)
     if kind == 'vllm':
         return VllmEngine(folder, max_model_len=longest, **json.loads(os.environ.get('EHR_R1_VLLM', '{}')))
-    return ServerEngine(kind, system, tokenizer=AutoTokenizer.from_pretrained(folder))
+    return ServerEngine(kind, system, tokenizer=load_tokenizer(folder))
 
 # %% ../../nbs/07_evaluation/04_answers.ipynb #927417db
 def counted(
@@ -170,12 +170,11 @@ def build_answers(
 
     def make(out):
         tune_allocator()
-        from transformers import AutoTokenizer
         folder = model_at(run, system.model)
         asked = asked_samples(run, s)
         if not system.risks:
             asked = asked.filter(pl.col('family') == 'decision')
-        writer = Writer(AutoTokenizer.from_pretrained(folder), s.context, s.answer_tokens, s.style)
+        writer = Writer(load_tokenizer(folder), s.context, s.answer_tokens, s.style)
         asks = asks_of(asked, writer, system.mode)
         engine = open_engine(folder, system.model, s.context + s.answer_tokens)
         access = read_manifest(run.samples)['counts']['access']

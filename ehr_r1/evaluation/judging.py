@@ -15,6 +15,7 @@ from ..config import Run
 from ..data.serialize import RecordText
 from .results import model_of
 from ..foreign_text import restored
+from ..inference.checkpoints import load_tokenizer
 from ..stages import read_manifest
 from ..synthesis.support import read_record, support
 from ..training.examples import Writer
@@ -64,8 +65,7 @@ def tokenizer_of(
     "The tokenizer of a system's model."
     with warnings.catch_warnings():
         warnings.filterwarnings('ignore', 'IProgress')  # transformers' bars are not wanted in a notebook
-        from transformers import AutoTokenizer  # takes seconds that a report without models need not wait
-    return AutoTokenizer.from_pretrained(model_at(run, model_of(system)))
+        return load_tokenizer(model_at(run, model_of(system)))
 
 def asked_records(
     run:Run,   # the run

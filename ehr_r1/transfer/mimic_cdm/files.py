@@ -16,6 +16,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from ...data.table_files import TableError, fault
+from ...data.tables import licence_of
 from ..benchmark_files import read_lines, read_rows
 from .plain_pickle import read_plain
 
@@ -221,4 +222,4 @@ def cdm_is_synthetic(
 )->bool:
     "Whether the cases are of a synthetic hospital."
     file = Path(folder)/'LICENSE.txt'
-    return file.is_file() and 'synthetic' in file.read_text(errors='replace').lower()
+    return file.is_file() and licence_of(file.read_text(encoding='utf-8', errors='replace')) == 'synthetic'
