@@ -66,13 +66,13 @@ def another(
     dtype:pl.DataType,  # its type
     random:pl.Series    # whole numbers from 0 to 999, one a row
 )->pl.Expr: # of this type
-    "A value that has nothing to do with what stands there; times lie after `now`."
+    "A value that has nothing to do with what stands there; times lie after `now` and after the row's own."
     if column == 'hospital_expire_flag':
         return random % 2
     if column == 'dod':
         return pl.col('now').dt.truncate('1d') + pl.duration(days=1 + random)
     if dtype == pl.Datetime('us'):
-        return pl.col('now') + pl.duration(hours=1 + random)
+        return pl.max_horizontal('now', 'own time') + pl.duration(hours=1 + random)
     if dtype.is_numeric():
         return (random + 100_000).cast(dtype)
     return pl.format('made up {}', random)
@@ -112,6 +112,7 @@ def altered_later(
     if when not in schema:
         return rows
     later = ~(pl.col(when) <= pl.col('now')).fill_null(False) & pl.col('now').is_not_null()
+    rows = rows.with_columns(row_time(table, 'charttime').alias('own time'))
     dies = pl.col('draw') % 3 == 0
     changes = {name: another(name, schema[name], pl.col('draw')) for name in (when, *columns) if name in schema}
     if 'deathtime' in changes:

@@ -429,7 +429,7 @@ def left_out(
     cells = {BLANKED[table == 'patients']: number} if (number := of_reason['blanked'].sum()) else {}
 
     def flagged():
-        return checks.flagged(with_stay_times(source, table), table)
+        return checks.flagged(with_stay_times(source, table, protocol), table)
 
     check_share(dropped | cells, of_reason['len'].sum(), flagged, table, source.file(table))
     return dropped | ({TWICE: again} if again else {}), cells
