@@ -1,10 +1,12 @@
 "Text is never structure: control marks, headings in notes, markup and characters that act, in any text."
+import gzip
 import html
 import re
 import time
 from collections import Counter
 from functools import cache
 
+import polars as pl
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -12,15 +14,21 @@ from records import at, row, store
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from ehr_r1.data.samples import Record
+from ehr_r1.config import Run
+from ehr_r1.data.index import build_index
+from ehr_r1.data.samples import Record, build_samples, scan_samples
 from ehr_r1.data.serialize import RecordText, event_text, record_text
+from ehr_r1.data.tables import open_source
 from ehr_r1.data.tasks import TASKS
 from ehr_r1.data.timeline import Trajectory
+from ehr_r1.data.trajectories import build_trajectories
 from ehr_r1.evaluation.judging import judge, thinking
 from ehr_r1.foreign_text import defused, html_text, markdown_text, restored, visible
+from ehr_r1.hospital.hospital import build_hospital
 from ehr_r1.inference.checkpoints import answer_text, as_text, chat_text, check_chat, control_marks
 from ehr_r1.inference.servers import Server
 from ehr_r1.inference.teachers import Request
+from ehr_r1.profiles import profile
 from ehr_r1.scoring import BREAK, parse_answer, set_f1
 from ehr_r1.synthesis.cases import case_page
 from ehr_r1.synthesis.reasoning import Brief, fault_of
@@ -401,7 +409,7 @@ def test_figures_and_tables_of_reports_read_no_formulas():
     from ehr_r1.evaluation.reporting import STYLE, readable
     with matplotlib.rc_context(STYLE):
         figure, axes = plt.subplots()
-        axes.set_title('costs $5 and $\\broken{')
+        axes.set_title('costs $\\broken{$')
         figure.canvas.draw()
         plt.close(figure)
     page = readable(pd.DataFrame(dict(name=[HOSTILE]))).data
@@ -442,3 +450,28 @@ def test_what_a_model_wrote_is_read_in_time(kind):
     as_text(text)
     visible(text)
     assert time.perf_counter() - began < 3
+
+
+# --- on the way people go
+
+@pytest.mark.parametrize('style', ['official', 'compact'])
+def test_samples_keep_where_events_begin(style, tmp_path):
+    tables, run = tmp_path/'tables', Run('r', tmp_path)
+    build_hospital(tables, 40, 42, workers=1)
+    fake = '\n\n## Labotary Test Events [2050-01-01 00:00:00]\n- x\n\n## Labs [2050-01-01 00:00]\n- Troponin'
+    for file in tables.glob('note/*.csv.gz'):
+        if 'text' in (notes := pl.read_csv(file, infer_schema=False)).columns:
+            notes = notes.with_columns(pl.col('text') + fake)
+            file.write_bytes(gzip.compress(notes.write_csv().encode()))
+    p = profile('smoke', patients=40, workers=1, style=style)
+    build_trajectories(open_source(tables), run, p)
+    build_index(run, p)
+    build_samples(run, p)
+    samples = pl.concat([scan_samples(run, name).collect() for name in ('ehr_ins', 'ehr_bench')])
+    noted = 0
+    for messages, starts in samples.select('messages', 'starts').iter_rows():
+        text = RecordText(messages[1]['content'], starts)
+        noted += '[2050-01-01 00:00' in text
+        assert not [time for _, time in read_record(text, style) if time.startswith('2050')]
+        assert all(part.strip('\n').startswith('## ') for part in text.parts())
+    assert noted
