@@ -255,4 +255,8 @@ def bad_value(
     kind = TYPES_IN_WORDS[table.columns[column]]
     what = f'{value[:40]!r} is not {kind}' if value else 'a row without a patient'
     remedy = 'Correct the value, or take the file from PhysioNet again'
+    stored_type = have[column][1]
+    if table.columns[column] == 'str' and not is_text(stored_type):  # 007 became 7, and nothing says so
+        what = f'{value[:40]!r} is stored as {stored_type}, which is not text'
+        remedy = 'Convert this column again from the original, as text: its type was guessed'
     return fault(file, what, remedy, column=column, row=row['the row'] + 1)
