@@ -426,4 +426,8 @@ def bad_value(
     if value and not is_text(have[column][1]):
         what += f', or not surely (stored as {have[column][1]})'
     remedy = 'Correct the value, or take the file from PhysioNet again'
+    stored_type = have[column][1]
+    if table.columns[column] == 'str' and not is_text(stored_type):  # 007 became 7, and nothing says so
+        what = f'{value[:40]!r} is stored as {stored_type}, which is not text'
+        remedy = 'Convert this column again from the original, as text: its type was guessed'
     return fault(file, what, remedy, column=column, row=row['the row'] + 1)

@@ -46,7 +46,7 @@ from ehr_r1.data.row_checks import (
     key_of,
     said,
 )
-from .table_files import TableError
+from .table_files import TableError, fault
 from .table_reading import one_line
 from .tables import Source
 from ..profiles import Profile
@@ -484,6 +484,25 @@ def stream_to_parts(
         beside.write_text(json.dumps(about))
     return about
 
+# %% ../../nbs/02_data/07_trajectories.ipynb #67333fde
+def count_repeated(
+    rows:pl.DataFrame # `STORE` rows in trajectory order
+)->int:
+    "How many rows of chartevents say what the row before them says."
+    charted = rows.filter(pl.col('table') == 'chartevents')
+    columns = ('subject_id', 'time', 'hadm_id', 'stay_id', 'cells')
+    return charted.select(pl.all_horizontal(pl.col(c).eq_missing(pl.col(c).shift(1)) for c in columns).sum()).item()
+
+def check_repeated(
+    source:Source, # the tables
+    count:int,     # rows of chartevents that say what the row before them says
+    rows:int       # of chartevents
+)->None:
+    "A `TableError` where chartevents was appended to itself."
+    if count > 10 and 2*count >= rows:
+        what = f'{count:,} of {rows:,} rows say what another says'
+        raise fault(source.file('chartevents'), what, 'Was the file appended to itself? Take it from PhysioNet again')
+
 # %% ../../nbs/02_data/07_trajectories.ipynb #40137d88
 def possible(
     rows:pl.DataFrame # of one table, with `MERGED` and perhaps `CHECKED`
@@ -512,6 +531,8 @@ def assemble_shard(
     if len(dropped):
         rows = rows.join(known, on='subject_id', how='semi', maintain_order='left')
     store = number_events(order_rows(rows, protocol), protocol)
+    with writing(parts/f'again-{shard:05d}.json') as beside:
+        beside.write_text(str(count_repeated(store) if protocol == 'strict' else 0))
     with writing(parts/f'lost-{shard:05d}.json') as beside:
         beside.write_text(json.dumps({str(table): count for table, count in dropped.rows()}))
     with writing(path) as beside:
@@ -620,7 +641,7 @@ def make_store(
     "Make a trajectory store; goes on where an interrupted run left off."
     parts = out/'parts'
     parts.mkdir(exist_ok=True)
-    source.check([table for table in KEYED if source.has(table)], progress=False)
+    source.check(list(filter(source.has, dict.fromkeys((*KEYED, *DICTIONARIES)))), progress=False)
     patients = len(source.scan('patients', ['subject_id']).collect())
     if not patients:
         raise TableError('patients: the table is empty; there is nobody to make a trajectory of')
@@ -635,7 +656,10 @@ def make_store(
     finished = Parallel(workers, return_as='generator')(jobs)
     for _ in tqdm(finished, desc='shards', unit='shard', total=shards):
         pass
-    counts = count_rows(out) | dict(
+    counts = count_rows(out)
+    again = sum(int(file.read_text()) for file in parts.glob('again-*.json'))
+    check_repeated(source, again, counts['tables'].get('chartevents', dict(rows=0))['rows'])
+    counts |= dict(
         shards=shards,
         integers={table: of['integers'] for table, of in about.items() if of['integers']},
         lookups={table: of['lookups'] for table, of in about.items() if of['lookups']},
@@ -644,6 +668,7 @@ def make_store(
         source=source.version,
         dropped={'subject_id not in patients': dropped_rows(parts)} | by_reason(
             (*REASONS, TWICE) if checks else (), {table: of['dropped'] for table, of in about.items()}),
+        repeated=dict(chartevents=again) if again else {},
         blanked=by_reason(BLANKED if checks else (), {table: of['blanked'] for table, of in about.items()}),
     )
     if line := said(counts):
