@@ -35,13 +35,15 @@ def item_names(
 # %% ../../nbs/02_data/06_lookups.ipynb #88b5e340
 def once_each(
     codes:pl.Expr, # String
+    plain:str,     # pattern of codes that stay as they are
     change         # function from an expression to an expression
 )->pl.Expr: # String
     "A change of codes, made once for every code of a batch."
     def changed(texts):
-        different = texts.drop_nulls().unique()
-        after = different.to_frame('code').select(change(pl.col('code'))).to_series()
-        return texts.replace_strict(different, after, default=None, return_dtype=pl.String)
+        others = texts.filter(~texts.str.contains(plain)).unique()
+        if not len(others):
+            return texts
+        return texts.replace(others, others.to_frame('code').select(change(pl.col('code'))).to_series())
 
     return codes.map_batches(changed, return_dtype=pl.String, is_elementwise=True)
 
@@ -50,7 +52,10 @@ def plain_code(
     codes:pl.Expr # ICD codes
 )->pl.Expr: # String
     "ICD codes without blanks, dots and dashes, in capitals."
-    return codes.str.replace_all(_BETWEEN, '').str.to_uppercase()
+    def change(codes):
+        return codes.str.replace_all(_BETWEEN, '').str.to_uppercase()
+
+    return once_each(codes, '^[A-Z0-9]*$', change)
 
 # %% ../../nbs/02_data/06_lookups.ipynb #40306c9b
 ICD_KEY = {'strict': ['icd_version', 'plain_icd'], 'official': ['icd_version', 'icd_code']}
@@ -73,7 +78,7 @@ def code_titles(
     return Lookup(titles.select(*key, pl.col('title').alias(column)), key, column)
 
 # %% ../../nbs/02_data/06_lookups.ipynb #c5a6d952
-def plain_ndc(
+def padded_parts(
     codes:pl.Expr # National Drug Codes as a file writes them
 )->pl.Expr: # String: eleven digits, or the ten of a code without dashes; null where there is no drug
     "National Drug Codes without dashes, padded where it is known how."
@@ -84,6 +89,12 @@ def plain_ndc(
     digits = pl.when(digits.str.len_chars() == 10).then(digits).otherwise(digits.str.zfill(11))
     code = pl.coalesce(pl.concat_str(padded), digits)
     return pl.when(code.str.strip_chars('0') != '').then(code)
+
+def plain_ndc(
+    codes:pl.Expr # National Drug Codes as a file writes them
+)->pl.Expr: # see `padded_parts`
+    "National Drug Codes as they are compared; those of eleven digits stay."
+    return once_each(codes, '^(?:[1-9][0-9]{10}|0[1-9][0-9]{9}|00[1-9][0-9]{8})$', padded_parts)
 
 # %% ../../nbs/02_data/06_lookups.ipynb #33abc96c
 _ZEROS = (0, 5, 9)  # where the eleventh digit may stand: in front of labeler, product or package
@@ -133,8 +144,8 @@ def row_keys(
 )->list[pl.Expr]: # columns of theirs that an event table has not
     "A row's codes as look-ups have them."
     made = {
-        'plain_icd': once_each(pl.col('icd_code'), plain_code),
-        'plain_ndc': once_each(pl.col('ndc'), plain_ndc),
+        'plain_icd': plain_code(pl.col('icd_code')),
+        'plain_ndc': plain_ndc(pl.col('ndc')),
         'ndc11': padded_ndc(pl.col('ndc')),
     }
     wanted = {name for lookup in lookups for name in lookup.key}
