@@ -44,32 +44,34 @@ class SortedEvents:
         group:np.ndarray, # number of the group of every event
         start:np.ndarray, # its start in seconds
         origin:float,     # seconds of the earliest start
-        which:np.ndarray  # event numbers that can be found, all with a start; it rises within a patient
+        which:np.ndarray  # event numbers that can be found, all with a start
     ):
         self.group, self.origin = group, origin
         self.events = which[np.argsort(group[which], kind='stable')]
-        self.keys = self._key(self.events, start[self.events])
+        keys = self._key(self.events, start[self.events])
+        self.latest_so_far = np.maximum.accumulate(keys)
+        self.earliest_from_here = np.minimum.accumulate(keys[::-1])[::-1]
 
     def _key(self, events, seconds):
         return self.group[events]*_FAR + (seconds - self.origin).astype(np.int64)
 
-    def _find(self, asked, seconds, side, step):
+    def _find(self, sorted_keys, asked, seconds, side, step):
         unknown = np.isnan(seconds)
         keys = self._key(asked, np.where(unknown, self.origin, seconds))
-        position = np.searchsorted(self.keys, keys, side) + step
+        position = np.searchsorted(sorted_keys, keys, side) + step
         return of_group(self.events, np.where(unknown, -1, position), self.group, asked)
 
     def first_after(self, asked:np.ndarray, seconds:np.ndarray)->np.ndarray:
         "First event of the group that starts later."
-        return self._find(asked, seconds, 'right', 0)
+        return self._find(self.latest_so_far, asked, seconds, 'right', 0)
 
     def last_before(self, asked:np.ndarray, seconds:np.ndarray)->np.ndarray:
         "Last event of the group that starts earlier."
-        return self._find(asked, seconds, 'left', -1)
+        return self._find(self.earliest_from_here, asked, seconds, 'left', -1)
 
     def last_until(self, asked:np.ndarray, seconds:np.ndarray)->np.ndarray:
         "Last event of the group that starts then or earlier."
-        return self._find(asked, seconds, 'right', -1)
+        return self._find(self.earliest_from_here, asked, seconds, 'right', -1)
 
 # %% ../../nbs/02_data/14_task_events.ipynb #6a677f2a
 class Events:
