@@ -42,33 +42,35 @@ class SortedEvents:
         self,
         group:np.ndarray, # number of the group of every event
         start:np.ndarray, # its start in seconds
-        which:np.ndarray  # event numbers that can be found, all with a start; it rises within a patient
+        which:np.ndarray  # event numbers that can be found, all with a start
     ):
         self.group = group
         self.events = which[np.argsort(group[which], kind='stable')]
         self.times = np.unique(start[self.events])
-        self.keys = self._key(self.events, np.searchsorted(self.times, start[self.events]))
+        keys = self._key(self.events, np.searchsorted(self.times, start[self.events]))
+        self.latest_so_far = np.maximum.accumulate(keys)
+        self.earliest_from_here = np.minimum.accumulate(keys[::-1])[::-1]
 
     def _key(self, events, place):
         return self.group[events]*(len(self.times) + 1) + place
 
-    def _find(self, asked, seconds, side, step):
+    def _find(self, sorted_keys, asked, seconds, side, step):
         seconds = np.broadcast_to(seconds, asked.shape)
         place = np.searchsorted(self.times, seconds, side)  # how many of all times come before
-        position = np.searchsorted(self.keys, self._key(asked, place)) + step
+        position = np.searchsorted(sorted_keys, self._key(asked, place)) + step
         return of_group(self.events, np.where(np.isnan(seconds), -1, position), self.group, asked)
 
     def first_after(self, asked:np.ndarray, seconds)->np.ndarray:
         "First event of the group that starts later."
-        return self._find(asked, seconds, 'right', 0)
+        return self._find(self.latest_so_far, asked, seconds, 'right', 0)
 
     def last_before(self, asked:np.ndarray, seconds)->np.ndarray:
         "Last event of the group that starts earlier."
-        return self._find(asked, seconds, 'left', -1)
+        return self._find(self.earliest_from_here, asked, seconds, 'left', -1)
 
     def last_until(self, asked:np.ndarray, seconds)->np.ndarray:
         "Last event of the group that starts then or earlier."
-        return self._find(asked, seconds, 'right', -1)
+        return self._find(self.earliest_from_here, asked, seconds, 'right', -1)
 
 # %% ../../nbs/02_data/14_task_events.ipynb #6a677f2a
 class Events:

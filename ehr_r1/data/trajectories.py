@@ -155,13 +155,13 @@ def tie_order(
     return order.cast(pl.Int64)
 
 # %% ../../nbs/02_data/07_trajectories.ipynb #c5cbd1ed
-def has_released_time(
-    table:str # an event table
-)->pl.Expr: # Boolean
-    "Where the released program's sort sees a time, if there is one."
-    if table == 'microbiologyevents':
-        return pl.col('charttime').is_not_null()
-    return pl.lit(table != 'hcpcsevents')
+def released_time(
+    table:str, # an event table
+    times:str  # available or charttime
+)->pl.Expr: # Datetime
+    "When a row happened to the released program."
+    time = row_time(table, times)
+    return pl.when(pl.col('charttime').is_not_null()).then(time) if table == 'microbiologyevents' else time
 
 # %% ../../nbs/02_data/07_trajectories.ipynb #75ceb9f9
 FREE_TEXT = {'strict': ('text',), 'official': ('text', 'comments')}
@@ -233,11 +233,10 @@ def merged_rows(
     def column(name):
         return pl.col(name) if name in schema else pl.lit(None)
 
-    time = row_time(table, times)
     return rows.select(
         subject_id='subject_id',
         table=pl.lit(table).cast(TABLE),
-        time=pl.when(has_released_time(table)).then(time) if protocol == 'official' else time,
+        time=released_time(table, times) if protocol == 'official' else row_time(table, times),
         order=tie_order(table, schema, protocol),
         hadm_id=column('hadm_id').cast(pl.Int64),
         stay_id=column('stay_id').cast(pl.Int64),
@@ -293,28 +292,38 @@ def with_timeless(
     return both[np.argsort(place, kind='stable')].drop('at')
 
 # %% ../../nbs/02_data/07_trajectories.ipynb #ea12c5ba
+def placed_in_lists(
+    timed:pl.DataFrame # `MERGED` rows from `in_time`
+)->tuple: # (subject_id, first, n, top: row numbers in `timed`; subject_id, hadm_id, last: place in the patient's list)
+    "Where each patient's list of timed rows stands, and the last row of each admission, unless that is the first."
+    listed = pl.col('table') != 'patients'
+    rows = timed.select('subject_id', 'hadm_id', 'table', at=pl.int_range(pl.len()))
+    at = pl.col('at')
+    lists = rows.group_by('subject_id').agg(first=at.filter(listed).min(), n=listed.sum().cast(pl.Int64), top=at.max())
+    rows = rows.filter(listed).join(lists, on='subject_id')
+    place = at - pl.col('first')
+    return lists, rows.filter(place > 0).group_by('subject_id', 'hadm_id').agg(last=place.max())
+
+# %% ../../nbs/02_data/07_trajectories.ipynb #6785ab54
 def anchored(
     timed:pl.DataFrame,   # `MERGED` rows from `in_time`
-    timeless:pl.DataFrame # `MERGED` rows without a time
-)->pl.DataFrame: # the latter in source order, with first (row of `timed`), n, number, twice, anchor
+    timeless:pl.DataFrame # `MERGED` rows that the released program's sort sees no time of
+)->pl.DataFrame: # the latter in source order, with first, n, top, number, twice, anchor
     "Where the released program puts rows without a time."
-    timed = timed.select('subject_id', 'hadm_id', at=pl.int_range(pl.len()))
-    patients = timed.group_by('subject_id').agg(first=pl.col('at').min(), n=pl.len().cast(pl.Int64))
-    rows = timed.join(patients, on='subject_id').filter(pl.col('at') > pl.col('first'))
+    lists, last = placed_in_lists(timed)
     of_admission = ['subject_id', 'hadm_id']
-    last = rows.group_by(of_admission).agg(last=(pl.col('at') - pl.col('first')).max())
-    found = timeless.sort('subject_id', 'order', maintain_order=True).join(patients, 'subject_id', 'left')
-    found = found.join(last, of_admission, 'left').sort('subject_id', 'order', maintain_order=True)
+    found = timeless.join(lists, 'subject_id', 'left').join(last, of_admission, 'left')
+    found = found.sort('subject_id', 'order', maintain_order=True)
     is_drg, is_diagnosis = (pl.col('table') == table for table in ('drgcodes', 'diagnoses_icd'))
     has_seen_one = pl.when(is_drg).then(pl.int_range(pl.len())).otherwise((~is_drg).cum_sum() - 1) > 0
     found = found.with_columns(
-        n=pl.max_horizontal('n', 1).fill_null(1),
+        n=pl.col('n').fill_null(0),
         number=pl.int_range(pl.len()).over('subject_id'),
         has_seen_one=has_seen_one.over(of_admission),
     )
     searches = (is_drg | is_diagnosis) & pl.col('hadm_id').is_not_null()
     found = found.with_columns(twice=~searches | pl.col('last').is_null() & ~pl.col('has_seen_one'))
-    appended = pl.when('twice').then(pl.col('n') + pl.col('number'))
+    appended = pl.when('twice').then(pl.col('n') + 1 + pl.col('number'))
     to_drg = appended.forward_fill().over(of_admission)
     to_diagnosis = pl.when(~is_drg).then(appended).forward_fill().over(of_admission)
     return found.with_columns(anchor=pl.coalesce(pl.when(is_drg).then(to_drg).otherwise(to_diagnosis), 'last'))
@@ -322,20 +331,20 @@ def anchored(
 # %% ../../nbs/02_data/07_trajectories.ipynb #e408dad0
 def with_timeless_as_released(
     timed:pl.DataFrame,   # `MERGED` rows from `in_time`
-    timeless:pl.DataFrame # `MERGED` rows without a time
+    timeless:pl.DataFrame # `MERGED` rows that the released program's sort sees no time of
 )->pl.DataFrame: # both, in the released program's order, some of the latter twice
     "Place rows without a time as the released program does."
     rows = anchored(timed, timeless)
     twice, once = rows.filter('twice'), rows.filter(~pl.col('twice'))
-    number, is_drg = pl.col('number'), pl.col('table') == 'drgcodes'
-    starts_list = pl.col('first').is_null() & (number == 0)  # of a patient without a timed row
+    n, number, is_drg = pl.col('n'), pl.col('number'), pl.col('table') == 'drgcodes'
+    starts_list = (n == 0) & (number == 0)  # nothing is before it
     copies = pl.concat([
         once.with_columns(turn=1 + is_drg.cast(pl.Int64)),
         twice.with_columns(anchor=pl.lit(0, pl.Int64), turn=1 - starts_list.cast(pl.Int64), number=-number),
-        twice.with_columns(anchor=pl.col('n') + number, turn=pl.lit(0, pl.Int64)),
+        twice.with_columns(anchor=n + 1 + number, turn=pl.lit(0, pl.Int64)),
     ])
-    last_row = pl.min_horizontal('anchor', pl.col('n') - 1)
-    copies = copies.with_columns(at=(pl.col('first') + last_row).fill_null(len(timed)))
+    at = pl.coalesce(pl.col('first') + pl.min_horizontal('anchor', n - 1), 'top')
+    copies = copies.with_columns(at=at.fill_null(len(timed)))
     copies = copies.sort('at', 'subject_id', 'anchor', 'turn', 'number')
     both = pl.concat([timed, copies.select(list(MERGED))])
     # between two timed rows there is room for those that follow the first
@@ -349,6 +358,8 @@ def order_rows(
 )->pl.DataFrame: # the same rows in trajectory order
     "Sort rows by patient and time and place those that have no time."
     has_place = (pl.col('table') == 'patients') | pl.col('time').is_not_null()
+    if protocol == 'official':
+        has_place = has_place & (pl.col('table') != 'hcpcsevents')
     ties = tie_columns(protocol)
     if protocol == 'strict':
         rows = rows.with_columns(early=without_totals(pl.col('table'), pl.col('cells')))
@@ -377,8 +388,8 @@ def number_events(
     time = pl.col('time')
     runs = rows.group_by('run', maintain_order=True).agg(
         pl.col('subject_id').first(),
-        start=time.first() if protocol == 'official' else time.min(),
-        end=time.last() if protocol == 'official' else time.max(),
+        start=time.first(ignore_nulls=True),
+        end=time.max(),
     )
     first_run = pl.col('run').min().over('subject_id')
     runs = runs.with_columns(event=(pl.col('run') - first_run).cast(pl.Int32))
