@@ -425,16 +425,16 @@ def left_out(
     "Count what of a table cannot be true, and take out what is there twice."
     if not (files := part_files(part)):
         return {}, {}
-    rows = pl.scan_parquet(files, hive_partitioning=False)
     again = 0
     if key_of(table, protocol) is not None:
-        keys = rows.select('key').collect(engine='streaming').to_series()
+        keys = pl.scan_parquet(files, hive_partitioning=False).select('key').collect(engine='streaming').to_series()
         again = check_twice(source, table, keys, protocol)
     if again:
         for folder in {file.parent for file in files}:
             take_out_twice(folder)
     if not checks:
         return {}, {}
+    rows = pl.scan_parquet(part_files(part), hive_partitioning=False)
     of_reason = rows.group_by('reason').agg(pl.len(), pl.col('blanked').sum()).collect(engine='streaming')
     dropped = {REASONS[place]: count for place, count, _ in of_reason.sort('reason').rows() if place is not None}
     cells = {BLANKED[table == 'patients']: number} if (number := of_reason['blanked'].sum()) else {}
