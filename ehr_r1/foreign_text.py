@@ -11,7 +11,7 @@ import re
 import unicodedata
 from functools import cache
 
-from .scoring import BREAK
+from .scoring import LINE_BREAK
 
 # %% ../nbs/01_run/06_foreign_text.ipynb #a9681867
 TAGS = ('<think>', '</think>', '<answer>', '</answer>')  # of answers
@@ -32,7 +32,7 @@ def defused(
     "A text in which no control mark is left."
     known = marks_in(text) if marks is None else marks
     for mark in [*TAGS, *known] if tags else [mark for mark in known if mark not in TAGS]:
-        broken = mark[0] + BREAK + mark[1:] if len(mark) > 1 else BREAK
+        broken = mark[0] + LINE_BREAK + mark[1:] if len(mark) > 1 else LINE_BREAK
         while mark in text:  # marks may overlap
             text = text.replace(mark, broken)
     return text
@@ -42,7 +42,7 @@ def restored(
     text:str # what a model wrote
 )->str: # without signs
     "A model's words as they are compared with a record or an answer."
-    return text.replace(BREAK, '')
+    return text.replace(LINE_BREAK, '')
 
 # %% ../nbs/01_run/06_foreign_text.ipynb #047a106e
 @cache

@@ -5,7 +5,7 @@ import numpy as np
 import polars as pl
 
 from ehr_r1.data.events import DISPLAY, FIELD, MERGED, MODULES_IN_ORDER, TABLE_ORDER
-from ehr_r1.data.trajectories import number_events, order_rows
+from ehr_r1.data.row_order import number_events, order_rows
 
 FIRST_DAY = datetime(2150, 1, 1)
 AROUND_A_STAY = (

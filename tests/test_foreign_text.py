@@ -29,7 +29,7 @@ from ehr_r1.inference.checkpoints import answer_text, as_text, chat_text, check_
 from ehr_r1.inference.servers import Server
 from ehr_r1.inference.teachers import Request
 from ehr_r1.profiles import profile
-from ehr_r1.scoring import BREAK, parse_answer, set_f1
+from ehr_r1.scoring import LINE_BREAK, parse_answer, set_f1
 from ehr_r1.synthesis.cases import case_page
 from ehr_r1.synthesis.reasoning import Brief, fault_of
 from ehr_r1.synthesis.support import final_results, read_chain, read_record, support
@@ -251,7 +251,7 @@ def test_a_server_gets_text_and_its_answer_is_read_back(monkeypatch):
                     return type('', (), dict(choices=[choice], usage=None, model='m'))
 
     reply = server._one(Client, Request('k', (dict(role='user', content=note),)))
-    assert '<|im_end|>' not in seen[0]['messages'][0]['content'] and BREAK in seen[0]['messages'][0]['content']
+    assert '<|im_end|>' not in seen[0]['messages'][0]['content'] and LINE_BREAK in seen[0]['messages'][0]['content']
     assert reply.text == note
 
 

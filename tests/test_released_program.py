@@ -1,7 +1,6 @@
 "The official protocol reads and places rows as the released program does: numbers, the word None, rows without a time."
 import gzip
 from contextlib import nullcontext
-from datetime import datetime
 from types import SimpleNamespace
 
 import polars as pl
@@ -11,10 +10,11 @@ from hypothesis import strategies as st
 from records import at, merged, row, store
 
 from ehr_r1.data.events import FIELD
+from ehr_r1.data.row_order import order_rows
 from ehr_r1.data.schema import TABLES
 from ehr_r1.data.table_reading import released_numbers, scan
 from ehr_r1.data.tables import open_source
-from ehr_r1.data.trajectories import merged_rows, order_rows, stream_to_parts
+from ehr_r1.data.trajectories import merged_rows, stream_to_parts
 
 # numbers
 
