@@ -140,7 +140,7 @@ TIMES = {
     'outputevents': 'charttime',
     'procedureevents': 'starttime',
 }
-STORED_LATER = ('labevents', 'microbiologyevents', 'radiology', 'discharge') # their storetime is when they could be read
+STORED_LATER = ('labevents', 'microbiologyevents', 'radiology', 'discharge') # storetime: when they could be read
 STAY_ENDS = {'admissions': 'dischtime', 'edstays': 'outtime', 'icustays': 'outtime'}
 ENDS = STAY_ENDS | dict.fromkeys(['inputevents', 'ingredientevents', 'procedureevents'], 'endtime')
 DEATHS = {'patients': 'dod', 'admissions': 'deathtime'}
