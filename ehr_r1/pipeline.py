@@ -29,15 +29,7 @@ from .evaluation.predictions import build_predictions
 from .evaluation.reporting import run_reports
 from .hospital.hospital import build_hospital
 from .inference.endpoints import InferenceError
-from ehr_r1.machine import (
-    HOSPITAL_BYTES,
-    MODEL_BYTES,
-    STAGE_BYTES,
-    TRAINING_BYTES,
-    check_room,
-    say_why,
-    stopped_by_signals,
-)
+from .machine import BYTES, check_room, say_why, stopped_by_signals
 from .profiles import PROFILES, listed, profile
 from .stages import build
 from .synthesis.chains import build_chains
@@ -318,7 +310,7 @@ def run_stages(
 def table_bytes(r:Reproduction)->float:
     "Size of the packed tables; what a stage writes grows with it."
     if not r.data:
-        return r.profile.patients*HOSPITAL_BYTES
+        return r.profile.patients*BYTES['patient']
     files = open_source(r.tables, codes=r.codes).files.values()
     return sum(file.stat().st_size for file in files)
 
@@ -335,23 +327,25 @@ def parameters_of(
     return float(named[1])*1e9 if named else 0.
 
 # %% ../nbs/10_pipeline/01_pipeline.ipynb #99fbf57d
+TRAINED = dict(base='base', adapt='adapted', reason='reasoned', reinforce='reinforced')  # stage -> its checkpoint
+
 def room_needed(
     r:Reproduction,
     stages:list # of names
 )->dict: # stage -> bytes, for those that do not stand
     "What stages will write, about."
-    run, size, needs = r.run, table_bytes(r), {}
-    folders = dict(hospital=run.hospital, baselines=run.predictions)
-    for stage in stages:
-        stands = (folders.get(stage, run.folder/stage)/'manifest.json').exists()
-        share = (not r.data)*1. if stage == 'hospital' else STAGE_BYTES.get(stage, 0.)
-        if share and not stands:
-            needs[stage] = share*size
-    trainings = dict(base=1, adapt=1 + len(r.profile.shares), reason=1 + len(listed(r.profile.ablations)), reinforce=1)
-    models = sum(number for stage, number in trainings.items() if stage in stages) if r.trains else 0
+    run, share = r.run, BYTES | dict(hospital=not r.data)
+    folders = dict(hospital=run.hospital, baselines=run.predictions) | {
+        stage: run.checkpoints/name for stage, name in TRAINED.items()}
+    lacking = [stage for stage in stages if not (folders.get(stage, run.folder/stage)/'manifest.json').exists()]
+    grow = [stage for stage in lacking if share.get(stage)]
+    size = table_bytes(r) if grow else 0
+    needs = {stage: share[stage]*size for stage in grow}
+    more = dict(adapt=len(r.profile.shares), reason=len(listed(r.profile.ablations)))
+    models = sum(1 + more.get(stage, 0) for stage in lacking if stage in TRAINED) if r.trains else 0
     if models:
-        at_once = min(models, r.profile.workers)
-        needs['models'] = parameters_of(r.profile.model)*(MODEL_BYTES*models + TRAINING_BYTES*at_once)
+        bytes_each = BYTES['kept']*models + BYTES['trained']*min(models, r.profile.workers)
+        needs['models'] = parameters_of(r.profile.model)*bytes_each
     return needs
 
 # %% ../nbs/10_pipeline/01_pipeline.ipynb #c9c5fc11
