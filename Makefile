@@ -9,6 +9,8 @@ OPTIONS := PROFILE DATA RUN PROTOCOL STYLE CAPS SEED CODES KNOWLEDGE TEACHER MOD
 BIN := $(abspath $(VENV))/bin
 STAMP := $(VENV)/installed
 export PATH := $(BIN):$(PATH)
+# fails where the build of torch that was found is one for GPUs
+export TORCH_NEEDS_CUDA := import sys; from importlib.metadata import requires; sys.exit(any('nvidia' in r or 'cuda' in r for r in requires('torch')))
 # name=value words for the command line, from the variables that are set; SET adds any other profile field as it stands
 lower = $(shell echo $1 | tr A-Z a-z)
 words = $(foreach v,$(OPTIONS),$(if $($v),$(call lower,$v)='$($v)')) $(SET)
@@ -22,14 +24,14 @@ reproduce: env ## everything: set-up, stages, reports (PROFILE=smoke|demo|study|
 	$(stage)
 
 env: ## Python environment in .venv, exactly as requirements.lock says (PYTHON=python3.12 takes another Python)
-	@cat requirements.lock pyproject.toml | cmp -s - $(STAMP) || { set -e; \
+	@cat requirements*.lock pyproject.toml | cmp -s - $(STAMP) || { set -e; \
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 	  echo "ehr_r1 needs Python 3.11 or newer; $(PYTHON) is $$($(PYTHON) --version 2>&1). Name one: make PYTHON=/path/to/python3.12"; exit 1; }; \
 	$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV); \
-	$(BIN)/python -m pip install --quiet --no-deps -r requirements.lock; \
-	$(BIN)/python -m pip install --quiet $$(grep '^torch==' requirements.lock); \
+	$(BIN)/python -m pip install --quiet --no-deps --require-hashes -r requirements.lock; \
+	$(BIN)/python -c "$$TORCH_NEEDS_CUDA" || $(BIN)/python -m pip install --quiet --no-deps --require-hashes -r requirements-cuda.lock; \
 	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation -e .; \
-	cat requirements.lock pyproject.toml > $(STAMP); }
+	cat requirements*.lock pyproject.toml > $(STAMP); }
 
 hospital: env ## stage 1: the synthetic hospital (not needed with DATA)
 	$(stage)
@@ -92,7 +94,7 @@ export: env ## clean the notebooks, export the library, write README.md, without
 readme: env ## README.md from nbs/index.ipynb
 	$(BIN)/python docs/readme.py
 
-lock: env ## pyproject.toml, requirements.lock and environment.yml from settings.ini (needs the network)
+lock: env ## pyproject.toml, the locks and environment.yml from settings.ini (needs the network)
 	$(BIN)/python .ci/lock.py
 
 hooks: env ## git hooks that refuse uncleaned notebooks and data files

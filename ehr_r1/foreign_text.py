@@ -15,7 +15,7 @@ from .scoring import LINE_BREAK
 
 # %% ../nbs/01_run/06_foreign_text.ipynb #a9681867
 TAGS = ('<think>', '</think>', '<answer>', '</answer>')  # of answers
-_MARK = re.compile(r'<[/|｜]?[A-Za-z_][^<>\s]{0,40}>|\[/?[gs]?[A-Z][A-Z_]{2,20}\]')  # <|im_end|>, </s>, [INST], [gMASK]
+_MARK = re.compile(r'<[/|｜]?[A-Za-z_][^<>\s]{0,40}>|\[/?[gs]?[A-Z][A-Z_]{2,20}\]')  # </s>, [INST], [gMASK]
 
 def marks_in(
     text:str # any

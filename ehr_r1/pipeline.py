@@ -6,6 +6,7 @@
 __all__ = ['STAGES', 'APART', 'ORDER', 'Reproduction', 'lacking', 'main']
 
 # %% ../nbs/10_pipeline/01_pipeline.ipynb #09cb5386
+import re
 import sys
 import time
 from dataclasses import replace
@@ -28,11 +29,13 @@ from .evaluation.predictions import build_predictions
 from .evaluation.reporting import run_reports
 from .hospital.hospital import build_hospital
 from .inference.endpoints import InferenceError
+from .machine import BYTES, check_room, say_why, stopped_by_signals
 from .profiles import PROFILES, listed, profile
 from .stages import build
 from .synthesis.chains import build_chains
 from .synthesis.graphs import build_graphs
 from .synthesis.open_knowledge import build_knowledge, find_knowledge
+from .training.models import SIZES
 from .training.stages import build_adapted, build_base, build_reasoned, build_reinforced, side_by_side
 from .transfer.benchmark_files import find_benchmark
 from .transfer.benchmark_stage import build_benchmark
@@ -84,6 +87,7 @@ class Reproduction:
         self.dataset = Path(data).resolve().name if data else 'hospital'
         settings = vars(self.profile.only(*overrides))
         self.run = Run(run or run_name(profile_name, data, settings), home)
+        self.at = ''  # the stage at work
 
     @property
     def tables(self)->Path: # folder
@@ -270,7 +274,8 @@ def lacking(
 # %% ../nbs/10_pipeline/01_pipeline.ipynb #87e522db
 USAGE = f'''usage: ehr_r1 STAGE... [name=value ...]
 stages: reproduce, {', '.join(ORDER)}; and {', '.join(APART)}
-names: profile, data, run, codes, knowledge and the fields of a profile, e.g. seed=7 protocol=official'''
+names: profile, data, run, codes, knowledge and the fields of a profile, e.g. seed=7 protocol=official
+environment: EHR_R1_HOME=folder for runs/ and reports/, EHR_R1_DEBUG=1 to see where an error came from'''
 FOLDERS_AND_NAMES = ('data', 'run', 'codes', 'knowledge')
 
 def parsed(
@@ -294,6 +299,7 @@ def run_stages(
     "Make stages one after the other, with a line on each."
     for stage in stages:
         start = time.time()
+        r.at = stage
         ran, = r.make(stage)
         if stage == 'hospital' and r.data:
             continue
@@ -301,6 +307,77 @@ def run_stages(
         print(f"{stage}: {said[ran] if ran is not None else 'left out; ' + lacking(r, stage)}", flush=True)
 
 # %% ../nbs/10_pipeline/01_pipeline.ipynb #27b3e76e
+def table_bytes(r:Reproduction)->float:
+    "Size of the packed tables; what a stage writes grows with it."
+    if not r.data:
+        return r.profile.patients*BYTES['patient']
+    files = open_source(r.tables, codes=r.codes).files.values()
+    return sum(file.stat().st_size for file in files)
+
+def parameters_of(
+    model:str # a size, a folder, or a name on the hub
+)->float: # 0. where it cannot be told
+    "Weights of a model, about."
+    if size := SIZES.get(model):
+        wide = size.hidden//size.heads*(2*size.heads + 2*size.kv_heads)
+        return size.hidden*(size.vocab + size.layers*(wide + 3*size.mlp))
+    if Path(model).is_dir():
+        return sum(file.stat().st_size for file in Path(model).glob('*.safetensors'))/2
+    named = re.search(r'(\d+(?:\.\d+)?)B\b', model)
+    return float(named[1])*1e9 if named else 0.
+
+# %% ../nbs/10_pipeline/01_pipeline.ipynb #99fbf57d
+TRAINED = dict(base='base', adapt='adapted', reason='reasoned', reinforce='reinforced')  # stage -> its checkpoint
+
+def room_needed(
+    r:Reproduction,
+    stages:list # of names
+)->dict: # stage -> bytes, for those that do not stand
+    "What stages will write, about."
+    run, share = r.run, BYTES | dict(hospital=not r.data)
+    folders = dict(hospital=run.hospital, baselines=run.predictions) | {
+        stage: run.checkpoints/name for stage, name in TRAINED.items()}
+    lacking = [stage for stage in stages if not (folders.get(stage, run.folder/stage)/'manifest.json').exists()]
+    grow = [stage for stage in lacking if share.get(stage)]
+    size = table_bytes(r) if grow else 0
+    needs = {stage: share[stage]*size for stage in grow}
+    more = dict(adapt=len(r.profile.shares), reason=len(listed(r.profile.ablations)))
+    models = sum(1 + more.get(stage, 0) for stage in lacking if stage in TRAINED) if r.trains else 0
+    if models:
+        bytes_each = BYTES['kept']*models + BYTES['trained']*min(models, r.profile.workers)
+        needs['models'] = parameters_of(r.profile.model)*bytes_each
+    return needs
+
+# %% ../nbs/10_pipeline/01_pipeline.ipynb #c9c5fc11
+def kept_of(
+    r:Reproduction|None # None: nothing was begun
+)->str: # a line, or ''
+    "What stands after a command ended early, and how to go on."
+    if r is None or not r.at or not r.run.folder.is_dir():
+        return ''
+    return (f'in {r.at}; finished stages and what {r.at} had finished of its own are kept in {r.run.folder}: '
+            'the same command goes on from there')
+
+CLEAR = (InferenceError, ValueError, FileNotFoundError, ImportError)  # what to do is in them; `TableError` is one
+
+def command(
+    stages:list,  # of names
+    settings:dict # of the command line
+)->int: # exit code
+    "Run stages; whatever ends them is told in a line or two."
+    r = None
+    try:
+        with stopped_by_signals():
+            about = {name: settings.pop(name, None) for name in FOLDERS_AND_NAMES}
+            r = Reproduction(settings.pop('profile', 'demo'), **about, **settings)
+            if needs := room_needed(r, stages):
+                print(check_room(needs, r.run.folder), flush=True)
+            run_stages(r, stages)
+    except BaseException as e:
+        return say_why(e, kept_of(r), CLEAR)
+    return 0
+
+# %% ../nbs/10_pipeline/01_pipeline.ipynb #ce0bdc89
 def main(
     args:list|None=None # words after `ehr_r1`; default: the command line's
 )->int: # exit code
@@ -317,10 +394,4 @@ def main(
     if not stages:
         print(USAGE)
         return 2
-    try:
-        about = {name: settings.pop(name, None) for name in FOLDERS_AND_NAMES}
-        run_stages(Reproduction(settings.pop('profile', 'demo'), **about, **settings), stages)
-    except (InferenceError, ValueError, FileNotFoundError, ImportError) as e:  # TableError is a ValueError
-        print(f'{type(e).__name__}: {e}', file=sys.stderr)
-        return 1
-    return 0
+    return command(stages, settings)

@@ -7,6 +7,7 @@ __all__ = ['MEASURED', 'writing', 'fingerprint', 'read_manifest', 'build']
 
 # %% ../nbs/01_run/03_stages.ipynb #084f479d
 import ast
+import errno
 import fcntl
 import hashlib
 import json
@@ -16,7 +17,7 @@ import shutil
 import subprocess
 import threading
 import time
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import cache
 from importlib.metadata import version as installed
 from pathlib import Path
@@ -38,6 +39,29 @@ def writing(
         os.replace(beside, path)
     finally:
         beside.unlink(missing_ok=True)
+
+# %% ../nbs/01_run/03_stages.ipynb #8129a732
+READ_ONLY = (errno.EACCES, errno.EPERM, errno.EROFS)
+
+@contextmanager
+def where_writable():
+    "Do without what cannot be written because the place is read-only."
+    try:
+        yield
+    except OSError as e:
+        if e.errno not in READ_ONLY:
+            raise
+
+# %% ../nbs/01_run/03_stages.ipynb #79d5554e
+def hide_from_git(
+    folder:Path # that holds what is made of patients' rows
+)->None:
+    "Have git pass over a folder, wherever it lies: a `.gitignore` inside it names all that it holds."
+    file = folder/'.gitignore'
+    if not file.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        with writing(file) as beside:
+            beside.write_text('*\n')
 
 # %% ../nbs/01_run/03_stages.ipynb #7587bc26
 def file_digest(
@@ -62,16 +86,18 @@ def fingerprint(
 )->dict: # name -> digest of the content
     "Digests of input files; a file whose stamp is as remembered is not read again."
     known = json.loads(memory.read_text()) if memory and memory.exists() else {}
-    digests = {}
+    digests, read = {}, {}
     for name, path in sorted(files.items()):
         now = stamp(path)
         before = known.get(now[0], {})
-        digests[name] = before['digest'] if before.get('stamp') == now else file_digest(path)
-        known[now[0]] = dict(stamp=now, digest=digests[name])
-    if memory:
-        memory.parent.mkdir(parents=True, exist_ok=True)
-        with writing(memory) as f:
-            f.write_text(json.dumps(known, indent=1))
+        if before.get('stamp') != now:
+            read[now[0]] = before = dict(stamp=now, digest=file_digest(path))
+        digests[name] = before['digest']
+    if memory and read:
+        with where_writable():
+            memory.parent.mkdir(parents=True, exist_ok=True)
+            with writing(memory) as f:
+                f.write_text(json.dumps(known | read, indent=1))
     return digests
 
 # %% ../nbs/01_run/03_stages.ipynb #9b24ff0e
@@ -184,6 +210,17 @@ def digest_of(
     return read_manifest(thing)['content']
 
 # %% ../nbs/01_run/03_stages.ipynb #7f79e50d
+def lock_file(
+    path:Path # need not exist
+): # a context: the open file, or None where it can be neither written nor read
+    "The file that a lock is on; where it may only be read, that will do."
+    with where_writable():
+        return open(path, 'w')
+    with where_writable():
+        return open(path) if path.exists() else nullcontext()
+    return nullcontext()
+
+# %% ../nbs/01_run/03_stages.ipynb #1143b0f7
 @contextmanager
 def locked(
     folder:Path,      # of a stage
@@ -192,9 +229,10 @@ def locked(
     "Hold a stage's folder, waiting for whoever works on it."
     folder.parent.mkdir(parents=True, exist_ok=True)
     kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
-    with open(folder.with_name(f'.{folder.name}.lock'), 'w') as f:
+    with lock_file(folder.with_name(f'.{folder.name}.lock')) as f:
         try:
-            fcntl.flock(f, kind | fcntl.LOCK_NB)
+            if f:
+                fcntl.flock(f, kind | fcntl.LOCK_NB)
         except BlockingIOError:
             print(f'{folder.name}: another process is at work on it; waiting for it to end', flush=True)
             fcntl.flock(f, kind)
@@ -345,6 +383,8 @@ def build(
         if (folder/'manifest.json').exists() and read_manifest(folder)['key'] == stage_key(about):
             shutil.rmtree(folder.with_name(folder.name + '.partial'), ignore_errors=True)
             return False
+        if folder.parent.name != 'reports':  # those of open data are there to be committed
+            hide_from_git(folder.parent)
         partial = prepared(folder, stage_key(about))
         with measuring(partial) as measured:
             counts = make(partial) or {}

@@ -4,6 +4,7 @@ import os
 import re
 import socket
 import subprocess
+import sys
 from importlib.metadata import distribution
 from pathlib import Path
 
@@ -185,10 +186,19 @@ def test_make_refuses_an_old_python(tmp_path):
 
 # --- the lock
 
-def lock_lines():
-    "What the lock says, without its comments."
-    lines = (ROOT/'requirements.lock').read_text().splitlines()
-    return [line for line in lines if not line.startswith('#')]
+LOCKS = ('requirements.lock', 'requirements-cuda.lock')
+
+def pinned(name='requirements.lock'):
+    "What a lock says: requirement -> hashes of its files."
+    found, requirement = {}, None
+    for line in (ROOT/name).read_text().splitlines():
+        word = line.strip().removesuffix('\\').strip()
+        if line.startswith('    --hash='):
+            found[requirement].append(word.removeprefix('--hash='))
+        elif not line.startswith('#'):
+            requirement = word
+            found[requirement] = []
+    return found
 
 def holds(requirement, extra=''):
     "Whether a requirement is one on this computer."
@@ -196,7 +206,7 @@ def holds(requirement, extra=''):
 
 def locked():
     "Requirements of the lock that hold on this computer, by name."
-    requirements = [Requirement(line) for line in lock_lines() if line]
+    requirements = [Requirement(line) for line in pinned()]
     return {canonicalize_name(r.name): r for r in requirements if holds(r)}
 
 def locked_version(requirement):
@@ -216,9 +226,30 @@ def assert_satisfied(want, lock):
     public = SpecifierSet(str(want.specifier).replace('+cpu', ''))
     assert public.contains(version, prereleases=True), f'{want}, but the lock has {version}'
 
-def test_lock_is_exact_and_names_no_host():
-    for line in lock_lines():
+@pytest.mark.parametrize('name', LOCKS)
+def test_lock_is_exact_and_names_no_host(name):
+    lock = pinned(name)
+    assert lock
+    for line, hashes in lock.items():
         assert re.fullmatch(r'[\w.-]+==[\w.!+]+( ; .+)?', line), line
+        assert hashes, line
+        assert all(re.fullmatch('sha256:[0-9a-f]{64}', each) for each in hashes), line
+
+def test_make_installs_nothing_without_a_hash():
+    installs = [line for line in make('-n', '-B', 'env').stdout.split(';') if 'pip install' in line]
+    assert len(installs) == 3
+    assert all('--require-hashes -r requirements' in line or line.strip().endswith('-e .') for line in installs)
+    assert all('--no-deps' in line for line in installs)
+
+def test_file_with_another_hash_is_refused(tmp_path):
+    "What the hashes are for; pip is the one that looks at them."
+    (tmp_path/'six-1.0-py3-none-any.whl').write_bytes(b'something else')
+    (tmp_path/'some.lock').write_text('six==1.0 --hash=sha256:' + 64*'0')
+    command = [sys.executable, '-m', 'pip', 'install', '--no-index', '--no-deps', '--dry-run', '--require-hashes']
+    command += ['--find-links', str(tmp_path), '--target', str(tmp_path/'out'), '-r', str(tmp_path/'some.lock')]
+    ran = subprocess.run(command, capture_output=True, text=True)
+    assert ran.returncode
+    assert 'HASHES' in ran.stderr
 
 def test_lock_is_complete(script):
     lock = locked()
@@ -248,9 +279,8 @@ def test_environment_is_the_locked_one():
 def test_files_made_from_settings_agree(script):
     tool = script('.ci/lock.py')
     settings = tool.settings()
-    lock = (ROOT/'requirements.lock').read_text()
     assert (ROOT/'pyproject.toml').read_text() == tool.pyproject(settings)
-    assert (ROOT/'environment.yml').read_text() == tool.environment(settings, lock)
+    assert (ROOT/'environment.yml').read_text() == tool.environment(settings)
 
 def test_citation_has_the_version(script):
     version = script('.ci/lock.py').settings()['version']
