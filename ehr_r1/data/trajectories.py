@@ -232,8 +232,8 @@ def with_timeless(
 # %% ../../nbs/02_data/07_trajectories.ipynb #ea12c5ba
 def placed_in_lists(
     timed:pl.DataFrame # `MERGED` rows from `in_time`
-)->tuple: # (subject_id, first, n, top: row numbers in `timed`; subject_id, hadm_id, last: its place in the patient's list)
-    "Where each patient's list of timed rows stands, and the last row of each admission in it, unless that is the first."
+)->tuple: # (subject_id, first, n, top: row numbers in `timed`; subject_id, hadm_id, last: place in the list)
+    "Where each patient's list of timed rows stands; the last row of each admission in it, unless it is the first."
     listed = pl.col('table') != 'patients'
     rows = timed.select('subject_id', 'hadm_id', 'table', at=pl.int_range(pl.len()))
     at = pl.col('at')

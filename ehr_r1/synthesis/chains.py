@@ -17,7 +17,7 @@ from joblib import Parallel, delayed
 from tqdm import tqdm
 
 from ..config import Run, seed_of
-from ..data.tasks import TASKS
+from ..data.tasks import split_question
 from ..inference.endpoints import InferenceError, allowed_endpoints, guard
 from ..inference.recorded import Recorded, Replay
 from ..inference.servers import Server
@@ -83,7 +83,7 @@ def briefs_of(
     prompts = dict(samples.select('sample_id', prompt).collect().rows())
     briefs = []
     for graph in read_graphs(run, graphs):
-        record = prompts[graph.sample_id].removesuffix(TASKS[graph.task].instruction).rstrip('\n')
+        record, _ = split_question(prompts[graph.sample_id], graph.task)
         briefs.append(Brief(graph.sample_id, graph.task, record, graph.answers, graph, style))
     return briefs
 

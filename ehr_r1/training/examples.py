@@ -22,7 +22,7 @@ from ..config import seed_of
 from ..data.events import DISPLAY
 from ..data.samples import SYSTEM
 from ..data.serialize import TITLES
-from ..data.tasks import TASKS
+from ..data.tasks import TASKS, split_question
 from ..inference.checkpoints import answer_text, chat_text
 from ..synthesis.reasoning import Brief, fault_of, verbalise
 from ..synthesis.support import read_record
@@ -54,8 +54,8 @@ def taken_apart(
     task:str  # its task
 )->Parts: # of the message
     "The parts of a sample's record, and its question."
-    question = TASKS[task].instruction
-    first, *events = EVENT_START.split(text.removesuffix(question).rstrip('\n'))
+    record, question = split_question(text, task)
+    first, *events = EVENT_START.split(record)
     summary = events.pop(0) if events and events[0].startswith(headings('discharge')) else None
     admission = events.pop(0) if events and events[0].startswith(headings('admissions')) else None
     return Parts(first, summary, admission, events, question)
@@ -183,7 +183,7 @@ def bare_chain(
     variant:str='knowledge' # of the chain
 )->str: # a chain
     "A chain without knowledge."
-    record = short.removesuffix(TASKS[sample['task']].instruction).rstrip('\n')
+    record, _ = split_question(short, sample['task'])
     case = Brief(sample['sample_id'], sample['task'], record, tuple(sample['label']), NO_GRAPH, style)
     return verbalise(case, variant)
 
