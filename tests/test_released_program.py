@@ -1,5 +1,6 @@
 "The official protocol reads and places rows as the released program does: numbers, the word None, rows without a time."
 import gzip
+import json
 from contextlib import nullcontext
 from types import SimpleNamespace
 
@@ -10,11 +11,16 @@ from hypothesis import strategies as st
 from records import at, merged, row, store
 
 from ehr_r1.data.events import FIELD
+from ehr_r1.data.index import index_rows
 from ehr_r1.data.row_order import order_rows
+from ehr_r1.data.samples import Record
 from ehr_r1.data.schema import TABLES
+from ehr_r1.data.table_files import TableError
 from ehr_r1.data.table_reading import released_numbers, scan
 from ehr_r1.data.tables import open_source
+from ehr_r1.data.tasks import TASKS, released_instructions, split_question
 from ehr_r1.data.trajectories import merged_rows, stream_to_parts
+from ehr_r1.training.examples import shorten
 
 # numbers
 
@@ -315,3 +321,90 @@ def test_the_released_sort_does_not_try_the_date_of_a_culture(protocol, times):
         subject_id=[1, 1], row=[0, 1], charttime=[at(1, 9), None], chartdate=[at(1), at(2)], storetime=[None, None]))
     found = merged_rows(cultures, 'microbiologyevents', protocol, 'charttime').collect()
     assert found['time'].to_list() == times
+
+
+# what the prompt asks
+
+SAID = {task: f'Please say what of {task} is next.' for task in TASKS}
+CODE = """
+import nothing_that_is_there
+class Data:
+    def __init__(self):
+        self.task_info = INFO
+        raise SystemExit('this was run')
+""".replace('INFO', repr({task: dict(metric='em', instruction=said) for task, said in SAID.items()}))
+
+
+def official_line(task, said):
+    "A record of an official file."
+    return json.dumps(dict(instruction=said, input='## Patient', output='x', task_info=dict(task=task)))
+
+
+@pytest.fixture
+def named(tmp_path, monkeypatch):
+    "Names a file or folder in `EHR_R1_OFFICIAL`."
+    def write(name, text):
+        path = tmp_path/name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if name.endswith('.gz'):
+            path.write_bytes(gzip.compress(text.encode()))
+        else:
+            path.write_text(text)
+        monkeypatch.setenv('EHR_R1_OFFICIAL', str(path if '/' not in name else tmp_path))
+        return path
+    return write
+
+
+def test_instructions_are_ours_where_nothing_is_named(monkeypatch):
+    monkeypatch.delenv('EHR_R1_OFFICIAL', raising=False)
+    assert released_instructions() == {}
+
+
+@pytest.mark.parametrize('name', ['mimiciv_dataset/mimiciv.py', 'mimiciv.py', 'bench.jsonl', 'bench.jsonl.gz'])
+def test_released_instructions_are_read_from_the_users_copy(named, name):
+    lines = '\n'.join(official_line(*one) for one in SAID.items())
+    named(name, CODE if name.endswith('.py') else lines + '\nno record, behind all tasks\n')
+    assert released_instructions() == SAID
+
+
+@pytest.mark.parametrize('name, text, words', [
+    ('bench.jsonl', 'no record', 'bench.jsonl, row 1'),
+    ('bench.jsonl', '[1]', 'bench.jsonl, row 1'),
+    ('bench.jsonl', official_line('omr', 'a') + '\n' + official_line('omr', 'b'), 'omr has two instructions'),
+    ('bench.jsonl', official_line('omr', 'a\nb'), 'omr is not one line'),
+    ('bench.jsonl', official_line('omr', ''), 'omr is not one line'),
+    ('bench.jsonl', official_line('sleep', 'a'), 'no instruction of a task'),
+    ('bench.jsonl.gz', '', 'no instruction of a task'),
+    ('mimiciv.py', 'class (', 'cannot be read'),
+    ('else/README.md', 'nothing', 'cannot be read'),
+])
+def test_a_copy_without_instructions_is_refused(named, name, text, words):
+    named(name, text)
+    with pytest.raises(TableError, match=words):
+        released_instructions()
+
+
+def test_prompts_ask_in_the_released_wording():
+    events = store([*STAY, row('services', at(2, 2), 70, ['MED'])], 'official')
+    sample = next(one for one in index_rows(events, 'official').rows(named=True) if one['task'] == 'services')
+    text, *_ = Record(events, 'official', asked=SAID).prompt(sample, 0)
+    assert text.endswith('\n' + SAID['services'])
+    assert TASKS['services'].instruction not in text
+
+
+def words(text):
+    return len(text.split())
+
+
+QUESTIONS = st.one_of(st.sampled_from([task.instruction for task in TASKS.values()]), st.just('What comes next?'))
+
+
+@given(st.sampled_from(list(TASKS)), QUESTIONS, st.integers(20, 400))
+def test_a_record_that_holds_its_question_is_not_given_a_second_one(task, question, limit):
+    labs = [f'## Labs [2150-01-0{day} 08:00]\n- Sodium 140' for day in range(1, 9)]
+    record = '\n\n'.join(['## Patient\n- gender F', *labs])
+    assert split_question(f'{record}\n{question}', task) == (record, question)
+    short, _, _ = shorten(f'{record}\n{question}', task, limit, words)
+    assert short.endswith('\n' + question)
+    assert short.count('?') + short.count('Answer') == question.count('?') + question.count('Answer')
+    assert shorten(short, task, limit, words)[0] == short

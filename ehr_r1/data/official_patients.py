@@ -75,7 +75,8 @@ def display_cell(
 )->str: # '' where it is missing
     "One display column of a source row."
     if column in row:
-        return text_value(row[column])
+        is_word = row[column] == 'None' and column not in _LOOKED_UP  # to the pandas that read the tables
+        return row[column] if is_word else text_value(row[column])
     if column not in _LOOKED_UP:
         raise place.error(f"table {table} lacks the column {column}; it has {', '.join(row) or 'none'}",
                           'Make the file again from MIMIC-IV 2.2, 3.0 or 3.1.')
@@ -85,7 +86,7 @@ def display_cell(
 
 # %% ../../nbs/02_data/26_official_patients.ipynb #116260ff
 _TIME_COLUMNS = {table: (columns or '').split(',') for table, columns in {
-    **TIMES, 'triage': 'charttime', 'diagnosis': 'charttime'}.items()}
+    **TIMES, 'triage': 'charttime', 'diagnosis': 'charttime', 'microbiologyevents': 'charttime'}.items()}
 
 # %% ../../nbs/02_data/26_official_patients.ipynb #6fe01679
 def store_row(

@@ -7,6 +7,8 @@ __all__ = ['SYSTEM', 'SAMPLES', 'Record', 'build_samples', 'scan_samples', 'read
 
 # %% ../../nbs/02_data/21_samples.ipynb #8ee571b6
 import gzip
+import hashlib
+import json
 import shutil
 from collections.abc import Iterator
 from datetime import datetime, timedelta
@@ -25,7 +27,7 @@ from .events import DISPLAY, SAME_ACT, TOTALS, without_totals
 from .sampling import SAMPLING, SETS, Candidates, choose
 from .serialize import estimate_tokens, event_text, prompt
 from .task_events import INDEX
-from .tasks import BEFORE_ADMISSION, DATE_ONLY, TASKS
+from .tasks import BEFORE_ADMISSION, DATE_ONLY, TASKS, released_instructions
 from .trajectories import store_files
 from ..profiles import Profile
 from ..stages import build, read_manifest, writing
@@ -56,7 +58,8 @@ class Record:
         self,
         rows:pl.DataFrame,      # rows of one patient from the trajectory store
         style:str,              # official or compact
-        integers:dict|None=None # integer columns by table, from the store's manifest
+        integers:dict|None=None, # integer columns by table, from the store's manifest
+        asked:dict|None=None     # task -> released instruction; ours where there is none
     ):
         early = without_totals(pl.col('table').cast(pl.String), pl.col('cells'))
         events = rows.group_by('event', maintain_order=True).agg(
@@ -64,7 +67,7 @@ class Record:
             'time', 'until', 'cells', early=early)
         self.table, self.hadm, self.start, self.end, self.times, self.until, self.cells, self.early = (
             events[c].to_list() for c in ('table', 'hadm_id', 'start', 'end', 'time', 'until', 'cells', 'early'))
-        self.style, self.integers, self.texts = style, integers or {}, {}
+        self.style, self.integers, self.texts, self.asked = style, integers or {}, {}, asked or {}
         self.count = cache(estimate_tokens)
 
     def cells_at(self, event:int, now:datetime|None)->list:
@@ -105,7 +108,8 @@ class Record:
         head = ['' if event is None else self.text(event) for event in self.head(sample)]
         now = sample['prediction_time'] if sample['protocol'] == 'strict' else None
         window = [self.text(event, places, now) for event, places in self.window(sample)]
-        return prompt(head, window, TASKS[sample['task']].instruction, self.style, budget, self.count)
+        instruction = self.asked.get(sample['task'], TASKS[sample['task']].instruction)
+        return prompt(head, window, instruction, self.style, budget, self.count)
 
 # %% ../../nbs/02_data/21_samples.ipynb #5118cd5f
 def strict_window(
@@ -164,7 +168,8 @@ def render(
     rows:pl.DataFrame,   # the shard's trajectory rows
     s:SimpleNamespace,   # style, caps, token_budget
     integers:dict,       # integer columns by table
-    candidates:dict      # task -> Candidates
+    candidates:dict,     # task -> Candidates
+    asked:dict|None=None # task -> released instruction
 )->Iterator[pl.DataFrame]: # `SAMPLES` rows, a frame for about every 64 million characters of prompts
     "Prompts and candidates of chosen samples."
     budget = s.token_budget if s.caps == 'paper' else 0
@@ -177,7 +182,7 @@ def render(
 
     needed = rows.filter(pl.col('subject_id').is_in(chosen['subject_id'].unique().implode()))
     for subject, patient in by_patient(needed).items():
-        record = Record(patient, s.style, integers)
+        record = Record(patient, s.style, integers, asked)
         for sample in wanted[subject].iter_rows(named=True):
             rendered.append(render_sample(record, sample, candidates, budget))
             characters += len(rendered[-1]['messages'][-1]['content'])
@@ -194,7 +199,8 @@ def write_sample_shard(
     out:Path,          # folder of the samples; chosen/ holds what was chosen
     s:SimpleNamespace, # style, caps, token_budget
     integers:dict,     # integer columns by table
-    candidates:dict    # task -> Candidates
+    candidates:dict,     # task -> Candidates
+    asked:dict|None=None # task -> released instruction
 )->None:
     "Render the samples of one shard into both sets, unless an interrupted run has."
     done = out/f'{file.stem}.done'
@@ -210,7 +216,7 @@ def write_sample_shard(
               pq.ParquetWriter(table_file, schema, compression='zstd') as table,
               open(lines_file, 'wb') as raw,
               gzip.GzipFile('', 'wb', 1, raw, mtime=0) as lines):
-            for frame in render(of_set, rows, s, integers, candidates):
+            for frame in render(of_set, rows, s, integers, candidates, asked):
                 frame.write_ndjson(lines)
                 table.write_table(frame.to_arrow().cast(schema))
     with writing(done) as f:
@@ -264,12 +270,22 @@ def spread_by_shard(
         parts.get((shard,), chosen.head(0)).write_parquet(folder/file.name)
 
 # %% ../../nbs/02_data/21_samples.ipynb #9813ff2d
+def wording(
+    asked:dict # task -> released instruction
+)->str: # ours, or 16 hex digits
+    "What the instructions of a run are known by."
+    if not asked:
+        return 'ours'
+    return hashlib.blake2b(json.dumps(asked, sort_keys=True).encode(), digest_size=8).hexdigest()
+
+# %% ../../nbs/02_data/21_samples.ipynb #327eb616
 def build_samples(
     run:Run,  # the run; its trajectories and index must stand
     p:Profile # filters, caps, seed, style, budget, workers
 )->bool: # False if it was up to date; a ValueError where the index is of the other protocol
     "Choose and render EHR-Ins and EHR-Bench."
     s = p.only(*SAMPLING, 'style', 'token_budget')
+    asked = released_instructions()
     store, indexed = read_manifest(run.trajectories)['counts'], read_manifest(run.index)['params']['protocol']
     if indexed != s.protocol:
         raise ValueError(f'the index is {indexed}, the samples shall be {s.protocol}: build it again')
@@ -278,7 +294,8 @@ def build_samples(
         chosen, counts, candidates = choose_all(sorted(run.index.glob('shard-*.parquet')), s)
         files = store_files(run.trajectories)
         spread_by_shard(chosen, files, out/'chosen')
-        work = partial(write_sample_shard, out=out, s=s, integers=store['integers'], candidates=candidates)
+        about = dict(integers=store['integers'], candidates=candidates, asked=asked)
+        work = partial(write_sample_shard, out=out, s=s, **about)
         done = Parallel(p.workers, return_as='generator')(delayed(work)(file) for file in files)
         for _ in tqdm(done, desc='samples', unit='shard', total=len(files)):
             pass
@@ -286,10 +303,11 @@ def build_samples(
         for file in out.glob('*.done'):
             file.unlink()
         totals = {name: sum(count[name] for count in counts.values()) for name in SETS}
-        return dict(tasks=counts, access=store['access'], **totals)
+        return dict(tasks=counts, access=store['access'], released_instructions=len(asked), **totals)
 
     inputs = dict(trajectories=run.trajectories, index=run.index)
-    return build(run.samples, make, inputs, vars(s), 'data.samples')
+    params = vars(s) | dict(instructions=wording(asked))
+    return build(run.samples, make, inputs, params, 'data.samples')
 
 # %% ../../nbs/02_data/21_samples.ipynb #0b517abb
 def scan_samples(

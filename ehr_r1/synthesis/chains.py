@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from ..config import Run, seed_of
 from ..data.serialize import RecordText, without_question
-from ..data.tasks import TASKS
+from ..data.tasks import split_question
 from ..inference.endpoints import InferenceError, allowed_endpoints, guard
 from ..inference.recorded import Recorded, Replay
 from ..inference.servers import Server
@@ -85,7 +85,9 @@ def briefs_of(
     prompts = {sample_id: RecordText(text, starts) for sample_id, text, starts in rows}
     briefs = []
     for graph in read_graphs(run, graphs):
-        record = without_question(prompts[graph.sample_id], TASKS[graph.task].instruction)
+        text = prompts[graph.sample_id]
+        _, question = split_question(text, graph.task)
+        record = without_question(text, question)
         briefs.append(Brief(graph.sample_id, graph.task, record, graph.answers, graph, style))
     return briefs
 

@@ -22,7 +22,7 @@ from ..config import seed_of
 from ..data.events import DISPLAY
 from ..data.samples import SYSTEM
 from ..data.serialize import TITLES, record_text, without_question
-from ..data.tasks import TASKS
+from ..data.tasks import TASKS, split_question
 from ..foreign_text import html_text
 from ..inference.checkpoints import answer_text, as_text, chat_text
 from ..synthesis.reasoning import Brief, fault_of, verbalise
@@ -65,7 +65,7 @@ def taken_apart(
     task:str  # its task
 )->Parts: # of the message
     "The parts of a sample's record, and its question."
-    question = TASKS[task].instruction
+    _, question = split_question(text, task)
     first, *events = record_parts(text, question)
     summary = events.pop(0) if events and events[0].startswith(headings('discharge')) else None
     admission = events.pop(0) if events and events[0].startswith(headings('admissions')) else None
@@ -210,7 +210,8 @@ def bare_chain(
     variant:str='knowledge' # of the chain
 )->str: # a chain
     "A chain without knowledge."
-    record = without_question(short, TASKS[sample['task']].instruction)
+    _, question = split_question(short, sample['task'])
+    record = without_question(short, question)
     case = Brief(sample['sample_id'], sample['task'], record, tuple(sample['label']), NO_GRAPH, style)
     return verbalise(case, variant)
 
