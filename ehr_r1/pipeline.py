@@ -83,11 +83,10 @@ class Reproduction:
     ):
         self.profile = profile(profile_name, **overrides)
         check_data(profile_name, data)
-        self.data, self.codes, self.knowledge = data, codes, knowledge
+        self.data, self.codes, self.knowledge, self.at = data, codes, knowledge, ''  # at: the stage at work
         self.dataset = Path(data).resolve().name if data else 'hospital'
         settings = vars(self.profile.only(*overrides))
         self.run = Run(run or run_name(profile_name, data, settings), home)
-        self.at = ''  # the stage at work
 
     @property
     def tables(self)->Path: # folder

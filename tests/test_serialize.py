@@ -7,7 +7,7 @@ from records import at, row, store
 from ehr_r1.data.events import DISPLAY, HIDDEN, ITEM
 from ehr_r1.data.index import index_rows
 from ehr_r1.data.samples import Record
-from ehr_r1.data.serialize import compact_event, estimate_tokens, official_event, prompt, short_number
+from ehr_r1.data.serialize import compact_event, estimate_tokens, fitted_prompt, official_event, short_number
 from ehr_r1.data.tasks import TASKS
 
 GOLDEN = """\
@@ -140,7 +140,7 @@ EVENTS = [f'## Labs\n- item {i}' for i in range(50)]
 
 def test_the_budget_drops_the_oldest_and_keeps_head_and_question():
     head = ['HEAD', '', 'ADMISSION']
-    text, tokens, dropped = prompt(head, EVENTS, 'QUESTION', 'compact', budget=100)
+    text, tokens, dropped = fitted_prompt(head, EVENTS, 'QUESTION', 'compact', budget=100)
     assert 0 < dropped < 50
     assert tokens <= 100
     assert text.startswith('HEAD') and text.endswith('QUESTION')
@@ -149,12 +149,12 @@ def test_the_budget_drops_the_oldest_and_keeps_head_and_question():
 
 
 def test_the_head_is_never_dropped():
-    _, _, dropped = prompt(['HEAD '*500], EVENTS, 'QUESTION', 'compact', budget=10)
+    _, _, dropped = fitted_prompt(['HEAD '*500], EVENTS, 'QUESTION', 'compact', budget=10)
     assert dropped == len(EVENTS)
 
 
 def test_nothing_is_dropped_without_a_budget():
-    _, _, dropped = prompt(['HEAD'], EVENTS, 'QUESTION', 'official', budget=0)
+    _, _, dropped = fitted_prompt(['HEAD'], EVENTS, 'QUESTION', 'official', budget=0)
     assert dropped == 0
 
 

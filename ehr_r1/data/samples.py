@@ -25,7 +25,7 @@ from tqdm import tqdm
 from ..config import Run
 from .events import DISPLAY, SAME_ACT, TOTALS, without_totals
 from .sampling import SAMPLING, SETS, Candidates, choose
-from .serialize import estimate_tokens, event_text, prompt
+from .serialize import estimate_tokens, event_text, fitted_prompt
 from .task_events import INDEX
 from .tasks import BEFORE_ADMISSION, DATE_ONLY, TASKS, released_instructions
 from .trajectories import store_files
@@ -52,8 +52,8 @@ def known_rows(
     return [place for place, time in enumerate(times) if time is not None and time <= now]
 
 # %% ../../nbs/02_data/21_samples.ipynb #46001a26
-class Record:
-    "One patient's events, ready to be shown."
+class EventTexts:
+    "One patient's events as texts."
     def __init__(
         self,
         rows:pl.DataFrame,      # rows of one patient from the trajectory store
@@ -93,6 +93,9 @@ class Record:
             self.texts[event] = text
         return text
 
+# %% ../../nbs/02_data/21_samples.ipynb #8344a5a1
+class Record(EventTexts):
+    "One patient's events, ready to be shown."
     def head(self, sample:dict)->list:
         "The events above the window: demographics, last discharge summary, admission; None where missing."
         return [0, sample['discharge_event'], None if sample['task'] == 'admissions' else sample['admissions_event']]
@@ -109,7 +112,7 @@ class Record:
         now = sample['prediction_time'] if sample['protocol'] == 'strict' else None
         window = [self.text(event, places, now) for event, places in self.window(sample)]
         instruction = self.asked.get(sample['task'], TASKS[sample['task']].instruction)
-        return prompt(head, window, instruction, self.style, budget, self.count)
+        return fitted_prompt(head, window, instruction, self.style, budget, self.count)
 
 # %% ../../nbs/02_data/21_samples.ipynb #5118cd5f
 def strict_window(

@@ -163,8 +163,8 @@ class TableFolder:
         return 'open' if licence_of(self.license) else 'credentialed'
 
 # %% ../../nbs/02_data/04_tables.ipynb #51a56849
-class TableReader(TableFolder):
-    "The tables of one folder, to be read."
+class TableScans(TableFolder):
+    "The tables of one folder as lazy frames."
     def scan(
         self,
         table:str,                   # its name
@@ -196,6 +196,9 @@ class TableReader(TableFolder):
                     raise error from None
             raise
 
+# %% ../../nbs/02_data/04_tables.ipynb #304510b1
+class TableReader(TableScans):
+    "The tables of one folder, to be read to their end."
     @contextmanager
     def reading(
         self,

@@ -15,6 +15,7 @@ import polars as pl
 from joblib import Parallel, delayed
 from tqdm import tqdm
 
+# %% ../../nbs/02_data/09_trajectories.ipynb #467c5c75
 from ..config import Run
 from ehr_r1.data.events import (
     DEATHS,
@@ -490,6 +491,29 @@ def source_files(
     maps = sorted(source.codes.glob('d_*')) if source.codes else []
     return tables | {f'codes/{file.name}': file for file in maps}
 
+# %% ../../nbs/02_data/09_trajectories.ipynb #b6044527
+def what_was_found(
+    source:Source, # the tables
+    about:dict,    # table -> from `stream_to_parts`
+    nobodys:dict,  # table -> rows that belong to nobody
+    protocol:str   # strict or official
+)->dict: # for the manifest
+    "What the tables are, and what of them was left out."
+    def of(name):
+        return {table: found[name] for table, found in about.items() if found[name]}
+
+    is_strict = protocol == 'strict'
+    dropped = by_reason((*REASONS, TWICE) if is_strict else (), of('dropped'))
+    return dict(
+        integers=of('integers'),
+        lookups=of('lookups'),
+        absent=[table for table in DISPLAY if not source.has(table)],
+        access=source.access,
+        source=source.version,
+        dropped={'subject_id not in patients': nobodys} | dropped,
+        blanked=by_reason(BLANKED if is_strict else (), of('blanked')),
+    )
+
 # %% ../../nbs/02_data/09_trajectories.ipynb #edceaaa6
 def make_store(
     source:Source,     # the tables
@@ -518,18 +542,8 @@ def make_store(
     counts = count_rows(out)
     again = sum(int(file.read_text()) for file in parts.glob('again-*.json'))
     check_repeated(source, again, counts['tables'].get('chartevents', dict(rows=0))['rows'])
-    counts |= dict(
-        shards=shards,
-        integers={table: of['integers'] for table, of in about.items() if of['integers']},
-        lookups={table: of['lookups'] for table, of in about.items() if of['lookups']},
-        absent=[table for table in DISPLAY if not source.has(table)],
-        access=source.access,
-        source=source.version,
-        dropped={'subject_id not in patients': dropped_rows(parts)} | by_reason(
-            (*REASONS, TWICE) if checks else (), {table: of['dropped'] for table, of in about.items()}),
-        repeated=dict(chartevents=again) if again else {},
-        blanked=by_reason(BLANKED if checks else (), {table: of['blanked'] for table, of in about.items()}),
-    )
+    counts |= dict(shards=shards, repeated=dict(chartevents=again) if again else {})
+    counts |= what_was_found(source, about, dropped_rows(parts), s.protocol)
     if line := said(counts):
         print(line)
     shutil.rmtree(parts)
