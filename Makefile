@@ -9,8 +9,6 @@ OPTIONS := PROFILE DATA RUN PROTOCOL STYLE CAPS SEED CODES KNOWLEDGE TEACHER MOD
 BIN := $(abspath $(VENV))/bin
 STAMP := $(VENV)/installed
 export PATH := $(BIN):$(PATH)
-# fails where the build of torch that was found is one for GPUs
-export TORCH_NEEDS_CUDA := import sys; from importlib.metadata import requires; sys.exit(any('nvidia' in r or 'cuda' in r for r in requires('torch')))
 # name=value words for the command line, from the variables that are set; SET adds any other profile field as it stands
 lower = $(shell echo $1 | tr A-Z a-z)
 words = $(foreach v,$(OPTIONS),$(if $($v),$(call lower,$v)='$($v)')) $(SET)
@@ -28,8 +26,7 @@ env: ## Python environment in .venv, exactly as requirements.lock says (PYTHON=p
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 	  echo "ehr_r1 needs Python 3.11 or newer; $(PYTHON) is $$($(PYTHON) --version 2>&1). Name one: make PYTHON=/path/to/python3.12"; exit 1; }; \
 	$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV); \
-	$(BIN)/python -m pip install --quiet --no-deps --require-hashes -r requirements.lock; \
-	$(BIN)/python -c "$$TORCH_NEEDS_CUDA" || $(BIN)/python -m pip install --quiet --no-deps --require-hashes -r requirements-cuda.lock; \
+	$(BIN)/python .ci/install.py; \
 	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation -e .; \
 	cat requirements*.lock pyproject.toml > $(STAMP); }
 

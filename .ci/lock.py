@@ -4,7 +4,7 @@ The lock keeps the versions it has unless settings.ini rules them out; `python .
 Of each version it holds the sha256 of every file that the index lists, and no address: a file is taken from whatever
 index a machine has, if it is one of them. torch has several builds, some on indexes of their own: to the hashes that
 the lock knows `make lock` adds those of the machine it runs on. What torch's build for GPUs needs besides stands in
-requirements-cuda.lock, for make to install where that build was.
+requirements-cuda.lock; .ci/install.py installs it where that build was.
 """
 import configparser
 import json
@@ -148,7 +148,7 @@ def pyproject(section):
 
 ENVIRONMENT = '''# Made from settings.ini by .ci/lock.py (make lock): conda brings Python, pip what the lock names.
 # conda env create -f environment.yml && conda activate {name}
-# pip install --no-deps --require-hashes -r requirements.lock && pip install --no-deps --no-build-isolation -e .
+# python .ci/install.py && pip install --no-deps --no-build-isolation -e .
 name: {name}
 channels: [conda-forge]
 dependencies:

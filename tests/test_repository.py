@@ -236,10 +236,49 @@ def test_lock_is_exact_and_names_no_host(name):
         assert all(re.fullmatch('sha256:[0-9a-f]{64}', each) for each in hashes), line
 
 def test_make_installs_nothing_without_a_hash():
-    installs = [line for line in make('-n', '-B', 'env').stdout.split(';') if 'pip install' in line]
-    assert len(installs) == 3
-    assert all('--require-hashes -r requirements' in line or line.strip().endswith('-e .') for line in installs)
-    assert all('--no-deps' in line for line in installs)
+    installs = [line.strip() for line in make('-n', '-B', 'env').stdout.split(';') if 'install' in line]
+    assert len([line for line in installs if line.endswith('.ci/install.py')]) == 1
+    assert len([line for line in installs if 'pip install' in line]) == 1
+
+@pytest.fixture
+def installed(script, monkeypatch):
+    "What install.py has pip install, in its order; `lacks` are versions that no index has."
+    monkeypatch.syspath_prepend(ROOT/'.ci')
+    tool = script('.ci/install.py')
+    asked = []
+
+    def ran(command, **how):
+        assert '--require-hashes' in command and '--no-deps' in command
+        text = Path(command[-1]).read_text()
+        asked.append(re.findall(r'^[\w.-]+==\S+', text, re.M))
+        assert all(hashes for hashes in tool.pins(text).values())
+        return subprocess.CompletedProcess(command, asked[-1] == lacks)
+
+    def run(without, needs):
+        nonlocal lacks
+        lacks = without
+        monkeypatch.setattr(tool, 'requires', lambda name: needs)
+        return tool.main(), asked
+
+    lacks = None
+    monkeypatch.setattr(tool.subprocess, 'run', ran)
+    return run
+
+def test_torch_for_the_cpu_is_taken_where_there_is_one(installed):
+    code, asked = installed(None, ['filelock'])
+    assert not code
+    assert len(asked) == 2
+    assert len(asked[0]) > 100
+    assert not any(line.startswith('torch==') for line in asked[0])
+    assert re.fullmatch(r'torch==[\d.]+\+cpu', *asked[1])
+
+def test_torch_of_the_index_is_taken_elsewhere_with_what_it_needs(installed):
+    cpu, = (line.split()[0] + '+cpu' for line in pinned() if line.startswith('torch=='))
+    code, asked = installed([cpu], ['filelock', "nvidia-cublas==1 ; sys_platform == 'linux'"])
+    assert not code
+    assert [len(lines) for lines in asked[1:3]] == [1, 1]
+    assert asked[2] == [cpu.removesuffix('+cpu')]
+    assert any(line.startswith('nvidia-') for line in asked[3])
 
 def test_file_with_another_hash_is_refused(tmp_path):
     "What the hashes are for; pip is the one that looks at them."
