@@ -363,7 +363,7 @@ def compile_folder(
     out:Path     # where the compiled knowledge goes
 )->dict: # counts
     "Compile whatever a knowledge folder holds."
-    if any((folder/f'MRCONSO.RRF{end}').is_file() for end in ('', '.gz')):
+    if any((folder/f'MRCONSO.RRF{end}').is_file() for end in ('', '.gz', '.aa', '.aa.gz')):
         return compile_knowledge(folder, out)
     counts = open_knowledge(folder, out/'rrf')
     if not counts['concepts']:
