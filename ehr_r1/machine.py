@@ -138,7 +138,7 @@ def say_why(
     if number:
         said = f'stopped by {signal.Signals(number).name}'
     elif isinstance(error, clear):
-        said, kept = f'{type(error).__name__}: {error}', ''
+        said = f'{type(error).__name__}: {error}'
     elif not (said := machine_fault(error)):
         first = (str(error).splitlines() or [''])[0][:300]
         said = f'{type(error).__name__}: {first}; this was not foreseen, EHR_R1_DEBUG=1 shows where it happened'

@@ -28,7 +28,7 @@ from .evaluation.benchmark import build_scores
 from .evaluation.predictions import build_predictions
 from .evaluation.reporting import run_reports
 from .hospital.hospital import build_hospital
-from .inference.endpoints import InferenceError
+from .inference.endpoints import InferenceError, Refused
 from .machine import BYTES, check_room, say_why, stopped_by_signals
 from .profiles import PROFILES, listed, profile
 from .stages import build
@@ -348,16 +348,17 @@ def room_needed(
     return needs
 
 # %% ../nbs/10_pipeline/01_pipeline.ipynb #c9c5fc11
+CLEAR = (ValueError, FileNotFoundError, ImportError, Refused)  # another try would end alike; TableError is one
+
 def kept_of(
-    r:Reproduction|None # None: nothing was begun
+    r:Reproduction|None, # None: nothing was begun
+    error:BaseException  # that ended the command
 )->str: # a line, or ''
     "What stands after a command ended early, and how to go on."
-    if r is None or not r.at or not r.run.folder.is_dir():
+    if r is None or not r.at or not r.run.folder.is_dir() or isinstance(error, CLEAR):
         return ''
     return (f'in {r.at}; finished stages and what {r.at} had finished of its own are kept in {r.run.folder}: '
             'the same command goes on from there')
-
-CLEAR = (InferenceError, ValueError, FileNotFoundError, ImportError)  # what to do is in them; `TableError` is one
 
 def command(
     stages:list,  # of names
@@ -373,7 +374,7 @@ def command(
                 print(check_room(needs, r.run.folder), flush=True)
             run_stages(r, stages)
     except BaseException as e:
-        return say_why(e, kept_of(r), CLEAR)
+        return say_why(e, kept_of(r, e), (*CLEAR, InferenceError))
     return 0
 
 # %% ../nbs/10_pipeline/01_pipeline.ipynb #ce0bdc89

@@ -12,6 +12,7 @@ import pytest
 
 from ehr_r1 import machine, pipeline
 from ehr_r1.config import LONGEST_NAME, Run
+from ehr_r1.inference.endpoints import InferenceError, Refused
 from ehr_r1.machine import NoRoom, Stopped, check_room, machine_fault, stopped_by_signals
 from ehr_r1.pipeline import ORDER, Reproduction, main
 from ehr_r1.profiles import profile
@@ -97,6 +98,19 @@ def test_what_was_not_foreseen_is_one_line_and_a_way_to_see_more(home, told, mon
     monkeypatch.setenv('EHR_R1_DEBUG', '1')
     assert main([*WORDS, 'index']) == 1
     assert 'in fails' in capsys.readouterr().err
+
+@pytest.mark.parametrize('error, lines', [
+    (InferenceError('127.0.0.1:9 does not answer; is it up?'), 2),
+    (Refused('nothing was sent'), 1),
+    (ValueError('no'), 1)])
+def test_what_is_kept_is_said_where_another_try_can_help(home, told, monkeypatch, error, lines):
+    def fails(r):
+        raise error
+    monkeypatch.setitem(pipeline.STAGES, 'index', fails)
+    code, said = told(*FIRST)
+    assert code == 1
+    assert said.startswith(f'{type(error).__name__}: {error}')
+    assert len(said.splitlines()) == lines
 
 # --- places
 
