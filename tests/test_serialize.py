@@ -38,8 +38,6 @@ GOLDEN = """\
 - Exam_Name: ['CHEST', 'CT HEAD']
 - Text: Clear.
 
-
-
 ## Prescriptions [2150-01-09 13:00:00]
 - Drug: Aspirin
 - Atc Type: None
@@ -61,7 +59,6 @@ STAY = [
     row('labevents', at(9, 9), 7, LACTATE, n=1),
     row('icustays', at(9, 10), 7, until=at(11), stay=9),
     row('radiology', at(9, 11), 7, ['RR', f'CHEST{ITEM}CT HEAD', 'Clear.']),
-    row('hcpcsevents', at(9, 12), 7),
     row('prescriptions', at(9, 13), 7, ['Aspirin', '', '81mg Tab', '81', 'mg']),
     row('services', at(9, 14), 7, ['MED']),
 ]
@@ -86,6 +83,11 @@ def test_official_prompt_byte_for_byte():
 def test_a_missing_head_part_stays_in_the_join():
     text = official_prompt([PATIENT, *STAY], 'services')
     assert text.startswith('## Patient Demographics [None]\n- Anchor_Age: 60.0\n- Gender: F\n\n\n\n## Admissions [')
+
+
+def test_an_event_that_is_never_shown_stays_in_the_join():
+    text = official_prompt([PATIENT, *STAY, row('hcpcsevents', at(9, 12), 7)], 'services')  # placed behind the first
+    assert '- Admission_Info: None\n\n\n\n## Labotary Test Events [' in text
 
 
 def test_admission_tasks_do_not_show_the_admission():

@@ -61,7 +61,7 @@ def test_answers_are_distinct_and_stripped_and_never_empty(task, protocol):
     for n, value in enumerate(values):
         cells = kind | {task.target: value}
         trigger.append(row(task.trigger, time, hadm, cells, n=n))
-    ends_the_event_before = row('hcpcsevents', at(1, 5), hadm)
+    ends_the_event_before = row('pharmacy', at(1, 5), hadm)
     before = [dict(r, hadm_id=hadm) for r in BEFORE]
 
     rows = [PATIENT, *before, ends_the_event_before, *trigger]
