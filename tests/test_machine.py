@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from pathlib import Path
 
 import pytest
 
@@ -299,6 +300,33 @@ def test_lock_that_can_be_read_holds(tmp_path, monkeypatch):
     monkeypatch.setattr('ehr_r1.stages.open', opened, raising=False)
     with locked(tmp_path/'index'), locked(tmp_path/'nothing there', shared=True):
         pass
+
+class Killed(BaseException):
+    "As if the process had ended here."
+
+@pytest.mark.parametrize('at', [1, 2])
+def test_whole_result_is_not_thrown_away_whenever_the_process_dies(tmp_path, monkeypatch, at):
+    "The last steps of a stage are two renames; the result may have taken days."
+    made, rename, calls = [], Path.rename, []
+
+    def make(out):
+        made.append(1)
+        (out/'data').write_text('x')
+
+    def killed(self, to):
+        calls.append(to)
+        if len(calls) == at:
+            raise Killed
+        return rename(self, to)
+
+    folder = tmp_path/'samples'
+    build(folder, make, {}, dict(v=1), 'config')
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(Path, 'rename', killed)
+        build(folder, make, {}, dict(v=2), 'config')
+    assert not build(folder, make, {}, dict(v=2), 'config')
+    assert len(made) == 2
+    assert not list(tmp_path.glob('samples.*'))
 
 @pytest.fixture
 def in_git(tmp_path):
