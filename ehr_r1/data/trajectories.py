@@ -379,6 +379,8 @@ def assemble_shard(
     if len(dropped):
         rows = rows.join(known, on='subject_id', how='semi', maintain_order='left')
     store = number_events(order_rows(rows, protocol), protocol)
+    with writing(parts/f'twice-{shard:05d}.json') as beside:
+        beside.write_text(json.dumps(len(store) - len(rows)))
     with writing(parts/f'lost-{shard:05d}.json') as beside:
         beside.write_text(json.dumps({str(table): count for table, count in dropped.rows()}))
     with writing(path) as beside:
@@ -500,6 +502,7 @@ def make_store(
         access=source.access,
         source=source.version,
         dropped={'subject_id not in patients': dropped_rows(parts)},
+        placed_twice=sum(json.loads(file.read_text()) for file in parts.glob('twice-*.json')),
     )
     shutil.rmtree(parts)
     return counts
