@@ -2,6 +2,7 @@
 import gzip
 import json
 from contextlib import nullcontext
+from datetime import timedelta
 from types import SimpleNamespace
 
 import polars as pl
@@ -10,6 +11,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from records import at, merged, row, store
 
+from ehr_r1.config import Run
 from ehr_r1.data.events import FIELD
 from ehr_r1.data.index import index_rows
 from ehr_r1.data.row_order import order_rows
@@ -19,7 +21,9 @@ from ehr_r1.data.table_files import TableError
 from ehr_r1.data.table_reading import released_numbers, scan
 from ehr_r1.data.tables import open_source
 from ehr_r1.data.tasks import TASKS, released_instructions, split_question
-from ehr_r1.data.trajectories import merged_rows, stream_to_parts
+from ehr_r1.data.trajectories import build_trajectories, merged_rows, stream_to_parts
+from ehr_r1.profiles import profile
+from ehr_r1.stages import read_manifest
 from ehr_r1.training.examples import shorten
 
 # numbers
@@ -310,6 +314,47 @@ def test_an_official_event_starts_with_its_first_row_that_has_a_time():
         (5, 'hcpcsevents', at(2), at(3)),
         (6, 'microbiologyevents', None, None),
     ]
+
+
+def literal_windows(events):
+    "Positions as the released program finds them: (table, position, begin) of triggers, (position, end) of admissions."
+    begins, ends, day = set(), set(), timedelta(days=1)
+    for j, (table, start, hadm) in enumerate(events):
+        if start is None:
+            continue
+        near = [k for k, (_, other, own) in enumerate(events)
+                if k and other is not None and own == hadm and (start - other < day if k < j else other - start < day)]
+        if any(k < j for k in near):
+            begins.add((table, j, min(near)))
+        if table == 'admissions' and any(k > j for k in near):
+            ends.add((j, max(near) + 1))
+    return begins, ends
+
+
+@given(ROWS)
+@example([('labevents', 5, 70), ('poe', 5, 70), ('hcpcsevents', 5, 70), ('labevents', 2, 71)])
+@example([('admissions', 2, 70), ('labevents', 5, 70), ('hcpcsevents', 2, 70)])
+def test_windows_reach_where_the_released_program_lets_them(drawn):
+    rows = patient_rows(1, drawn, True)
+    for one in rows:
+        one['cells'] = FIELD.join('x' for _ in one['cells'].split(FIELD))
+    frame = store(rows, 'official')
+    index = index_rows(frame, 'official')
+    events = frame.unique('event', keep='first', maintain_order=True).select('table', 'start', 'hadm_id').rows()
+    begins, ends = literal_windows(events)
+    asked = ('labevents', 'poe', 'chartevents', 'microbiologyevents', 'admissions')
+    found = index.filter(pl.col('task').is_in(asked)).select('task', 'trigger', 'begin').rows()
+    assert set(found) == {window for window in begins if window[0] in asked}
+    found = index.filter(task='Inpatient_Mortality').select('trigger', 'end').rows()
+    assert set(found) == ends
+
+
+def test_rows_that_are_placed_twice_are_counted(demo, tmp_path):
+    run = Run('official', tmp_path)
+    build_trajectories(open_source(demo), run, profile('demo', protocol='official', workers=1))
+    counts = read_manifest(run.trajectories)['counts']
+    assert counts['placed_twice'] == 244  # 61 HCPCS events, 183 cultures without a charttime
+    assert counts['tables']['hcpcsevents']['rows'] == 2*61
 
 
 @pytest.mark.parametrize('protocol, times', [

@@ -393,6 +393,8 @@ def assemble_shard(
     store = number_events(order_rows(rows, protocol), protocol)
     with writing(parts/f'again-{shard:05d}.json') as beside:
         beside.write_text(str(count_repeated(store) if protocol == 'strict' else 0))
+    with writing(parts/f'twice-{shard:05d}.json') as beside:
+        beside.write_text(json.dumps(len(store) - len(rows)))
     with writing(parts/f'lost-{shard:05d}.json') as beside:
         beside.write_text(json.dumps({str(table): count for table, count in dropped.rows()}))
     with writing(path) as beside:
@@ -543,6 +545,8 @@ def make_store(
     again = sum(int(file.read_text()) for file in parts.glob('again-*.json'))
     check_repeated(source, again, counts['tables'].get('chartevents', dict(rows=0))['rows'])
     counts |= dict(shards=shards, repeated=dict(chartevents=again) if again else {})
+    twice = (json.loads(file.read_text()) for file in parts.glob('twice-*.json'))
+    counts |= dict(placed_twice=sum(twice)) if s.protocol == 'official' else {}
     counts |= what_was_found(source, about, dropped_rows(parts), s.protocol)
     if line := said(counts):
         print(line)
