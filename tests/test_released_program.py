@@ -1,7 +1,6 @@
 "The official protocol reads and places rows as the released program does: numbers, the word None, rows without a time."
 import gzip
 import json
-from contextlib import nullcontext
 from datetime import timedelta
 from types import SimpleNamespace
 
@@ -19,7 +18,7 @@ from ehr_r1.data.samples import Record
 from ehr_r1.data.schema import TABLES
 from ehr_r1.data.table_files import TableError
 from ehr_r1.data.table_reading import released_numbers, scan
-from ehr_r1.data.tables import open_source
+from ehr_r1.data.tables import Source, open_source
 from ehr_r1.data.tasks import TASKS, released_instructions, split_question
 from ehr_r1.data.trajectories import build_trajectories, merged_rows, stream_to_parts
 from ehr_r1.profiles import profile
@@ -157,21 +156,13 @@ STAYS = 'subject_id,hadm_id,stay_id,intime,outtime,gender,race\n'
 STAYS += '7,70,1,2180-05-06 10:00:00,2180-05-06 12:00:00,F,WHITE\n'
 
 
-class Folder:
-    "Two tables in a folder."
-    def __init__(self, folder, triage):
-        self.folder = folder
-        (folder/'triage.csv').write_text(TRIAGE + triage)
-        (folder/'edstays.csv').write_text(STAYS)
-
-    def has(self, table):
-        return False
-
-    def scan(self, table, columns=None, row_index=None, protocol='strict'):
-        return scan(self.folder/f'{table}.csv', TABLES[table], table, columns, row_index, protocol)
-
-    def explaining(self, table):
-        return nullcontext()
+def two_tables(folder, triage):
+    "A source of two tables."
+    texts = dict(triage=TRIAGE + triage, edstays=STAYS)
+    files = {table: folder/f'{table}.csv' for table in texts}
+    for table, text in texts.items():
+        files[table].write_text(text)
+    return Source(folder, files, None)
 
 
 @pytest.mark.parametrize('written, is_whole', [
@@ -182,9 +173,9 @@ class Folder:
     (('88', '91.0'), False),
 ])
 def test_a_column_is_whole_where_pandas_reads_integers(tmp_path, written, is_whole):
-    rows = ''.join(f'7,1,98.6,{heartrate},16,97,120,80,0,3,pain\n' for heartrate in written)
+    rows = ''.join(f'7,{stay},98.6,{rate},16,97,120,80,0,3,pain\n' for stay, rate in enumerate(written, 1))
     settings = SimpleNamespace(protocol='official', times='charttime')
-    whole = stream_to_parts(Folder(tmp_path, rows), 'triage', settings, 1, tmp_path)
+    whole = stream_to_parts(two_tables(tmp_path, rows), 'triage', settings, 1, tmp_path)['integers']
     assert ('heartrate' in whole) == is_whole
     assert 'sbp' in whole
     assert 'temperature' not in whole
