@@ -30,7 +30,8 @@ from ehr_r1.data.trajectories import count_rows, store_files
 from ehr_r1.profiles import Profile
 from ehr_r1.stages import build, read_manifest, writing
 
-_OF_STORE = ('shards', 'integers', 'access', 'source', 'dropped')  # counts that a restored store has again
+# counts that a restored store has again
+_OF_STORE = ('shards', 'integers', 'access', 'source', 'dropped', 'blanked', 'repeated')
 
 # %% ../../nbs/02_data/22_meds.ipynb #4a38d525
 def icd_parents()->dict: # dictionary -> expression of its columns
