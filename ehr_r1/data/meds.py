@@ -30,7 +30,10 @@ from ehr_r1.data.trajectories import count_rows, store_files
 from ehr_r1.profiles import Profile
 from ehr_r1.stages import build, read_manifest, writing
 
-_OF_STORE = ('shards', 'integers', 'access', 'source', 'dropped')  # counts that a restored store has again
+# counts that a restored store has again
+_OF_STORE = (
+    'shards', 'integers', 'access', 'source', 'dropped', 'blanked', 'repeated', 'lookups', 'absent', 'placed_twice',
+)
 
 # %% ../../nbs/02_data/24_meds.ipynb #4a38d525
 def icd_parents()->dict: # dictionary -> expression of its columns
@@ -251,7 +254,7 @@ def build_meds(
             tables={table: n for table, n in tables.items() if n}, codes=codes,
             labels={task: n for task, n in labels.items() if n},
             without_year_of_birth=born['born'].null_count(),
-            **{key: store['counts'][key] for key in _OF_STORE})
+            **{key: store['counts'][key] for key in _OF_STORE if key in store['counts']})
 
     inputs = dict(trajectories=run.trajectories) | (dict(samples=run.samples) if labelled else {})
     return build(run.folder/'meds', make, inputs, vars(s) | dict(store=store['params']), 'data.meds')
@@ -295,6 +298,6 @@ def restore_store(
             rows = restore_rows(frame, f'data/*/{shard:05d}.parquet')
             with writing(out/f'shard-{shard:05d}.parquet') as tmp:  # as `build_trajectories` writes it
                 rows.write_parquet(tmp, compression='zstd', compression_level=1, row_group_size=250_000)
-        return count_rows(out) | {key: counts[key] for key in _OF_STORE}
+        return count_rows(out) | {key: counts[key] for key in _OF_STORE if key in counts}
 
     return build(run.trajectories, make, dict(meds=root), manifest['params']['store'], 'data.meds')

@@ -65,10 +65,10 @@ def unzipped(
     "The text of a file, block by block."
     with path.open('rb') as opened:
         if path.suffix != '.gz':
-            yield from iter(lambda: opened.read(1 << 22), b'')
+            yield from iter(lambda: opened.read(1 << 20), b'')
             return
         stream = zlib.decompressobj(wbits=31)
-        while data := opened.read(1 << 20):
+        while data := opened.read(1 << 17):
             while data:
                 if stream.eof:
                     stream = zlib.decompressobj(wbits=31)

@@ -34,11 +34,10 @@ from ehr_r1.data.events import (
 from .lookups import dictionaries, match_counts, matches_line, matches_of, poor_matches, row_keys
 from ehr_r1.data.row_checks import (
     BLANKED,
-    CHECKED,
     REASONS,
     TWICE,
     RowChecks,
-    blanked,
+    Tally,
     check_share,
     check_twice,
     key_of,
@@ -242,72 +241,50 @@ def merged_rows(
         cells=cells_of(table, schema, protocol),
         until=column(ENDS.get(table, '')).cast(pl.Datetime('us')),
         died=moment_of_death(table, schema),
-        **{name: name for name in CHECKED if name in schema},
     )
 
 # %% ../../nbs/02_data/09_trajectories.ipynb #3936fbc2
-def part_files(
-    part:Path # folder of one table's files
-)->list[Path]: # of all shards
-    "The files of one table."
-    return sorted(part.rglob('*.parquet'))
+def possible(
+    rows:pl.LazyFrame # of a table, perhaps from `RowChecks.flagged`
+)->pl.LazyFrame:
+    "Rows without a reason to leave them out."
+    return rows.filter(pl.col('reason').is_null()) if 'reason' in rows.collect_schema() else rows
 
-def with_checks(
-    found:pl.LazyFrame,    # from `looked_up`
-    table:str,             # its name
-    protocol:str,          # strict or official
-    checks:RowChecks|None  # what rows are held against; None: nothing
-)->pl.LazyFrame: # with those of `CHECKED` that are looked at
-    "Say of every row of a table whether it can be true, and blank the cells that cannot."
-    if (key := key_of(table, protocol)) is not None:
-        found = found.with_columns(key=key)
-    return blanked(checks.flagged(found, table), table) if checks else found
+# %% ../../nbs/02_data/09_trajectories.ipynb #8295fe42
+def stream_once(
+    source:Source,          # where the tables are
+    table:str,              # an event table
+    s:SimpleNamespace,      # protocol, times
+    shards:int,             # how many
+    part:Path,              # where `shard=<n>/` go
+    checks:RowChecks|None,  # what its rows are held against; None: nothing
+    without:pl.Series       # numbers of rows to pass over
+)->tuple[dict, Tally]: # integers, lookups; what was seen on the way
+    "Stream one table into one Parquet file a shard."
+    shutil.rmtree(part, ignore_errors=True)
+    tally = Tally()
+    with source.reading(table):
+        found = looked_up(source, table, s.protocol)
+        if len(without):
+            found = found.filter(~pl.col('row').is_in(without.implode()))
+        found = checks.flagged(found, table) if checks else found
+        kept = tally.counting(found, key_of(table, s.protocol))
+        rows = merged_rows(kept, table, s.protocol, s.times).with_columns(shard=pl.col('subject_id') % shards)
+        by_shard = pl.PartitionBy(part, key='shard', include_key=False)
+        outputs = [rows.sink_parquet(by_shard, compression='lz4', statistics=False, mkdir=True, lazy=True)]
+        asked = match_counts(table, found.collect_schema())
+        if tests := whole_number_tests(table, found.collect_schema(), s.protocol):
+            # a gap or a fraction in the first rows settles it for most columns
+            head = possible(found.head(10_000)).select(tests).collect(engine='streaming')
+            asked += [test for test in tests if head[test.meta.output_name()][0] is not False]
+        if asked:
+            outputs.append(possible(found).select(asked))
+        results = pl.collect_all(outputs, engine='streaming')
+        answers = results[1].row(0, named=True) if asked else {}
+        whole = [name for name, is_whole in answers.items() if is_whole is True]
+        return dict(integers=whole, lookups=matches_of(answers, found)), tally
 
 # %% ../../nbs/02_data/09_trajectories.ipynb #47febd93
-def left_out(
-    source:Source,         # where the tables are
-    table:str,             # an event table
-    protocol:str,          # strict or official
-    part:Path,             # folder of its files, with `CHECKED`
-    checks:RowChecks|None  # what its rows are held against
-)->tuple[dict, dict]: # rows left out and cells blanked, by reason; a `TableError` where they are too many
-    "Count what of a table cannot be true, and take out what is there twice."
-    if not (files := part_files(part)):
-        return {}, {}
-    again = 0
-    if key_of(table, protocol) is not None:
-        keys = pl.scan_parquet(files, hive_partitioning=False).select('key').collect(engine='streaming').to_series()
-        again = check_twice(source, table, keys, protocol)
-    if again:
-        for folder in {file.parent for file in files}:
-            take_out_twice(folder)
-    if not checks:
-        return {}, {}
-    rows = pl.scan_parquet(part_files(part), hive_partitioning=False)
-    of_reason = rows.group_by('reason').agg(pl.len(), pl.col('blanked').sum()).collect(engine='streaming')
-    dropped = {REASONS[place]: count for place, count, _ in of_reason.sort('reason').rows() if place is not None}
-    cells = {BLANKED[table == 'patients']: number} if (number := of_reason['blanked'].sum()) else {}
-
-    def flagged():
-        return checks.flagged(with_stay_times(source, table, protocol), table)
-
-    check_share(dropped | cells, of_reason['len'].sum(), flagged, table, source.file(table))
-    return dropped | ({TWICE: again} if again else {}), cells
-
-# %% ../../nbs/02_data/09_trajectories.ipynb #923c933f
-def take_out_twice(
-    folder:Path # of one table's files of one shard
-)->None:
-    "Keep the first of rows that are equal in every column."
-    files = part_files(folder)
-    rows = pl.concat([pl.read_parquet(file, hive_partitioning=False) for file in files])
-    is_first = pl.col('key').is_null() | pl.col('key').is_first_distinct()
-    with writing(files[0]) as beside:
-        rows.filter(is_first).write_parquet(beside, compression='lz4', statistics=False)
-    for file in files[1:]:
-        file.unlink()
-
-# %% ../../nbs/02_data/09_trajectories.ipynb #b1f43062
 def stream_to_parts(
     source:Source,              # where the tables are
     table:str,                  # an event table
@@ -315,31 +292,24 @@ def stream_to_parts(
     shards:int,                 # how many
     folder:Path,                # where `<table>/shard=<n>/` and `<table>.json` go
     checks:RowChecks|None=None  # what its rows are held against
-)->dict: # integers: whole columns without gaps; lookups: from `matches_of`; dropped, blanked: from `left_out`
-    "Stream one table into one Parquet file a shard; what is already there is not made again."
-    done, part = folder/f'{table}.json', folder/table
+)->dict: # integers: whole columns without gaps; lookups: from `matches_of`; dropped, blanked: how many, by reason
+    "Stream one table, once more without what is there twice; what is already there is not made again."
+    done = folder/f'{table}.json'
     if done.exists():
         return json.loads(done.read_text())
-    shutil.rmtree(part, ignore_errors=True)
-    with source.reading(table):
-        found = with_checks(looked_up(source, table, s.protocol), table, s.protocol, checks)
-        rows = merged_rows(found, table, s.protocol, s.times).with_columns(shard=pl.col('subject_id') % shards)
-        by_shard = pl.PartitionBy(part, key='shard', include_key=False)
-        outputs = [rows.sink_parquet(by_shard, compression='lz4', statistics=False, mkdir=True, lazy=True)]
-        found = found.filter(pl.col('reason').is_null()) if checks else found
-        asked = match_counts(table, found.collect_schema())
-        if tests := whole_number_tests(table, found.collect_schema(), s.protocol):
-            # a gap or a fraction in the first rows settles it for most columns
-            head = found.head(10_000).select(tests).collect(engine='streaming')
-            asked += [test for test in tests if head[test.meta.output_name()][0] is not False]
-        if asked:
-            outputs.append(found.select(asked))
-        results = pl.collect_all(outputs, engine='streaming')
-        answers = results[1].row(0, named=True) if asked else {}
-        whole = [name for name, is_whole in answers.items() if is_whole is True]
-        matched = matches_of(answers, found)
-    dropped, cells = left_out(source, table, s.protocol, part, checks)
-    about = dict(integers=whole, lookups=matched, dropped=dropped, blanked=cells)
+    nothing = pl.Series([], dtype=pl.UInt32)
+    found, tally = stream_once(source, table, s, shards, folder/table, checks, nothing)
+    again = check_twice(source, table, tally.keys, s.protocol)
+    if len(again):
+        found, tally = stream_once(source, table, s, shards, folder/table, checks, again)
+
+    def flagged():
+        return checks.flagged(with_stay_times(source, table, s.protocol), table, blank=False)
+
+    dropped, cells = tally.dropped, tally.blanked(table)
+    check_share(dropped | cells, tally.rows, flagged, table, source.file(table))
+    twice = {TWICE: len(again)} if len(again) else {}
+    about = found | dict(dropped=dropped | twice, blanked=cells)
     with writing(done) as beside:
         beside.write_text(json.dumps(about))
     return about
@@ -364,15 +334,6 @@ def check_repeated(
         raise fault(source.file('chartevents'), what, 'Was the file appended to itself? Take it from PhysioNet again')
 
 # %% ../../nbs/02_data/09_trajectories.ipynb #40137d88
-def possible(
-    rows:pl.DataFrame # of one table, with `MERGED` and perhaps `CHECKED`
-)->pl.DataFrame: # `MERGED`
-    "The rows that can be true."
-    if 'reason' in rows.columns:
-        rows = rows.filter(pl.col('reason').is_null())
-    return rows.select(list(MERGED)).cast(MERGED)
-
-# %% ../../nbs/02_data/09_trajectories.ipynb #272f0ec7
 def assemble_shard(
     shard:int,    # its number
     parts:Path,   # folder that `stream_to_parts` filled
@@ -384,8 +345,8 @@ def assemble_shard(
     if path.exists():
         return
     files = [file for table in DISPLAY for file in sorted((parts/table/f'shard={shard}').glob('*.parquet'))]
-    frames = [possible(pl.read_parquet(file, hive_partitioning=False)) for file in files]
-    rows = pl.concat(frames) if frames else pl.DataFrame(schema=MERGED)
+    frames = [pl.read_parquet(file) for file in files]
+    rows = pl.concat(frames).cast(MERGED) if frames else pl.DataFrame(schema=MERGED)
     known = rows.filter(pl.col('table') == 'patients').select('subject_id').unique()
     dropped = rows.join(known, on='subject_id', how='anti').group_by('table').len()
     if len(dropped):
