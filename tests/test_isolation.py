@@ -115,7 +115,7 @@ def put(path, frame):
 TRIED = []
 
 
-@settings(max_examples=40)
+@settings(max_examples=24)
 @given(seed=st.integers(0, 10**6), value=st.sampled_from([*WRONG, *['of another']*6]))
 def test_a_spoilt_cell_of_one_patient_changes_no_other(tables, before, seed, value):
     folder, frames = tables
@@ -139,4 +139,4 @@ def test_a_spoilt_cell_of_one_patient_changes_no_other(tables, before, seed, val
 
 
 def test_most_spoilt_cells_were_read():
-    assert TRIED.count('made') >= 15, TRIED
+    assert TRIED.count('made') >= 8, TRIED

@@ -35,8 +35,8 @@ DIGIT_FORMS = {
 _DIGITS = f"(?>{'|'.join(DIGIT_FORMS)})"
 #: a number as a whole: form -> example
 NUMBER_FORMS = {
-    rf'(?:(?P<times>{_DIGITS})\s?[x×*·⋅]\s?)?+10\s?(?:\^|\*\*)[({{]?(?P<power>[-+]?[0-9]++)': '1.2 × 10^-3',
-    rf'(?:(?P<whole>[0-9]{{1,3}}+)\s)?+(?P<above>{_DIGITS})\s?/\s?(?P<below>{_DIGITS})': '1 3/4',
+    rf'(?:(?P<times>{_DIGITS})\s?[x×*·⋅]\s?)?10\s?(?:\^|\*\*)[({{]?(?P<power>[-+]?[0-9]++)': '1.2 × 10^-3',
+    rf'(?:(?P<whole>[0-9]{{1,3}}+)\s)?(?P<above>{_DIGITS})\s?/\s?(?P<below>{_DIGITS})': '1 3/4',
     rf'(?P<simple>{_DIGITS}(?:[eE][-+]?[0-9]++(?!\w))?+)': '1.2e-3',
 }
 
@@ -54,11 +54,12 @@ NO_ANSWER_BEHIND = {
     r'\s?\^': 'an exponent: 2^3',
     r'-[A-Za-z]': 'a hyphenated word: 10-year',
 }
+# optional groups that are read are not possessive: Python 3.11 can mix up what such groups caught
 _NUMBER = re.compile(
-    r'(?P<sign>(?<![\w)\]}%^])[-+])?+'
+    r'(?P<sign>(?<![\w)\]}%^])[-+])?'
     + ''.join(f'(?<!{before})' for before in NO_ANSWER_BEFORE)
     + f"(?:{'|'.join(NUMBER_FORMS)})"
-    + f"(?P<no_answer>{'|'.join(NO_ANSWER_BEHIND)})?+")
+    + f"(?P<no_answer>{'|'.join(NO_ANSWER_BEHIND)})?")
 
 # %% ../../../nbs/08_transfer/14_medcalc_values.ipynb #91e7d27e
 def _digits_value(digits):
