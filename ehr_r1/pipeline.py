@@ -322,7 +322,7 @@ def parameters_of(
         return size.hidden*(size.vocab + size.layers*(wide + 3*size.mlp))
     if Path(model).is_dir():
         return sum(file.stat().st_size for file in Path(model).glob('*.safetensors'))/2
-    named = re.search(r'(\d+(?:\.\d+)?)B\b', model)
+    named = re.search(r'(?<![\d.])(\d{1,6}(?:\.\d{1,3})?)B\b', model)
     return float(named[1])*1e9 if named else 0.
 
 # %% ../nbs/10_pipeline/01_pipeline.ipynb #99fbf57d

@@ -23,13 +23,13 @@ from ehr_r1.data.tasks import TASKS
 from ehr_r1.data.timeline import Trajectory
 from ehr_r1.data.trajectories import build_trajectories
 from ehr_r1.evaluation.judging import judge, thinking
-from ehr_r1.foreign_text import defused, html_text, markdown_text, restored, visible
+from ehr_r1.foreign_text import MARK_BREAK, defused, html_text, markdown_text, restored, visible
 from ehr_r1.hospital.hospital import build_hospital
 from ehr_r1.inference.checkpoints import answer_text, as_text, chat_text, check_chat, control_marks
 from ehr_r1.inference.servers import Server
 from ehr_r1.inference.teachers import Request
 from ehr_r1.profiles import profile
-from ehr_r1.scoring import LINE_BREAK, parse_answer, set_f1
+from ehr_r1.scoring import parse_answer, set_f1
 from ehr_r1.synthesis.cases import case_page
 from ehr_r1.synthesis.reasoning import Brief, fault_of
 from ehr_r1.synthesis.support import final_results, read_chain, read_record, support
@@ -251,7 +251,7 @@ def test_a_server_gets_text_and_its_answer_is_read_back(monkeypatch):
                     return type('', (), dict(choices=[choice], usage=None, model='m'))
 
     reply = server._one(Client, Request('k', (dict(role='user', content=note),)))
-    assert '<|im_end|>' not in seen[0]['messages'][0]['content'] and LINE_BREAK in seen[0]['messages'][0]['content']
+    assert '<|im_end|>' not in seen[0]['messages'][0]['content'] and MARK_BREAK in seen[0]['messages'][0]['content']
     assert reply.text == note
 
 

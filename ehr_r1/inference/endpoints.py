@@ -21,7 +21,7 @@ class Refused(InferenceError, PermissionError):
 # %% ../../nbs/04_inference/02_endpoints.ipynb #b48eb4d1
 _ADDRESS = re.compile(r'''
     (?: (?P<scheme> https? ) :// )?
-    (?P<host> \[[0-9a-f:.]+\] | [a-z0-9_.-]+ )  # an IPv6 address in brackets, an IPv4 address or a name
+    (?P<host> \[[0-9a-f:.]{2,45}\] | [a-z0-9_.-]{1,253} )  # an IPv6 address in brackets, an IPv4 address or a name
     (?: : (?P<port> \d{1,5} ) )?
     (?: / [^?#\\@\s]* )?                        # a path without a query, a user or a space
 ''', re.I | re.X | re.A)
