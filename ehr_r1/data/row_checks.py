@@ -76,6 +76,7 @@ def read_times(
     "The times of a row that a trajectory reads."
     return list(dict.fromkeys([*time_columns(table, 'available'), *ENDS.get(table, ())]))
 
+# %% ../../nbs/02_data/06_row_checks.ipynb #1491570f
 def ids(
     table:str # an event table
 )->list[str]: # columns
@@ -91,6 +92,7 @@ def outside(
     "Whether a time lies outside the patient's years."
     return (pl.col(column) < pl.col('earliest')) | (pl.col(column) >= pl.col('latest'))
 
+# %% ../../nbs/02_data/06_row_checks.ipynb #1e8d5870
 def why(
     table:str,       # an event table
     owned:list[str]  # ids that somebody owns; `owner of <id>` stands beside each
@@ -236,6 +238,7 @@ def too_many(
     "Whether so many rows mean that the file is broken."
     return count > max(SHOWN, MOST*rows)
 
+# %% ../../nbs/02_data/06_row_checks.ipynb #b7f7a622
 def in_words(
     row:dict # column to value
 )->str:
@@ -243,6 +246,7 @@ def in_words(
     cells = ', '.join(f'{name} {value}' for name, value in row.items() if name != 'row' and value is not None)
     return f"row {row['row'] + 1:,} ({cells})"
 
+# %% ../../nbs/02_data/06_row_checks.ipynb #972913ae
 def shown_rows(
     rows:pl.LazyFrame, # with `row`
     columns:list[str]  # to be shown
