@@ -174,7 +174,7 @@ def places(items, before=''):
 
 def adversarial(pattern):
     "(beginning, what is repeated, end) of texts that a pattern may find hard."
-    items = list(parser.parse(pattern.pattern, pattern.flags & ~re.UNICODE | re.UNICODE))
+    items = list(parser.parse(pattern.pattern, pattern.flags))
     alphabet = list(dict.fromkeys([*letters(items), *USUAL[:4]]))[:24]
     leads = [('', list(dict.fromkeys([shortest(items), *alphabet, *USUAL])))]
     for lead, inside in places(items):

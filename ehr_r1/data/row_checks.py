@@ -77,6 +77,7 @@ def read_times(
     stored = ['storetime'] if table in STORED_LATER else []
     return list(dict.fromkeys([*time_columns(table), *stored, *SPANS.get(table, ())]))
 
+# %% ../../nbs/02_data/07_row_checks.ipynb #1491570f
 def ids(
     table:str # an event table
 )->list[str]: # columns
@@ -92,6 +93,7 @@ def outside(
     "Whether a time lies outside the patient's years."
     return (pl.col(column) < pl.col('earliest')) | (pl.col(column) >= pl.col('latest'))
 
+# %% ../../nbs/02_data/07_row_checks.ipynb #1e8d5870
 def why(
     table:str,       # an event table
     owned:list[str]  # ids that somebody owns; `owner of <id>` stands beside each
@@ -240,6 +242,7 @@ def too_many(
     "Whether so many rows mean that the file is broken."
     return count > max(SHOWN, MOST*rows)
 
+# %% ../../nbs/02_data/07_row_checks.ipynb #b7f7a622
 def in_words(
     row:dict # column to value
 )->str:
@@ -247,6 +250,7 @@ def in_words(
     cells = ', '.join(f'{name} {value}' for name, value in row.items() if name != 'row' and value is not None)
     return f"row {row['row'] + 1:,} ({cells})"
 
+# %% ../../nbs/02_data/07_row_checks.ipynb #972913ae
 def shown_rows(
     rows:pl.LazyFrame, # with `row`
     columns:list[str]  # to be shown

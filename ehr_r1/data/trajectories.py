@@ -323,6 +323,7 @@ def count_repeated(
     columns = ('subject_id', 'time', 'hadm_id', 'stay_id', 'cells')
     return charted.select(pl.all_horizontal(pl.col(c).eq_missing(pl.col(c).shift(1)) for c in columns).sum()).item()
 
+# %% ../../nbs/02_data/09_trajectories.ipynb #8db780c2
 def check_repeated(
     source:Source, # the tables
     count:int,     # rows of chartevents that say what the row before them says
