@@ -148,7 +148,7 @@ def say_why(
 # %% ../nbs/01_run/07_machine.ipynb #7f26447d
 BYTES = dict(  # that are written
     patient=19_500,                # of the synthetic hospital: 5.5 MB for 300, 38 MB for 2,000
-    trajectories=1.0, index=.35, samples=2.9, graphs=.35, chains=.1, baselines=1.9,  # for each byte of packed tables
+    trajectories=1.0, index=.35, samples=5.5, graphs=.35, chains=.1, baselines=1.9,  # for each byte of packed tables
     trained=28, kept=4)            # for each weight of a model: 4*(1 + 2*3) while it is trained, 4 afterwards
 
 class NoRoom(ValueError):

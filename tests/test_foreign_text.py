@@ -23,7 +23,7 @@ from ehr_r1.data.tasks import TASKS
 from ehr_r1.data.timeline import Trajectory
 from ehr_r1.data.trajectories import build_trajectories
 from ehr_r1.evaluation.judging import judge, thinking
-from ehr_r1.foreign_text import MARK_BREAK, defused, html_text, markdown_text, restored, visible
+from ehr_r1.foreign_text import MARK_BREAK, defused, html_text, restored, visible
 from ehr_r1.hospital.hospital import build_hospital
 from ehr_r1.inference.checkpoints import answer_text, as_text, chat_text, check_chat, control_marks
 from ehr_r1.inference.servers import Server
@@ -395,10 +395,6 @@ def test_what_acts_is_visible_and_the_rest_stays(text):
     assert html.unescape(html_text(text)) == shown
     if text.isascii() and text.isprintable():
         assert shown == text
-
-
-def test_markdown_is_text():
-    assert markdown_text('a*b* <i> $x$\n# y') == r'a\*b\* &lt;i&gt; \$x\$ \# y'
 
 
 def test_figures_and_tables_of_reports_read_no_formulas():
