@@ -61,7 +61,7 @@ class OntologyTerm:
     is_a: list     # ids of broader terms
 
 # %% ../../nbs/05_synthesis/05_open_sources.ipynb #6fbfaa06
-_EXACT = re.compile(r'(?<!\\)"((?:[^"\\]|\\.)*+)" EXACT')
+_EXACT = re.compile(r'(?<!\\)"([^"\\]*+(?:\\.[^"\\]*+)*)" EXACT')
 
 def unescaped(
     text:str # of an OBO file

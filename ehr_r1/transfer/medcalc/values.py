@@ -28,16 +28,16 @@ def plain_signs(
 # %% ../../../nbs/08_transfer/14_medcalc_values.ipynb #9848c2c0
 #: digits of a number: form -> example
 DIGIT_FORMS = {
-    r'[0-9]{1,3}+(?![0-9])(?:[,\u00a0][0-9]{3}(?![0-9]))++(?:\.[0-9]++)?+': '1,234.5',
-    r'[0-9]++(?:\.[0-9]++)?+': '1234.5',
+    r'[0-9]{1,3}+(?![0-9])(?:[,\u00a0][0-9]{3}(?![0-9]))+(?:\.[0-9]++)?': '1,234.5',
+    r'[0-9]++(?:\.[0-9]++)?': '1234.5',
     r'\.[0-9]++': '.5',
 }
-_DIGITS = f"(?>{'|'.join(DIGIT_FORMS)})"
+_DIGITS = f"(?:{'|'.join(DIGIT_FORMS)})"
 #: a number as a whole: form -> example
 NUMBER_FORMS = {
     rf'(?:(?P<times>{_DIGITS})\s?[x×*·⋅]\s?)?10\s?(?:\^|\*\*)[({{]?(?P<power>[-+]?[0-9]++)': '1.2 × 10^-3',
     rf'(?:(?P<whole>[0-9]{{1,3}}+)\s)?(?P<above>{_DIGITS})\s?/\s?(?P<below>{_DIGITS})': '1 3/4',
-    rf'(?P<simple>{_DIGITS}(?:[eE][-+]?[0-9]++(?!\w))?+)': '1.2e-3',
+    rf'(?P<simple>{_DIGITS}(?:[eE][-+]?[0-9]++(?!\w))?)': '1.2e-3',
 }
 
 # %% ../../../nbs/08_transfer/14_medcalc_values.ipynb #a7fef1d5
@@ -54,7 +54,7 @@ NO_ANSWER_BEHIND = {
     r'\s?\^': 'an exponent: 2^3',
     r'-[A-Za-z]': 'a hyphenated word: 10-year',
 }
-# optional groups that are read are not possessive: Python 3.11 can mix up what such groups caught
+# only single characters are repeated possessively: of groups Python 3.11 can mix up where they end and what they caught
 _NUMBER = re.compile(
     r'(?P<sign>(?<![\w)\]}%^])[-+])?'
     + ''.join(f'(?<!{before})' for before in NO_ANSWER_BEFORE)
