@@ -5,6 +5,8 @@ import shutil
 import sys
 from pathlib import Path
 
+import matplotlib
+import matplotlib.pyplot as plt
 import nbformat
 import pandas as pd
 import polars as pl
@@ -12,7 +14,7 @@ import pytest
 from papermill.exceptions import PapermillExecutionError
 
 from ehr_r1.config import Run
-from ehr_r1.evaluation.reporting import SMALLEST, Report, readable, run_report, run_reports, suppress
+from ehr_r1.evaluation.reporting import SMALLEST, STYLE, Report, readable, run_report, run_reports, suppress
 from ehr_r1.pipeline import Reproduction
 from ehr_r1.stages import read_manifest
 
@@ -332,6 +334,21 @@ def test_one_patient_gives_reports_too(tmp_path):
     out.mkdir()
     for path in TEMPLATES:
         run_report(path, out, SETTINGS, tmp_path)
+
+
+@pytest.mark.parametrize('base', [2, 10])
+def test_numbers_of_logarithmic_axes_are_no_formulas(home, tmp_path, base):
+    with matplotlib.rc_context(STYLE):
+        figure, ax = plt.subplots()
+        ax.plot([1, 1_000], [1, 1_000_000])
+        ax.set_xscale('log', base=base)
+        ax.set_yscale('log', base=base)
+        Report(Run('r', home), tmp_path).figure(figure, 'log')
+        ticks = (*ax.get_xticklabels(which='both'), *ax.get_yticklabels(which='both'))
+        labels = [label.get_text() for label in ticks]
+    plt.close(figure)
+    assert '1,000' in labels or '1,024' in labels
+    assert not any('$' in label for label in labels)
 
 
 def test_cases_are_pages(reported):

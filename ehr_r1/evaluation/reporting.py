@@ -18,6 +18,7 @@ import polars as pl
 from IPython.display import HTML
 from joblib import Parallel, delayed
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogFormatter, NullFormatter
 from tqdm import tqdm
 
 from ..config import Run
@@ -137,6 +138,24 @@ def save_table(
     whole = {column: 'Int64' for column, kind in table.schema.items() if kind.is_integer()}
     return table.to_pandas().astype(whole)
 
+# %% ../../nbs/07_evaluation/09_reporting.ipynb #a87c4352
+def written_out(
+    number:float, # of an axis
+    place=None    # of the tick, not used
+)->str:
+    "A tick's number, in full."
+    return f'{number:,.0f}' if number >= 1 else f'{number:g}'
+
+def with_plain_ticks(
+    figure:Figure # its logarithmic axes are changed
+)->None:
+    "Logarithmic axes with numbers instead of formulas."
+    axes = [axis for ax in figure.axes for axis in (ax.xaxis, ax.yaxis)]
+    for axis in axes:
+        if isinstance(axis.get_major_formatter(), LogFormatter):
+            axis.set_major_formatter(FuncFormatter(written_out))
+            axis.set_minor_formatter(NullFormatter())
+
 # %% ../../nbs/07_evaluation/09_reporting.ipynb #414337f6
 def save_figure(
     figure:Figure, # a matplotlib figure
@@ -144,6 +163,7 @@ def save_figure(
     name:str       # file name without ending
 )->None:
     "Write a figure as PNG and SVG, the same bytes for the same data."
+    with_plain_ticks(figure)
     kinds = dict(png={'Software': None}, svg={'Date': None, 'Creator': None})
     with matplotlib.rc_context({'svg.hashsalt': name}):
         for kind, metadata in kinds.items():
