@@ -36,7 +36,7 @@ from ehr_r1.transfer.ehrshot.synthetic import DISEASES, as_meds, write_synthetic
 from ehr_r1.transfer.ehrshot.tasks import BENCHMARK, ehrshot_right, ehrshot_score
 from ehr_r1.transfer.question_sets import ANSWERS, QUESTIONS, RESULTS, asked_questions
 
-P = profile('smoke', lm_per_task=0, replicates=10, workers=1)
+P = profile('smoke', lm_per_task=0, replicates=10, workers=1, style='compact')
 
 # a small release by hand
 

@@ -17,7 +17,7 @@ def event_titles(
     style:str # official or compact
 )->list: # of texts
     "What a style calls the events of each table."
-    return list(TITLES.values()) if style == 'compact' else [table.title for table in DISPLAY.values()]
+    return [table.title for table in DISPLAY.values()] if style == 'official' else list(TITLES.values())
 
 @cache
 def _event_heading(

@@ -36,6 +36,9 @@ def headings(
     "The headings of a table's events."
     return f'## {TITLES[table]} [', f'## {DISPLAY[table].title} ['
 
+
+ARRIVAL = headings('edstays') + headings('triage')  # with demographics and admission the head, which is never cut
+
 # %% ../../nbs/06_training/03_examples.ipynb #edefea37
 EVENT_START = re.compile(r'\n\n(?=' + '|'.join(sorted(re.escape(h) for table in TITLES for h in headings(table))) + ')')
 
@@ -95,22 +98,26 @@ def shorten(
 )->tuple: # (`RecordText`, tokens, events dropped); longer than the limit only if head and question alone are
     "A sample's record and question, cut to a limit from the oldest event on."
     parts = taken_apart(text, task)
-    events, summary = parts.events, parts.summary
+    summary = parts.summary
+    arrival = [event for event in parts.events if event.startswith(ARRIVAL)]
+    others = [event for event in parts.events if not event.startswith(ARRIVAL)]
 
     def cost(part):
         return 0 if part is None else count(part) + 1
 
-    fixed = cost(parts.first) + cost(parts.admission) + count(parts.question)
+    fixed = sum(map(cost, [parts.first, parts.admission, *arrival])) + count(parts.question)
     room = limit - fixed
-    kept, tokens = latest(events, room - cost(summary), count)
-    crowds_out = summary is not None and kept < len(events) and cost(summary) > room/2
+    kept, tokens = latest(others, room - cost(summary), count)
+    crowds_out = summary is not None and kept < len(others) and cost(summary) > room/2
     if crowds_out:
         summary = None
-        kept, tokens = latest(events, room, count)
-    shown = [parts.first, summary, parts.admission, *events[len(events) - kept:]]
+        kept, tokens = latest(others, room, count)
+    late = set(range(len(others) - kept, len(others)))
+    places = iter(range(len(others)))
+    events = [event for event in parts.events if event.startswith(ARRIVAL) or next(places) in late]
+    shown = [parts.first, summary, parts.admission, *events]
     text = record_text([part for part in shown if part is not None], parts.question)
-    dropped = len(events) - kept + crowds_out
-    return text, fixed + cost(summary) + tokens, dropped
+    return text, fixed + cost(summary) + tokens, len(others) - kept + crowds_out
 
 # %% ../../nbs/06_training/03_examples.ipynb #7a90143f
 EXAMPLES = pl.Schema(dict(

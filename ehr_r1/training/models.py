@@ -11,12 +11,16 @@ from dataclasses import dataclass
 
 from ehr_r1.config import seed_of
 
-PIECES = (r'\]?\n+(?:- |## )?'            # line ends with what starts the next line
-          r'|\]?\*\*(?:: )?'              # marks around the title of a quoted event
-          r'|\d{4}(?=-\d\d-\d\d)'         # the year of a time
-          r'|[-:]\d{1,3}(?!\d)|\.\d{1,2}' # month, day, minute, upper bound of a range; decimals
-          r'| ?\d{1,3}'
-          r'|[^\n\d*\]]+?(?= ?\d|[.:-]\d|\]?\n|\]?\*\*|$)|[^\n\d]') # words, up to the next number or line end
+WORDS = (r'\]?\n+(?:- |## )?'           # line ends with what starts the next line
+         r'|\]?\*\*(?:: )?'              # marks around the title of a quoted event
+         r'|\d{4}(?=-\d\d-\d\d)'         # the year of a time
+         r'|[-:]\d{1,3}(?!\d)|\.\d{1,2}' # month, day, minute, upper bound of a range; decimals
+         r'| ?\d{1,3}'
+         r'|[^\n\d*\]]+?(?= ?\d|[.:-]\d|\]?\n|\]?\*\*|$)|[^\n\d]') # words, up to the next number or line end
+LINES = (r'(?:yes|no)(?=\n|$)'      # a risk's answer
+         r'|\n(?=\n)|\n?## [^\n]*\n?' # the heading of an event or a section, with the empty line before it
+         r'|\*\*[^\n*]*\*\*:? ?'       # the heading of a quoted event
+         r'|[^\n]+\n?|\n')            # any other line
 SPECIAL = ('<|endoftext|>', '<|im_start|>', '<|im_end|>')
 THINK = ('<think>', '</think>') # ordinary tokens, as in Qwen3: decoding keeps them
 YES_NO = ('yes', 'no')          # one token each, for its probability is the risk
@@ -41,30 +45,32 @@ _CHAT = """{%- set ns = namespace(last=-1) -%}
 # %% ../../nbs/06_training/02_models.ipynb #f13e51ed
 def learnt_pieces(
     texts:Iterable[str], # serialized records and answers
-    vocab:int            # tokens at most
+    vocab:int,           # tokens at most
+    pieces:str           # pattern of the pieces
 ): # tokenizers.Tokenizer
-    "Byte-level byte-pair encoding that joins nothing across `PIECES`."
+    "Byte-level byte-pair encoding that joins nothing across pieces."
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
     learnt = Tokenizer(models.BPE())
-    split = pre_tokenizers.Split(Regex(PIECES), 'isolated')
+    split = pre_tokenizers.Split(Regex(pieces), 'isolated')
     to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     learnt.pre_tokenizer = pre_tokenizers.Sequence([split, to_bytes])
     learnt.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(vocab_size=vocab, special_tokens=list(SPECIAL), show_progress=False,
-                                  initial_alphabet=alphabet, max_token_length=64)
+                                  initial_alphabet=alphabet, max_token_length=128)
     learnt.train_from_iterator(texts, trainer)
     return learnt
 
 # %% ../../nbs/06_training/02_models.ipynb #d40aa8de
 def train_tokenizer(
     texts:Iterable[str], # serialized records and answers
-    vocab:int            # tokens at most
+    vocab:int,           # tokens at most
+    pieces:str=WORDS     # pattern of what tokens are made within: `WORDS` or `LINES`
 ): # transformers' PreTrainedTokenizerFast
     "A byte-level tokenizer for serialized records, with Qwen3's special tokens and chat conventions."
     from tokenizers import AddedToken
     from transformers import PreTrainedTokenizerFast
-    learnt = learnt_pieces(texts, vocab - len(THINK + YES_NO))
+    learnt = learnt_pieces(texts, vocab - len(THINK + YES_NO), pieces)
     learnt.add_tokens([AddedToken(word, special=False, normalized=False) for word in THINK])
     lacking = [word for word in YES_NO if len(learnt.encode(word).ids) > 1]
     learnt.add_tokens([AddedToken(word, special=False, normalized=False, single_word=True) for word in lacking])
@@ -85,8 +91,8 @@ class Size:
 
 
 SIZES = dict(
-    tiny=Size(1_024, 64, 2, 2, 1, 128),
-    small=Size(5_120, 192, 4, 3, 3, 576),
+    tiny=Size(4_096, 64, 2, 2, 1, 128),
+    small=Size(8_192, 192, 4, 3, 3, 576),
     base=Size(6_144, 256, 5, 4, 4, 768),
     medium=Size(16_384, 512, 12, 8, 2, 1_536),
 )

@@ -33,10 +33,12 @@ LISTED = 12  # names listed at most
 
 # %% ../../nbs/06_training/06_record_texts.ipynb #68601747
 def quotes(
-    text:str, # a serialized record
-    seed:int  # of this text
+    text:str,           # a serialized record
+    seed:int,           # of this text
+    style:str='compact' # of the record
 )->list: # lines, each once
     "Some lines of a record as evidence."
+    begins = '' if style == 'binned' else '- '
     found = {}
     for event in record_parts(text):
         head, *lines = event.split('\n')
@@ -44,20 +46,23 @@ def quotes(
         if not timed:
             continue
         for line in lines:
-            if line.startswith('- '):
-                found[f'**{title} [{time}]**: {line[2:]}'] = None
+            if line.startswith(begins):
+                found[f'**{title} [{time}]**: {line.removeprefix(begins)}'] = None
     return random.Random(seed).sample(list(found), min(QUOTES, len(found)))
 
 # %% ../../nbs/06_training/06_record_texts.ipynb #fb9b3d7a
 _NAME = re.compile(r'^- ([^\d,:;\[\n]{3,40})(?=[\d,:;\[\n]|\Z)', re.M) # what a line begins with, up to a number
+_BINNED_NAME = re.compile(r'^([^#\n][^\n]{2,99}?)(?= p\d{1,2}(?: |$)|$)', re.M) # up to a percentile
 
 
 def listed_names(
-    text:str, # a serialized record
-    seed:int  # of this text
+    text:str,           # a serialized record
+    seed:int,           # of this text
+    style:str='compact' # of the record
 )->list: # names, each once
     "As many names of a record as it happens, as results."
-    found = list(dict.fromkeys(match[1].strip() for match in _NAME.finditer(text)))
+    name = _BINNED_NAME if style == 'binned' else _NAME
+    found = list(dict.fromkeys(match[1].strip() for match in name.finditer(text)))
     draw = random.Random(seed)
     return draw.sample(found, min(draw.randint(1, LISTED), len(found)))
 
@@ -89,7 +94,7 @@ def quoting_text(
     alone = '', as_text(text, writer.tokenizer)
     if draw >= QUOTED*2**64:
         return alone
-    lines, names = quotes(text, draw), listed_names(text, draw)
+    lines, names = quotes(text, draw, writer.style), listed_names(text, draw, writer.style)
     if not (lines and names):
         return alone
     return conversation(text, lines, names, writer) or alone
@@ -120,12 +125,13 @@ def patient_texts(
     rows:pl.DataFrame,       # one patient's rows of the trajectory store
     writer:Writer,           # for the model
     seed:int,                # of the run
-    integers:dict|None=None  # integer columns by table, from the store's manifest
+    integers:dict|None=None, # integer columns by table, from the store's manifest
+    cuts:dict|None=None      # of the binned style
 )->Iterator[tuple]: # (prompt, answer): a record, and quoted lines and a list that is given twice; or '' and a record
     "A patient's whole record as texts of stage 0."
-    record = Record(rows, writer.style, integers or {})
-    shown = [i for i, table in enumerate(record.table) if table not in HIDDEN]
-    first, *events = [record.text(i) for i in shown]
+    record = Record(rows, writer.style, integers, cuts=cuts)
+    shown = [(event, None, None) for event, table in enumerate(record.table) if table not in HIDDEN]
+    first, *events = [text for text in record.parts(shown) if text]
     subject = rows['subject_id'][0]
     for number, text in enumerate(pieces(first, events, writer)):
         yield quoting_text(text, seed_of(seed, 'quote', subject, number), writer)
@@ -137,7 +143,8 @@ def shard_texts(
     writer:Writer,  # for the model
     seed:int,       # of the run
     split:str,      # of the patients
-    integers:dict   # integer columns by table
+    integers:dict,  # integer columns by table
+    cuts:dict|None=None # of the binned style
 )->pl.DataFrame: # `EXAMPLES` rows
     "Texts of so many patients of one shard that there are enough tokens, or of all."
     rows = pl.read_parquet(file)
@@ -146,7 +153,7 @@ def shard_texts(
     patients = rows.partition_by('subject_id', as_dict=True, maintain_order=True)
     made = []
     for subject in sorted(of_split, key=lambda subject: seed_of(seed, 'texts', subject)):
-        for number, (prompt, answer) in enumerate(patient_texts(patients[subject,], writer, seed, integers)):
+        for number, (prompt, answer) in enumerate(patient_texts(patients[subject,], writer, seed, integers, cuts)):
             size, answer_size = writer.count(prompt), writer.count(answer) + 1
             made.append((f'{subject}-{number}', '', '', 'text', prompt, answer, [], size, answer_size, 0))
             tokens -= size + answer_size
@@ -194,7 +201,8 @@ def write_texts(
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
     integers = read_manifest(run.trajectories)['counts']['integers']
-    read = partial(shard_texts, writer=writer, seed=seed, split=split, integers=integers)
+    cuts = read_manifest(run.samples)['counts']['cuts'] if writer.style == 'binned' else {}
+    read = partial(shard_texts, writer=writer, seed=seed, split=split, integers=integers, cuts=cuts)
     rows = pl.concat(read_until(store_files(run.trajectories), tokens, read, workers))
     draw = pl.Series([seed_of(seed, 'text', s) for s in rows['sample_id']], dtype=pl.UInt64)
     with writing(out/'examples-00000.parquet') as file:

@@ -22,7 +22,7 @@ FOR_EXAMPLES = ('seed', 'style', 'model', 'context', 'answer_tokens') # to write
 FOR_TRAINING = ('seed', 'model', 'lora', 'micro_batch')               # in every stage
 BY_STAGE = dict( # besides, in the training of one
     base=('base_rate', 'batch'),
-    adapt=('adapt_rate', 'batch'),
+    adapt=('adapt_rate', 'batch', 'record_loss'),
     reason=('reason_rate', 'reason_batch'),
     reinforce=('reinforce_rate', 'prompts', 'completions', 'context', 'answer_tokens'),
     warmup=(),
@@ -117,17 +117,18 @@ def base_config(
 
 # %% ../../nbs/06_training/08_settings.ipynb #652bb6d4
 def adapt_config(
-    s,        # `training_settings`: adapt_rate, batch
+    s,        # `training_settings`: adapt_rate, batch, record_loss
     out:Path, # where the trainer keeps its checkpoints
     steps:int # of the optimiser
 ): # trl.SFTConfig
-    "Stage 1, domain adaptation: loss on the assistant's tokens."
+    "Stage 1, domain adaptation: loss on the assistant's tokens, and on the record's where the profile says so."
     from trl import SFTConfig
     return SFTConfig(
         **shared_arguments(s, out, steps),
         **divided(s.batch, s.micro_batch),          # EHR-R1: 8 sequences a step
-        learning_rate=s.adapt_rate,                 # EHR-R1: 2e-5
-        max_length=None, completion_only_loss=True) # records are cut before (EHR-R1: 8,192 tokens)
+        learning_rate=s.adapt_rate,         # EHR-R1: 2e-5
+        completion_only_loss=not s.record_loss, # the released program of EHR-R1: False; its paper: True
+        max_length=None)                    # records are cut before (EHR-R1: 8,192 tokens)
 
 # %% ../../nbs/06_training/08_settings.ipynb #67a7f232
 def reason_config(

@@ -27,7 +27,7 @@ from .copying import GATE
 from .example_files import write_examples
 from .examples import Writer, scan_examples
 from .metrics import read_metrics
-from .models import SIZES, new_model, train_tokenizer
+from .models import LINES, SIZES, WORDS, new_model, train_tokenizer
 from .record_texts import write_texts
 from .settings import STAGE_EPOCHS, stage_settings
 from .trainer import run_training
@@ -88,7 +88,8 @@ def vocabulary(
     files = sorted((run.samples/'ehr_ins').glob('*.parquet'))
     rows = pl.scan_parquet(files).filter(pl.col('sample_id').is_in(chosen.implode()))
     prompt = pl.col('messages').list.get(1).struct.field('content')
-    texts = rows.select(prompt.alias('text'), pl.col('label').list.join('\n')).collect(engine='streaming')
+    answer = pl.col('label').list.join('\n') + '\n'
+    texts = rows.select(prompt.alias('text'), answer).collect(engine='streaming')
     for row in texts.sort('text', 'label').rows():
         yield from row
     if (run.chains/'manifest.json').exists():
@@ -98,12 +99,13 @@ def vocabulary(
 # %% ../../nbs/06_training/15_stages.ipynb #7bf0ecae
 def random_start(
     run:Run,           # samples must stand
-    s:SimpleNamespace, # model, seed, context, answer_tokens
+    s:SimpleNamespace, # model, seed, style, context, answer_tokens
     start:Path         # where the model shall be
 )->tuple: # (model, tokenizer)
     "A tokenizer learnt from the run, and random weights; kept, so that an interrupted stage has them again."
     if not (start/'config.json').exists():
-        tokenizer = train_tokenizer(vocabulary(run, s.seed), SIZES[s.model].vocab)
+        pieces = LINES if s.style == 'binned' else WORDS
+        tokenizer = train_tokenizer(vocabulary(run, s.seed), SIZES[s.model].vocab, pieces)
         tokenizer.save_pretrained(start)
         new_model(s.model, tokenizer, s.seed, s.context + s.answer_tokens).save_pretrained(start)
     return load_model(start, device='cpu')

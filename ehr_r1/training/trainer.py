@@ -29,7 +29,7 @@ from .on_cpu import compile_blocks, compiles, score_answers_alone, tune_allocato
 from .rewards import grpo_rewards
 from .settings import CONFIGS, TARGETS, processes, training_settings
 from .streaming import streamed
-from .weighing import weigh_samples, weights_of
+from .weighing import Weights, weigh_samples, weights_of
 
 # %% ../../nbs/06_training/14_trainer.ipynb #9660232e
 @dataclass(frozen=True)
@@ -157,6 +157,17 @@ def pretraining(
     dataset = stream_of(job, tokenizer, masked=False, each=0)
     return transformers.Trainer(data_collator=padded, train_dataset=dataset, **arguments)
 
+# %% ../../nbs/06_training/14_trainer.ipynb #57a1146a
+def sample_weights(
+    job:Job,  # stage 1 or 2 of a small model
+    tokenizer # of the model
+)->Weights: # of its samples
+    "What tokens weigh: in stage 1 those of the record, too; in stage 2 short answers as much as average ones."
+    if job.stage == 'reason':
+        tokens = scan_examples(job.folder/'examples').select('answer_tokens').collect().to_series().to_list()
+        return weights_of(tokens)
+    return Weights(record=job.settings.record_loss, opener=tokenizer.convert_tokens_to_ids('<|im_start|>'))
+
 # %% ../../nbs/06_training/14_trainer.ipynb #472b1336
 def fine_tuning(
     job:Job,     # stage 1, stage 2 or EHRMind's warm-up
@@ -167,9 +178,9 @@ def fine_tuning(
     from trl import SFTTrainer
     trainer = SFTTrainer
     if job.small and job.stage in ('adapt', 'reason'):
-        tokens = scan_examples(job.folder/'examples').select('answer_tokens').collect().to_series().to_list()
-        trainer = weigh_samples(SFTTrainer, weights_of(tokens if job.stage == 'reason' else []))
-    dataset = stream_of(job, tokenizer, masked=True, each=sequences_a_step(shared['args']) if job.small else 0)
+        trainer = weigh_samples(SFTTrainer, sample_weights(job, tokenizer))
+    masked = shared['args'].completion_only_loss
+    dataset = stream_of(job, tokenizer, masked, each=sequences_a_step(shared['args']) if job.small else 0)
     return trainer(train_dataset=dataset, **shared)
 
 # %% ../../nbs/06_training/14_trainer.ipynb #5f0670de

@@ -32,7 +32,7 @@ from ehr_r1.transfer.ehrshot.files import (
     release_files,
     standing,
 )
-from .records import Records, count_before, record_pieces
+from .records import Records, count_before, fit_bins, record_pieces
 from ..question_sets import ANSWERS, QUESTIONS, RESULTS, Benchmark, asked_questions
 
 # %% ../../../nbs/08_transfer/07_ehrshot.ipynb #91cfe8f6
@@ -52,9 +52,11 @@ def _with_records(rows, records, p):
     shown = set(asked_questions(rows, p)['sample_id']) | set(others['sample_id'])
     most = max(1, p.context//4) # no line is shorter than four tokens
     each = rows.select('sample_id', 'patient_id', 'time').rows()
+    training = rows.filter(pl.col('split') == 'train')['patient_id'].unique()
+    bins = fit_bins(records, training.to_list()) if p.style == 'binned' else None
     texts = []
     for sample, patient, time in tqdm(each, desc='records'):
-        pieces = record_pieces(records, patient, time, p.style, most) if sample in shown else []
+        pieces = record_pieces(records, patient, time, p.style, most, bins) if sample in shown else []
         texts.append(pieces)
     return rows.with_columns(context=pl.Series(texts, dtype=pl.List(pl.String)))
 
