@@ -166,10 +166,15 @@ def without_totals(
     cells:pl.Expr  # of each row
 )->pl.Expr: # `cells`, in which totals are empty
     "Rows as they read before their end."
-    early = cells
-    for name, total in TOTALS.items():
-        first = DISPLAY[name].columns.index(total[0])
-        kept = '[^\x1f]*\x1f'*first
-        pattern = f'^({kept})[^\x1f]*\x1f[^\x1f]*'
-        early = pl.when(table == name).then(cells.str.replace(pattern, '${1}\x1f')).otherwise(early)
-    return early
+    def empty(columns):
+        early, tables = columns
+        for name, total in TOTALS.items():  # few rows have a total, and a pattern is slow
+            places = (tables == name).arg_true()
+            first = DISPLAY[name].columns.index(total[0])
+            kept = '[^\x1f]*\x1f'*first
+            pattern = f'^({kept})[^\x1f]*\x1f[^\x1f]*'
+            if len(places):
+                early = early.scatter(places, early.gather(places).str.replace(pattern, '${1}\x1f'))
+        return early
+
+    return pl.map_batches([cells, table], empty, return_dtype=pl.String, is_elementwise=True)

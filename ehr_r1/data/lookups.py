@@ -191,6 +191,23 @@ def dictionary_of(
         'exam_name': 'note/radiology_detail', 'admission_info': 'note/discharge',
     }[column]
 
+# %% ../../nbs/02_data/06_lookups.ipynb #1ad1b5a8
+def classes_of(
+    source:Source, # where the tables are
+    name:str,      # a code map
+    column:str,    # CCS Type or ATC Type
+    protocol:str   # strict or official
+)->Lookup|None: # None where there is no such map
+    "The classes of a code map, ready to be joined."
+    codes = code_map(source, name)
+    if codes is None:
+        return None
+    if column == 'CCS Type':
+        classes = code_titles(codes.lazy(), column, protocol)
+    else:
+        classes = drug_classes(codes) if protocol == 'strict' else padded_classes(codes)
+    return classes._replace(names=classes.names.collect().lazy())
+
 # %% ../../nbs/02_data/06_lookups.ipynb #4f074cff
 def dictionary(
     source:Source, # where the tables are
@@ -201,12 +218,9 @@ def dictionary(
     "Where the words of one column come from."
     name = dictionary_of(table, column).split('/')[1]
     if column in ('CCS Type', 'ATC Type'):
-        codes = code_map(source, name)
-        if codes is None:
-            return None
-        if column == 'CCS Type':
-            return code_titles(codes.lazy(), column, protocol)
-        return drug_classes(codes) if protocol == 'strict' else padded_classes(codes)
+        if (name, protocol) not in source.made:  # two tables or three share a map
+            source.made[name, protocol] = classes_of(source, name, column, protocol)
+        return source.made[name, protocol]
     if not source.has(name) or column == 'admission_info' and protocol == 'strict':
         return None
     if column in ('diagnoses', 'procedures'):
@@ -232,7 +246,7 @@ _CODES = {
     'item_name': 'itemid', 'diagnoses': 'icd_code', 'procedures': 'icd_code', 'CCS Type': 'icd_code', 'ATC Type': 'ndc',
     'exam_name': 'note_id',
 }
-_MATCHES = 'matches of '
+_WITH_CODE, _MATCHED = 'rows with a code for ', 'rows that found '
 
 def has_code(
     column:str # one that is looked up
@@ -245,13 +259,14 @@ def has_code(
 def match_counts(
     table:str,       # an event table
     schema:pl.Schema # its columns, with the words
-)->list[pl.Expr]: # a struct of `rows` and `matched` for each look-up by code
+)->list[pl.Expr]: # two numbers for each look-up by code
     "How many rows have a code, and how many of those found words."
-    return [
-        pl.struct(rows=has_code(column).sum(), matched=(has_code(column) & pl.col(column).is_not_null()).sum())
-        .alias(_MATCHES + column)
-        for column in DISPLAY[table].columns if column in _CODES and column in schema
-    ]
+    counts = []
+    for column in DISPLAY[table].columns:
+        if column in _CODES and column in schema:
+            is_found = has_code(column) & pl.col(column).is_not_null()
+            counts += [has_code(column).sum().alias(_WITH_CODE + column), is_found.sum().alias(_MATCHED + column)]
+    return counts
 
 # %% ../../nbs/02_data/06_lookups.ipynb #35028e4d
 def unmatched(
@@ -268,7 +283,8 @@ def matches_of(
     rows:pl.LazyFrame # the event table with the words
 )->dict: # column -> rows, matched and, where less than half is, an example of what is not
     "How the look-ups of a table went."
-    found = {name.removeprefix(_MATCHES): dict(of) for name, of in answers.items() if name.startswith(_MATCHES)}
+    looked_up = [name.removeprefix(_WITH_CODE) for name in answers if name.startswith(_WITH_CODE)]
+    found = {name: dict(rows=answers[_WITH_CODE + name], matched=answers[_MATCHED + name]) for name in looked_up}
     poor = {column: of for column, of in found.items() if 2*of['matched'] < of['rows']}
     return found | {column: of | dict(example=unmatched(rows, column)) for column, of in poor.items()}
 

@@ -8,6 +8,7 @@ __all__ = ['MOST', 'SHOWN', 'REASONS', 'TWICE', 'BLANKED', 'STAYS_OF', 'RowCheck
 
 # %% ../../nbs/02_data/07_row_checks.ipynb #ddc0ba7d
 import polars as pl
+import polars.selectors as cs
 
 from .events import DEATHS, DISPLAY, STORED_LATER, time_columns
 from .schema import TABLES
@@ -131,9 +132,9 @@ def with_blanks(
     table:str          # an event table
 )->pl.LazyFrame: # the same rows, and in `blanked` how many of their cells were wrong
     "Blank the cells that cannot be true."
-    wrong = {name: is_wrong.fill_null(False) for name, is_wrong in bad_cells(table, rows.collect_schema()).items()}
+    wrong = bad_cells(table, rows.collect_schema())
     number = pl.sum_horizontal(is_wrong.cast(pl.UInt8) for is_wrong in wrong.values()) if wrong else pl.lit(0)
-    right = {name: pl.when(~is_wrong).then(name) for name, is_wrong in wrong.items()}
+    right = {name: pl.when(is_wrong).then(None).otherwise(name) for name, is_wrong in wrong.items()}
     return rows.with_columns(**right, blanked=number.cast(pl.UInt8))
 
 # %% ../../nbs/02_data/07_row_checks.ipynb #c7c02333
@@ -179,6 +180,7 @@ class SeenRows:
     "What was seen of the rows of a table that streamed by."
     def __init__(self):
         self.batches = []  # (rows, their keys, those that are left out or have a blanked cell)
+        self.replies = []  # of each batch, to what is asked of those that are kept
 
     @property
     def rows(self)->int:
@@ -196,36 +198,60 @@ class SeenRows:
         none = pl.DataFrame(schema=dict(reason=pl.UInt8, blanked=pl.UInt8))
         return pl.concat([none, *(wrong for _, _, wrong in self.batches)])
 
-# %% ../../nbs/02_data/07_row_checks.ipynb #9a58e773
-class Tally(SeenRows):
-    "Counts of what streamed by, and of what was kept out."
-    def counting(self,
-                 rows:pl.LazyFrame, # of an event table, perhaps from `RowChecks.flagged`
-                 key:pl.Expr|None   # from `key_of`
-    )->pl.LazyFrame: # those that can be true
-        "Count rows as they stream by, and let those pass that can be true."
-        is_flagged = 'reason' in rows.collect_schema()
-        if key is None and not is_flagged:
-            return rows
-        nothing = pl.lit(None, pl.UInt8)
-        marks = ['reason', 'blanked'] if is_flagged else [nothing.alias('reason'), nothing.alias('blanked')]
-
-        def look(batch):
-            reason, blanked, keys = batch.struct.unnest().get_columns()
-            wrong = pl.DataFrame([reason, blanked]).filter((reason.is_not_null() | (blanked > 0)).fill_null(False))
-            self.batches.append((len(batch), keys, wrong))
-            return reason.is_null()
-
-        seen = pl.struct(*marks, (nothing if key is None else key).alias('key'))
-        is_kept = seen.map_batches(look, return_dtype=pl.Boolean, is_elementwise=True)
-        # a column first: the engine may ask a filter twice, on both sides of a join
-        return rows.with_columns(is_kept.alias('is kept')).filter('is kept').drop('is kept')
-
     @property
     def dropped(self)->dict: # reason -> rows
         "How many are left out."
         places = self.wrong['reason']
         return {why: count for place, why in enumerate(REASONS) if (count := int((places == place).sum()))}
+
+    @property
+    def answers(self)->dict: # name -> true where it is true of all batches, or the sum of all
+        "What was asked of those that are kept."
+        if not self.replies:
+            return {}
+        return pl.concat(self.replies).select(cs.boolean().all(), cs.integer().cast(pl.Int64).sum()).row(0, named=True)
+
+# %% ../../nbs/02_data/07_row_checks.ipynb #d711b035
+def wrong_of(
+    reason:pl.Series, # UInt8, as in `RowChecks.flagged`
+    blanked:pl.Series # UInt8
+)->pl.DataFrame: # reason, blanked
+    "The rows of a batch that are left out or have a blanked cell; most often none."
+    both, is_wrong = pl.DataFrame([reason, blanked]), reason.is_not_null() | (blanked > 0)
+    return both.filter(is_wrong) if is_wrong.any() else both.clear()
+
+# %% ../../nbs/02_data/07_row_checks.ipynb #9a58e773
+class Tally(SeenRows):
+    "Counts of what streamed by, and of what was kept out."
+    def counting(self,
+                 rows:pl.LazyFrame, # of an event table, perhaps from `RowChecks.flagged`
+                 key:pl.Expr|None,  # from `key_of`
+                 asked=()           # of those that are kept: expressions that give a Boolean or an integer
+    )->pl.LazyFrame: # those that can be true
+        "Count rows as they stream by, and let those pass that can be true."
+        schema = rows.collect_schema()
+        is_flagged = 'reason' in schema
+        if key is None and not is_flagged and not asked:
+            return rows
+        nothing = pl.lit(None, pl.UInt8)
+        marks = ['reason', 'blanked'] if is_flagged else [nothing.alias('reason'), nothing.alias('blanked')]
+        columns = {name for question in asked for name in question.meta.root_names()}
+        if asked:
+            self.replies.append(schema.to_frame().select(asked))  # a table may have no rows
+
+        def look(batch):
+            batch = batch.struct.unnest()
+            is_kept = batch['reason'].is_null()
+            self.batches.append((len(batch), batch['the key'], wrong_of(batch['reason'], batch['blanked'])))
+            if asked:
+                kept = batch if is_kept.all() else batch.filter(is_kept)
+                self.replies.append(kept.select(asked))
+            return is_kept
+
+        seen = pl.struct(*marks, *columns, (nothing if key is None else key).alias('the key'))
+        is_kept = seen.map_batches(look, return_dtype=pl.Boolean, is_elementwise=True)
+        # a column first: the engine may ask a filter twice, on both sides of a join
+        return rows.with_columns(is_kept.alias('is kept')).filter('is kept').drop('is kept')
 
     def blanked(self,
                 table:str # its name

@@ -136,28 +136,46 @@ def as_text(
 def mended(
     texts:pl.Series,  # some that are no numbers as they stand
     kind:pl.DataType  # Int64 or Float64
-)->pl.Series: # texts
+)->pl.Series: # texts; null where the value is missing
     "Texts of numbers without what does not count."
+    texts = texts.replace(MISSING_WORDS, None)
     if kind == pl.Int64:
         return texts.str.replace(r'^\s*([+-]?[0-9]+)(?:\.0*)?\s*$', '$1')
     return texts.str.strip_chars()
 
+# %% ../../nbs/02_data/03_table_reading.ipynb #e3104bf6
+def with_rest(
+    values:pl.Expr,   # what was read of texts; null where it could not be
+    texts:pl.Expr,    # the texts
+    again,            # function from a Series of texts to their values
+    kind:pl.DataType  # of the values
+)->pl.Expr: # values
+    "What was read of texts, and what is read of the rest at the second attempt."
+    def look(columns):
+        values, texts = columns
+        if values.null_count() == texts.null_count():
+            return values
+        unread = values.is_null() & texts.is_not_null()
+        return values.scatter(unread.arg_true(), again(texts.filter(unread)))
+
+    return pl.map_batches([values, texts], look, return_dtype=kind, is_elementwise=True)
+
 # %% ../../nbs/02_data/03_table_reading.ipynb #09105354
 def parsed(
-    values:pl.Expr,   # texts
+    column:str,       # of texts
     kind:pl.DataType, # Int64 or Float64
     strict:bool       # stop at a text that is no such number
 )->pl.Expr: # numbers
-    "Texts as numbers."
-    def parse(texts):
-        numbers = texts.cast(kind, strict=False)
-        unread = numbers.is_null() & texts.is_not_null()
-        if not unread.any():
-            return numbers
-        again = mended(texts.filter(unread), kind).cast(kind, strict=strict)
-        return numbers.scatter(unread.arg_true(), again)
+    "Texts as numbers; missing where a text says so."
+    texts = pl.col(column).cast(pl.String)
+    numbers = texts.cast(kind, strict=False)
+    if kind == pl.Float64:
+        numbers = numbers.fill_nan(None)  # a missing word or another spelling of it
 
-    return values.map_batches(parse, return_dtype=kind, is_elementwise=True)
+    def again(texts):
+        return mended(texts, kind).cast(kind, strict=strict)
+
+    return with_rest(numbers, texts, again, kind)
 
 # %% ../../nbs/02_data/03_table_reading.ipynb #fbec40a7
 def as_number(
@@ -166,8 +184,9 @@ def as_number(
     strict:bool              # stop at a value that is no number
 )->pl.Expr: # Float64
     "A column as numbers."
-    values = present(column, stored_type)
-    return parsed(values, pl.Float64(), strict) if is_text(stored_type) else values.cast(pl.Float64, strict=strict)
+    if is_text(stored_type):
+        return parsed(column, pl.Float64(), strict)
+    return present(column, stored_type).cast(pl.Float64, strict=strict)
 
 # %% ../../nbs/02_data/03_table_reading.ipynb #ea0eaeb9
 def as_whole_number(
@@ -176,9 +195,9 @@ def as_whole_number(
     strict:bool              # stop at a value that is no whole number
 )->pl.Expr: # Int64
     "A column as whole numbers."
-    values = present(column, stored_type)
     if is_text(stored_type):
-        return parsed(values, pl.Int64(), strict)
+        return parsed(column, pl.Int64(), strict)
+    values = present(column, stored_type)
     if stored_type.is_integer():
         return values.cast(pl.Int64, strict=strict)
     if stored_type.is_decimal():
@@ -195,12 +214,17 @@ def as_time(
     strict:bool              # stop at a value that is no time
 )->pl.Expr: # Datetime in microseconds
     "A column as times."
-    values = present(column, stored_type)
     if not is_text(stored_type):
-        return values.cast(pl.Datetime('us'))
-    quick = pl.col(column).cast(pl.String).str.to_datetime('%Y-%m-%d %H:%M:%S', time_unit='us', strict=False)
-    rest = pl.when(quick.is_null()).then(values)
-    return pl.coalesce(quick, rest.str.to_datetime('%Y-%m-%d %H:%M:%S%.f', time_unit='us', strict=strict))
+        return present(column, stored_type).cast(pl.Datetime('us'))
+
+    texts = pl.col(column).cast(pl.String)
+    times = texts.str.to_datetime('%Y-%m-%d %H:%M:%S', time_unit='us', strict=False)
+
+    def again(texts):
+        rest = texts.replace(MISSING_WORDS, None)
+        return rest.str.to_datetime('%Y-%m-%d %H:%M:%S%.f', time_unit='us', strict=strict)
+
+    return with_rest(times, texts, again, pl.Datetime('us'))
 
 # %% ../../nbs/02_data/03_table_reading.ipynb #f3adf202
 def as_date(
@@ -325,14 +349,15 @@ def one_line(
     names:pl.Expr # String
 )->pl.Expr: # String
     "Names without line breaks and control characters."
-    def mend(texts):
-        broken = texts.str.contains(_CONTROL).fill_null(False)
+    def mend(columns):
+        texts, broken = columns
         if not broken.any():
             return texts
         whole = texts.filter(broken).str.replace_all(f' *{_CONTROL}[{_CONTROL[1:-1]} ]*', ' ').str.strip_chars(' ')
         return texts.scatter(broken.arg_true(), whole)
 
-    return names.map_batches(mend, return_dtype=pl.String, is_elementwise=True)
+    is_broken = names.str.contains(_CONTROL)
+    return pl.map_batches([names, is_broken], mend, return_dtype=pl.String, is_elementwise=True)
 
 # %% ../../nbs/02_data/03_table_reading.ipynb #8067e54a
 WITH_ZEROS = ('icd_code',)  # 0090 and 90 are different codes; an ndc that lost its zeros is padded again

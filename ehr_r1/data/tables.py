@@ -152,6 +152,11 @@ class TableFolder:
         return str(self.files[table].relative_to(self.root))
 
     @cached_property
+    def made(self)->dict:
+        "What was made of its files and may be needed again."
+        return {}
+
+    @cached_property
     def license(self)->str:
         "The text of LICENSE.txt."
         path = self.root/'LICENSE.txt'

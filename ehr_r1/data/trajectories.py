@@ -55,11 +55,12 @@ def python_floats(
     numbers:pl.Series # Float64
 )->pl.Series: # String
     "Numbers as Python's `repr` writes them; Polars differs below 1e-4 and from 1e16 on."
-    texts, size = numbers.cast(pl.String), numbers.abs()
-    is_rare = ((size < 1e-4) & (size > 0)) | (size >= 1e16)
-    rare = is_rare.fill_null(False).arg_true()
-    if not len(rare):
+    texts = numbers.cast(pl.String)
+    is_small = (numbers < 1e-4) & (numbers > -1e-4) & (numbers != 0)
+    is_rare = is_small | (numbers >= 1e16) | (numbers <= -1e16)
+    if not is_rare.any():
         return texts
+    rare = is_rare.arg_true()
     return texts.scatter(rare, [repr(number) for number in numbers.gather(rare)])
 
 # %% ../../nbs/02_data/09_trajectories.ipynb #68e685bc
@@ -118,6 +119,19 @@ def whole_number_tests(
                 is_whole = pl.col(written)
             tests.append((values.is_not_null().all() & is_whole.all()).alias(name))
     return tests
+
+# %% ../../nbs/02_data/09_trajectories.ipynb #c8093ec6
+def unsettled_tests(
+    rows:pl.LazyFrame, # from `looked_up`
+    table:str,         # its name
+    protocol:str       # strict or official
+)->list[pl.Expr]: # some of `whole_number_tests`
+    "The tests that need more than the first rows: a gap or a fraction there settles it for most columns."
+    tests = whole_number_tests(table, rows.collect_schema(), protocol)
+    if protocol == 'strict' or not tests:  # the strict ones ask nothing of the rows
+        return tests
+    head = rows.head(10_000).select(tests).collect(engine='streaming').row(0, named=True)
+    return [test for test in tests if head[test.meta.output_name()] is not False]
 
 # %% ../../nbs/02_data/09_trajectories.ipynb #8aac253f
 def row_time(
@@ -243,13 +257,6 @@ def merged_rows(
         died=moment_of_death(table, schema),
     )
 
-# %% ../../nbs/02_data/09_trajectories.ipynb #3936fbc2
-def possible(
-    rows:pl.LazyFrame # of a table, perhaps from `RowChecks.flagged`
-)->pl.LazyFrame:
-    "Rows without a reason to leave them out."
-    return rows.filter(pl.col('reason').is_null()) if 'reason' in rows.collect_schema() else rows
-
 # %% ../../nbs/02_data/09_trajectories.ipynb #8295fe42
 def stream_once(
     source:Source,          # where the tables are
@@ -268,19 +275,12 @@ def stream_once(
         if len(without):
             found = found.filter(~pl.col('row').is_in(without.implode()))
         found = checks.flagged(found, table) if checks else found
-        kept = tally.counting(found, key_of(table, s.protocol))
+        asked = match_counts(table, found.collect_schema()) + unsettled_tests(found, table, s.protocol)
+        kept = tally.counting(found, key_of(table, s.protocol), asked)
         rows = merged_rows(kept, table, s.protocol, s.times).with_columns(shard=pl.col('subject_id') % shards)
         by_shard = pl.PartitionBy(part, key='shard', include_key=False)
-        outputs = [rows.sink_parquet(by_shard, compression='lz4', statistics=False, mkdir=True, lazy=True)]
-        asked = match_counts(table, found.collect_schema())
-        if tests := whole_number_tests(table, found.collect_schema(), s.protocol):
-            # a gap or a fraction in the first rows settles it for most columns
-            head = possible(found.head(10_000)).select(tests).collect(engine='streaming')
-            asked += [test for test in tests if head[test.meta.output_name()][0] is not False]
-        if asked:
-            outputs.append(possible(found).select(asked))
-        results = pl.collect_all(outputs, engine='streaming')
-        answers = results[1].row(0, named=True) if asked else {}
+        rows.sink_parquet(by_shard, compression='lz4', statistics=False, mkdir=True, engine='streaming')
+        answers = tally.answers
         whole = [name for name, is_whole in answers.items() if is_whole is True]
         return dict(integers=whole, lookups=matches_of(answers, found)), tally
 
