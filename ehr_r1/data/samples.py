@@ -53,8 +53,8 @@ def known_rows(
     return [place for place, time in enumerate(times) if time is not None and time <= now]
 
 # %% ../../nbs/02_data/22_samples.ipynb #46001a26
-class EventTexts:
-    "One patient's events as texts."
+class EventRows:
+    "One patient's events, row by row."
     def __init__(
         self,
         rows:pl.DataFrame,      # rows of one patient from the trajectory store
@@ -89,6 +89,9 @@ class EventTexts:
         cells = self.cells_at(event, now)
         return cells if places is None else [cells[place] for place in places]
 
+# %% ../../nbs/02_data/22_samples.ipynb #34e79864
+class EventTexts(EventRows):
+    "One patient's events as texts."
     def text(self, event:int, places:list|None=None, now:datetime|None=None)->str:
         "An event as text, in a style in which it reads the same wherever it stands."
         is_whole = places is None and (now is None or self.table[event] not in TOTALS)
@@ -100,6 +103,9 @@ class EventTexts:
             self.texts[event] = text
         return text
 
+# %% ../../nbs/02_data/22_samples.ipynb #8344a5a1
+class Record(EventTexts):
+    "One patient's events, ready to be shown."
     def parts(self, events:list)->list:
         "Events as they stand in a record, one after the other; each as the arguments of `text`, None: ''."
         if self.style != 'binned':
@@ -109,9 +115,6 @@ class EventTexts:
         texts = iter(binned_parts(shown, self.bins))
         return ['' if event is None else next(texts) for event in events]
 
-# %% ../../nbs/02_data/22_samples.ipynb #8344a5a1
-class Record(EventTexts):
-    "One patient's events, ready to be shown."
     def head(self, sample:dict)->list:
         "The events above the window: demographics, last discharge summary, admission; None where missing."
         return [0, sample['discharge_event'], None if sample['task'] == 'admissions' else sample['admissions_event']]

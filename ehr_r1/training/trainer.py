@@ -157,7 +157,7 @@ def pretraining(
     dataset = stream_of(job, tokenizer, masked=False, each=0)
     return transformers.Trainer(data_collator=padded, train_dataset=dataset, **arguments)
 
-# %% ../../nbs/06_training/14_trainer.ipynb #57a1146a
+# %% ../../nbs/06_training/14_trainer.ipynb #2781ba87
 def sample_weights(
     job:Job,  # stage 1 or 2 of a small model
     tokenizer # of the model
