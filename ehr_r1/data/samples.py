@@ -89,7 +89,7 @@ class EventRows:
         cells = self.cells_at(event, now)
         return cells if places is None else [cells[place] for place in places]
 
-# %% ../../nbs/02_data/22_samples.ipynb #34e79864
+# %% ../../nbs/02_data/22_samples.ipynb #5f252dd9
 class EventTexts(EventRows):
     "One patient's events as texts."
     def text(self, event:int, places:list|None=None, now:datetime|None=None)->str:
