@@ -36,6 +36,7 @@ def accuracy_reward(
 
 # %% ../../nbs/06_training/07_rewards.ipynb #23ea5637
 THINK_SECTIONS = ('Extraction', 'Reasoning', 'Final Results') # titles in a think block, in this order
+EMPTY_BLOCK = '<think>\n\n</think>\n\n' # what stands in a prompt that is answered without thinking
 _TITLE = re.compile(rf'\n##[ \t]*+({"|".join(THINK_SECTIONS)})[ \t]*+:?+[ \t\r]*+(?=\n)')
 
 # %% ../../nbs/06_training/07_rewards.ipynb #34dd07ed
@@ -109,17 +110,23 @@ def assistant_text(
     return message.get('content')
 
 # %% ../../nbs/06_training/07_rewards.ipynb #48e9b49c
-def grpo_rewards()->list: # functions of (completions, label, family, ...) that give a float each
-    "EHR-R1's two rewards; their sum is what the third stage raises."
+def grpo_rewards()->list: # functions of (completions, label, family, mode, ...) that give a float each
+    "EHR-R1's two rewards, which the third stage raises; a mode for each, think where there are none."
 
-    def accuracy(completions, label, family, **kwargs):
+    def whole(completions, modes):
+        "What was said, with the block that a prompt without thinking holds already."
+        said = map(assistant_text, completions)
+        modes = modes or ['think']*len(completions)
+        return [(text if mode == 'think' else EMPTY_BLOCK + (text or ''), mode) for text, mode in zip(said, modes)]
+
+    def accuracy(completions, label, family, mode=None, **kwargs):
         "F1 of a decision, exactness of a risk."
-        asked = zip(completions, label, family, strict=True)
-        return [accuracy_reward(assistant_text(completion), gold, kind) for completion, gold, kind in asked]
+        asked = zip(whole(completions, mode), label, family, strict=True)
+        return [accuracy_reward(text, gold, kind) for (text, _), gold, kind in asked]
 
-    def format(completions, **kwargs):
-        "Think block, sections, no repeated line."
-        return [format_reward(assistant_text(completion)) for completion in completions]
+    def format(completions, mode=None, **kwargs):
+        "Think block, sections where it thinks, no repeated line."
+        return [format_reward(text, sections=how == 'think') for text, how in whole(completions, mode)]
 
     return [accuracy, format]
 

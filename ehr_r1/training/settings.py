@@ -157,6 +157,17 @@ def vllm_arguments(
                 vllm_max_model_length=s.context + s.answer_tokens, vllm_tensor_parallel_size=wide,
                 vllm_enable_sleep_mode=wide > 1)
 
+# %% ../../nbs/06_training/08_settings.ipynb #ed85c9d1
+def policy_arguments()->dict: # arguments of TRL
+    "How rewards become gradients; EHR-R1 leaves these to its private version of TRL, so we set them by name."
+    return dict(
+        loss_type='dapo',        # tokens of a step weigh alike (TRL's default)
+        epsilon=.2,              # a token's probability counts up to a fifth more or less (TRL's default)
+        scale_rewards='group',   # by the spread among the completions of a prompt (TRL's default)
+        # each reward is normalised before they are added: a format that is learnt does not drown the accuracy
+        multi_objective_aggregation='normalize_then_sum',
+        mask_truncated_completions=True) # a completion that was cut off teaches nothing
+
 # %% ../../nbs/06_training/08_settings.ipynb #f0275f3f
 def reinforce_config(
     s,        # `training_settings`: reinforce_rate, prompts, completions, context, answer_tokens
@@ -173,6 +184,7 @@ def reinforce_config(
         max_completion_length=min(s.answer_tokens, 2_048), # EHR-R1: 2,048
         temperature=.7, top_p=.95, top_k=20,               # EHR-R1
         beta=0.,                                           # EHR-R1: no KL term (TRL's default)
+        **policy_arguments(),
         **vllm_arguments(s))
 
 # %% ../../nbs/06_training/08_settings.ipynb #18d950b4

@@ -187,9 +187,9 @@ def fine_tuning(
 def asked_prompts(
     job:Job,   # stage 3, or EHRMind's second step
     number:int # how many are asked
-)->list: # rows with prompt, label, family and sample_id
+)->list: # rows with prompt, label, family, mode and sample_id
     "The prompts of a training, from the first example on."
-    columns = ('prompt', 'label', 'family', 'sample_id')
+    columns = ('prompt', 'label', 'family', 'mode', 'sample_id')
     rows = scan_examples(job.folder/'examples').head(number).select(columns).collect().to_dicts()
     return [rows[i % len(rows)] for i in range(number)]
 
