@@ -159,8 +159,11 @@ def test_what_is_left_of_marks(text, lines):
     assert (answer.status == 'answered') == bool(lines)
 
 
-@pytest.mark.parametrize('unit', ['*', '**', '- ', '1. ', '•', '#', '# \n', '1. a\n', '[', '["', "['", "',", '{"a":', '`',
-                                  '```\n', 'answer:', 'answer: \n', '_', '(1', '"'])
+ENDLESS = ['*', '**', '- ', '1. ', '•', '#', '# \n', '1. a\n', '[', '["', "['", "',", '{"a":', '`', '```\n', 'answer:',
+           'answer: \n', '_', '(1', '"']
+
+
+@pytest.mark.parametrize('unit', ENDLESS)
 @pytest.mark.parametrize('size', [90_000, 2_000_000])
 def test_marks_without_end_take_a_moment(unit, size):
     text = unit*(size//len(unit))

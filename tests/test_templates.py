@@ -169,8 +169,10 @@ def test_bases_of_the_papers_load(tmp_path, shape, config, kind):
     tokenizer.save_pretrained(tmp_path)
     _, again = load_model(tmp_path, device='cpu')
     check_chat(again, trained=True)
+    writer = Writer(again, 2_000, 2_000)
     for mode in MODES:
-        assert Writer(again, 2_000, 2_000).prompt(SAMPLE['text'], 'labevents', mode)[0] == example(shape, mode)['prompt']
+        prompt, *_ = writer.prompt(SAMPLE['text'], 'labevents', mode)
+        assert prompt == example(shape, mode)['prompt']
 
 
 def test_only_training_demands_an_end_and_tags_that_stay():
