@@ -69,7 +69,7 @@ class Score:
     system: str
     task: str
     family: str           # decision or risk
-    metric: str           # f1, auroc, auprc, brier
+    metric: str           # f1, f1_strict, auroc, auprc, brier
     value: float          # nan where undefined
     draws: np.ndarray     # one value a replicate
     subjects: np.ndarray  # distinct patients
@@ -107,14 +107,15 @@ def decision_scores(
     samples:pl.DataFrame,   # EHR-Bench rows
     said:pl.DataFrame,      # the system's predictions
     resamples:Resamples     # of the patients
-)->list: # of `Score`, one a decision task
-    "F1 of each decision task."
+)->list: # of `Score`, one a decision task and reading
+    "F1 of each decision task; of answers as written, too, where they are there."
     found = []
-    for task, rows in by_task(score_decision(samples, said)):
-        who, f1 = rows['subject_id'].to_numpy(), rows['f1'].to_numpy()
-        draws, = replicated(resamples, who, [lambda weights, f1=f1: weighted_mean(f1, weights)])
-        found.append(Score(system, task, 'decision', 'f1', weighted_mean(f1), draws, np.unique(who), len(f1), None,
-                           int(rows['missing'].sum())))
+    for metric in ('f1', 'f1_strict') if 'written' in said.columns else ('f1',):
+        for task, rows in by_task(score_decision(samples, said, strict=metric == 'f1_strict')):
+            who, f1 = rows['subject_id'].to_numpy(), rows['f1'].to_numpy()
+            draws, = replicated(resamples, who, [lambda weights, f1=f1: weighted_mean(f1, weights)])
+            found.append(Score(system, task, 'decision', metric, weighted_mean(f1), draws, np.unique(who), len(f1),
+                               None, int(rows['missing'].sum())))
     return found
 
 # %% ../nbs/01_run/06_intervals.ipynb #5b628400

@@ -57,7 +57,7 @@ def run_name(
     changed = {key: value for key, value in settings.items() if value != getattr(base, key) and key != 'workers'}
     folder = [Path(data).resolve().name] if data else []
     words = [profile_name, *folder, *sorted(f'{key}-{value}' for key, value in changed.items())]
-    return '.'.join(words).replace(' ', '_')
+    return '_'.join(re.split(r'[\s/\\]+', '.'.join(words)))  # a model may be a path or owner/name
 
 # %% ../nbs/10_pipeline/01_pipeline.ipynb #9ddefbcf
 def check_data(

@@ -179,22 +179,18 @@ def test_a_mode_that_does_not_exist_is_named(tokenizer):
         chat_text(tokenizer, messages, 'loud')
 
 
-DROPS_THINKING = ("{% for m in messages %}{{ m.content.split('</think>')[-1] }}|{% endfor %}"
-                  "{% if add_generation_prompt and not enable_thinking %}</think>{% endif %}")
-
-
 @pytest.mark.parametrize('template, lacks', [
     (None, 'no chat template'),
-    ("{% for m in messages %}{{ m.content }}{% endfor %}", 'does not close the think block'),
     ("{{ messages[0].content }}", 'drops the system or the user'),
     ("{{ raise_exception('no system role') }}", 'fails on a system'),
-    (DROPS_THINKING, 'drops the think block'),
 ])
-def test_a_template_that_cannot_think_is_refused(template, lacks):
+def test_a_template_that_cannot_ask_is_refused(template, lacks):
     tokenizer = train_tokenizer(['- Sodium 140'], 300)
     tokenizer.chat_template = template
     with pytest.raises(ModelError, match=lacks):
         check_chat(tokenizer)
+    with pytest.raises(ModelError, match=lacks):
+        Writer(tokenizer, 150, 40)
 
 
 def same_weights(one, two):

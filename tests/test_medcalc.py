@@ -314,6 +314,74 @@ def test_what_is_not_that_date(value):
     assert not is_right(DATE, value)
 
 
+GFR = ['decimal', '3', '25.238', '23.976', '26.5']
+
+
+@pytest.mark.parametrize('text', [
+    '{"step_by_step_thinking": "GFR = 175 x ...", "answer": "25.24"}',
+    '```json\n{"answer": 25.24}\n```',
+    '**Answer:** 25.24 mL/min/1.73 m²',
+    'Answer: $\\boxed{25.24}$ mL/min',
+    'so \\boxed{25.24}. Normal is above 90.',
+    'The answer is \\(25.24\\)',
+    'Final answer: 25.24\n\nNote: normal is above 90.',
+    '**Final Answer**\n\n25.24 mL/min, stage 4',
+    'Answer:\n\n1. GFR: 25.24',
+    'Answer = 175 × 2.1^-1.154 × 60^-0.203 = 25.24',
+    'Answer: eGFR = 175 × (2.1)^(-1.154) × (60)^(-0.203) = 25.24 mL/min/1.73m²',
+    'GFR = 175 \\times 2.1 \\approx 25.24',
+    'The creatinine is a = 2. Therefore the GFR is 25.24.',
+    'GFR = 25.24 mL/min. Normal is above 90.',
+    "The patient's GFR is 25.24 (CKD stage 4).",
+    'eGFR ≈ 25.24 mL/min/1.73 m², CKD stage 4',
+    'Answer: 25.24, which corresponds to stage 4 (15-29).',
+    'The GFR is 25.24, indicating severe disease (15 to 29)',
+    '25.24 mL/min (normal: 90-120)',
+    '25.24 ± 1.2',
+    '<b>25.24</b>',
+])
+def test_a_right_sum_as_models_write_it(text):
+    assert judge_calculation(GFR, text) is True
+
+
+@pytest.mark.parametrize('text', [
+    'Answer: 52.24',
+    'between 20 and 30',
+    'between 25 and 30',
+    'Answer: 25 to 26',
+    '20-25 mL/min',
+    '20 mL/min - 25 mL/min',
+    '30 or 25',
+    '1.24 + 25',
+    'more than 25',
+    '> 25',
+    '≥25',
+    'The creatinine is 25. Answer: 20-30',
+    'Answer: 2.1 (25.24)',
+    'GFR = 90 (was 25.24)',
+    'Answer: 25.24 - 3.1 = 22.14',
+])
+def test_a_wrong_or_hedged_sum_is_not_right(text):
+    assert not judge_calculation(GFR, text)
+
+
+@pytest.mark.parametrize('kind, text, value', [
+    ('integer', 'The score is 3, which corresponds to a risk of 3.2% per year.', 3),
+    ('integer', 'Total: 1 + 1 + 1 = 3 out of 9', 3),
+    ('integer', 'Score: 3 of 9 points', 3),
+    ('date', 'The due date is 12/02/2000 (40 weeks from the LMP of 02/24/2000).', datetime.date(2000, 12, 2)),
+    ('weeks', '34 weeks and 2 days (240 days)', (34, 2)),
+    ('weeks', "['34 weeks',\n '2 days']", (34, 2)),
+])
+def test_the_value_beside_others(kind, text, value):
+    assert read_answer(kind, text) == (value,)
+
+
+@pytest.mark.parametrize('text', ['10/22/2021 or 10/23/2021', 'between 10/22/2021 and 10/23/2021'])
+def test_two_dates_are_no_date(text):
+    assert read_answer('date', text) == ()
+
+
 def test_a_month_in_strange_letters_is_no_day():
     assert dates_in('ſep 1, 2021') == [None]
 

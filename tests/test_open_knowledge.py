@@ -192,6 +192,9 @@ def test_the_disease_ontology_must_be_there(sources, tmp_path):
 @pytest.mark.parametrize('name, old, new, says', [
     ('hetionet_edges.tsv', 'DlA', 'GiG', 'GiG'),
     ('hetionet_nodes.tsv', 'heart\tAnatomy', 'heart\tGene', "'Gene'"),
+    ('hetionet_nodes.tsv', 'Anatomy::', 'Organ::', "'Organ::UBERON:0000948' does not begin with a kind"),
+    ('hetionet_edges.tsv', 'Symptom::', 'Symptm::', "'Symptm::D005334' does not begin with a kind"),
+    ('hetionet_edges.tsv', 'Symptom::', '', "'D005334' does not begin with a kind"),
     ('disease-symptom.tsv', '\tfever\n', '\n', 'line 2: must have 4 fields'),
     ('disease-symptom.tsv', '\tfever\n', '\tm\udce9\n', 'line 2: not UTF-8'),
     ('allXREFinDO.tsv', 'xref', 'ref', 'line 1: no column xref'),

@@ -217,6 +217,13 @@ def test_a_run_is_named_after_its_profile_and_what_differs_from_it():
     assert differs.run.name == 'demo.mimic-iv-demo-2.2.caps-none.protocol-official'
 
 
+@pytest.mark.parametrize('model', ['Qwen/Qwen3-8B', '/models/qwen3-1.7b', 'C:\\models\\my model'])
+def test_a_model_names_a_run_whatever_its_path(model, tmp_path):
+    name = Reproduction('paper', '/data/mimic-iv-3.1', model=model, home=tmp_path).run.name
+    assert name.startswith('paper.mimic-iv-3.1.model-')
+    assert not set(name) & set('/\\ ')
+
+
 def test_workers_are_not_in_the_name_of_a_run():
     assert Reproduction('smoke', workers='1').run.name == 'smoke'
 

@@ -1,4 +1,5 @@
 """Scores: definitions by hand, agreement with scikit-learn, and hostile answers."""
+import json
 import time
 
 import numpy as np
@@ -8,6 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import average_precision_score, brier_score_loss, roc_auc_score
 
+from ehr_r1.evaluation.benchmark import readings_table
+from ehr_r1.intervals import evaluate, score_table
 from ehr_r1.scoring import (
     auprc,
     auroc,
@@ -65,6 +68,121 @@ def test_ten_megabytes_take_a_moment(unit):
     answer = parse_answer(text)
     set_f1(['Sodium'], answer.lines)
     assert time.process_time() - start < 10
+
+
+# ---- the lenient reading
+
+NAMES = [
+    ['0.9% Sodium Chloride', 'Aspirin', '5% Dextrose'],
+    ['5% Dextrose', '24 hr urine protein', '1,25-Dihydroxyvitamin D'],
+    ['*NF* Heparin', 'Potassium, Whole Blood', 'Morphine inj.'],
+    ['Sodium'],
+    ['2-D echocardiogram'],
+    ['1.25% Levobupivacaine', '2.5% Bupivacaine', '3% Saline'],
+]
+
+
+def counted(names, form):
+    return [form.format(number, name) for number, name in enumerate(names, 1)]
+
+
+WAYS = dict(
+    bare=lambda names: names,
+    numbered=lambda names: counted(names, '{}. {}'),
+    brackets=lambda names: counted(names, '{}) {}'),
+    round=lambda names: counted(names, '({}) {}'),
+    ones=lambda names: [f'1. {name}' for name in names],
+    dashes=lambda names: [f'- {name}' for name in names],
+    stars=lambda names: [f'* {name}' for name in names],
+    bullets=lambda names: [f'• {name}' for name in names],
+    long_dashes=lambda names: [f'– {name}' for name in names],
+    boxes=lambda names: [f'- [ ] {name}' for name in names],
+    bold=lambda names: [f'**{name}**' for name in names],
+    bold_numbered=lambda names: counted(names, '{}. **{}**'),
+    all_bold=lambda names: counted(names, '**{}. {}**'),
+    bold_dashes=lambda names: [f'- **{name}**' for name in names],
+    code=lambda names: [f'`{name}`' for name in names],
+    quoted=lambda names: [f'"{name}",' for name in names],
+    periods=lambda names: [f'{name}.' for name in names],
+    fenced=lambda names: ['```', *names, '```'],
+    fenced_list=lambda names: ['```markdown', *counted(names, '{}. {}'), '```', 'I hope this helps'],
+    fenced_json=lambda names: ['```json', json.dumps(names, indent=2), '```'],
+    json=lambda names: [json.dumps(names)],
+    json_named=lambda names: [json.dumps(dict(answer=names))],
+    python=lambda names: [repr(names)],
+    label=lambda names: ['Answer:', *names],
+    label_before=lambda names: [f'Answer: {names[0]}', *names[1:]],
+    bold_label=lambda names: [f'**Final answer:** {names[0]}', *names[1:]],
+    heading=lambda names: ['## Final Results', '', *(f'- {name}' for name in names)],
+    announced=lambda names: ['Here are the ordered drugs:', '', *counted(names, '{}. {}')],
+    windows=lambda names: [f'{line}\r' for line in counted(names, '{}. {}')],
+)
+
+
+@pytest.mark.parametrize('way', WAYS)
+@pytest.mark.parametrize('names', NAMES, ids=lambda names: names[0])
+def test_a_list_is_read_as_its_names(names, way):
+    answer = parse_answer('<think>t</think>\n\n' + '\n'.join(WAYS[way](names)))
+    assert answer.status == 'answered'
+    assert set_f1(names, answer.lines) == 1
+    assert len(answer.lines) == len(names)
+
+
+@pytest.mark.parametrize('way', set(WAYS) - {'bare', 'windows'})
+def test_the_strict_reading_takes_a_list_by_the_letter(way):
+    names = NAMES[0]
+    answer = parse_answer('\n'.join(WAYS[way](names)))
+    assert set_f1(names, answer.written, strict=True) < 1
+    assert set_f1(names, parse_answer('\n'.join(names)).written, strict=True) == 1
+
+
+@pytest.mark.parametrize('text, lines', [
+    ('2. Diagnosis\n5. Procedure', ['2. Diagnosis', '5. Procedure']),   # these count nothing
+    ('1.5 mL syringe\n2.5 mL syringe', ['1.5 mL syringe', '2.5 mL syringe']),
+    ('4. Stage', ['4. Stage']),
+    ('-', []),
+    ('**', []),
+    ('[1, 2]', ['[1, 2]']),
+    ('{"prediction": "Eligible", "idx": 2}', ['{"prediction": "Eligible", "idx": 2}']),
+    ('[]', []),
+    ('["a\\nb"]', ['a', 'b']),
+    ('["\\ud800a"]', ['a']),
+    ('Yes.', ['Yes']),
+    ('**yes**', ['yes']),
+    ('The answer is **no**.', ['no']),
+    ('**Sodium** and **Potassium**', ['**Sodium** and **Potassium**']),
+    ('["a"', ['["a"']),
+])
+def test_what_is_left_of_marks(text, lines):
+    answer = parse_answer(text)
+    assert answer.lines == lines
+    assert (answer.status == 'answered') == bool(lines)
+
+
+ENDLESS = ['*', '**', '- ', '1. ', '•', '#', '# \n', '1. a\n', '[', '["', "['", "',", '{"a":', '`', '```\n', 'answer:',
+           'answer: \n', '_', '(1', '"']
+
+
+@pytest.mark.parametrize('unit', ENDLESS)
+@pytest.mark.parametrize('size', [90_000, 2_000_000])
+def test_marks_without_end_take_a_moment(unit, size):
+    text = unit*(size//len(unit))
+    start = time.process_time()
+    parse_answer(text)
+    assert time.process_time() - start < 2
+
+
+def test_models_are_scored_in_both_readings():
+    samples = pl.DataFrame(dict(sample_id=['a', 'b'], subject_id=[1, 2], task='labevents', family='decision',
+                                label=[['Sodium'], ['Potassium']]))
+    answers = [parse_answer('1. Sodium'), parse_answer('Potassium')]
+    said = samples.select('sample_id', 'task', answer=pl.Series([answer.lines for answer in answers]),
+                          written=pl.Series([answer.written for answer in answers]))
+    table = score_table(evaluate(samples, dict(base=said, other=said.drop('written')), replicates=10))
+    overall = table.filter(task='overall').select('system', 'metric', 'value').rows()
+    assert overall == [('base', 'f1', 1.), ('base', 'f1_strict', .5), ('other', 'f1', 1.)]
+    read, = readings_table(samples, dict(base=said, other=said.drop('written'))).to_dicts()
+    assert read == dict(system='base', answers=2, only_lenient=1, share=.5)
 
 
 # ---- F1

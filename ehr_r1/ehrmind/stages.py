@@ -15,7 +15,7 @@ from ..config import Run
 from .course_examples import course_examples, course_rewards
 from .courses import course_of
 from .recipe import Course, train_questions, warmup_questions
-from ..inference.checkpoints import ModelError, load_tokenizer
+from ..inference.checkpoints import ModelError, check_chat, load_tokenizer
 from ..profiles import Profile
 from ..stages import build, read_manifest, writing
 from ..training.examples import Writer, count_examples
@@ -127,7 +127,9 @@ def write_course_examples(
     if step.stage == 'warmup':
         rationales = course.rationales(run, p, folder, rows) if course.rationales else {}
     lengths = recipe_of(p, course).profile
-    writer = Writer(load_tokenizer(where), lengths.context, lengths.answer_tokens)
+    tokenizer = load_tokenizer(where)
+    check_chat(tokenizer, trained=True)
+    writer = Writer(tokenizer, lengths.context, lengths.answer_tokens)
     examples, counts = course_examples(rows, course, writer, rationales)
     (out/'examples').mkdir(exist_ok=True)
     with writing(out/'examples'/'examples-00000.parquet') as f:

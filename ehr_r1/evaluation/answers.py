@@ -105,23 +105,27 @@ def asks_of(
     return asks
 
 # %% ../../nbs/07_evaluation/04_answers.ipynb #814290fe
+ANSWERED = PREDICTIONS | dict(written=pl.List(pl.String))  # the answer read leniently, and as written
+
+
 def prediction_of(
     line:dict # from `answer`
-)->dict: # a row of `PREDICTIONS`
+)->dict: # a row of `ANSWERED`
     "What a system answered to one question."
     risk = line['kind'] == 'risk'
+    said = None if risk else parse_answer(line['text'])
     return dict(
         sample_id=line['sample_id'], task=line['task'],
-        answer=None if risk else parse_answer(line['text']).lines,
+        answer=said and said.lines, written=said and said.written,
         risk=line['p_yes'] if risk else None,
         fallback=None if line['status'] == 'answered' else line['status'])
 
 # %% ../../nbs/07_evaluation/04_answers.ipynb #b9c571ad
 def predictions_of(
     lines:list # from `answer`
-)->pl.DataFrame: # rows of `PREDICTIONS`, by task and sample
+)->pl.DataFrame: # rows of `ANSWERED`, by task and sample
     "What a system answered, ready to be scored."
-    return pl.DataFrame([prediction_of(line) for line in lines], schema=PREDICTIONS).sort('task', 'sample_id')
+    return pl.DataFrame([prediction_of(line) for line in lines], schema=ANSWERED).sort('task', 'sample_id')
 
 # %% ../../nbs/07_evaluation/04_answers.ipynb #1d70da70
 def engine_kind()->str: # transformers, vllm or an address

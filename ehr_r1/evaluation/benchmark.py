@@ -17,7 +17,7 @@ from ..data.tasks import TASKS
 from .predictions import read_predictions
 from ..intervals import COMPARISON, compare, evaluate, score_table
 from ..profiles import Profile
-from ..scoring import calibration, match_risk
+from ..scoring import calibration, match_risk, score_decision
 from ..stages import build, writing
 
 # %% ../../nbs/07_evaluation/05_benchmark.ipynb #c7745d1f
@@ -37,6 +37,23 @@ def calibration_table(
             about = pl.lit(system).alias('system'), pl.lit(task).alias('task')
             parts.append(calibration(rows['gold'], rows['risk']).select(*about, pl.all()))
     return pl.concat(parts) if parts else pl.DataFrame(schema=dict(system=pl.String, task=pl.String))
+
+# %% ../../nbs/07_evaluation/05_benchmark.ipynb #a41f0c52
+READINGS = dict(system=pl.String, answers=pl.Int64, only_lenient=pl.Int64, share=pl.Float64)
+
+def readings_table(
+    samples:pl.DataFrame, # EHR-Bench rows
+    predictions:dict      # system -> its predictions
+)->pl.DataFrame: # columns of `READINGS`: systems whose answers are kept as written
+    "How many answers score more when read leniently than by the letter."
+    rows = []
+    for system, frame in predictions.items():
+        if 'written' in frame.columns:
+            lenient, strict = (score_decision(samples, frame, way)['f1'] for way in (False, True))
+            more = int((lenient > strict).sum())
+            share = more/len(lenient) if len(lenient) else None
+            rows.append(dict(system=system, answers=len(lenient), only_lenient=more, share=share))
+    return pl.DataFrame(rows, schema=READINGS)
 
 # %% ../../nbs/07_evaluation/05_benchmark.ipynb #46b2ae29
 def write_tables(
@@ -70,6 +87,9 @@ def score_run(
         scores=score_table(scores, tasks),
         comparisons=pl.concat(pairs) if pairs else pl.DataFrame(schema=COMPARISON),
         calibration=calibration_table(samples, predictions))
+    read = readings_table(samples, predictions)
+    if read.height:
+        tables['readings'] = read
     return write_tables(folder, {prefix + name: frame for name, frame in tables.items()})
 
 # %% ../../nbs/07_evaluation/05_benchmark.ipynb #ac6559d7

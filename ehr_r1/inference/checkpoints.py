@@ -8,6 +8,7 @@ __all__ = ['as_text', 'ModelError', 'chat_text', 'answer_text', 'check_chat', 'l
 # %% ../../nbs/04_inference/01_checkpoints.ipynb #7f7d7a68
 import json
 from contextlib import contextmanager
+from datetime import date
 from functools import lru_cache
 from pathlib import Path
 
@@ -72,10 +73,37 @@ class ModelError(ValueError):
     "A model cannot be had or used; the message says why."
 
 # %% ../../nbs/04_inference/01_checkpoints.ipynb #ad979b9a
+_DAY = date(2024, 7, 26)  # that Llama 3's template writes where it is told none
+
+def rendered(
+    tokenizer,     # of transformers, with a chat template
+    messages:list, # dicts with role and content
+    **switches     # add_generation_prompt, enable_thinking
+)->str:
+    "Messages by a tokenizer's template, the same on every day."
+    return tokenizer.apply_chat_template(messages, tokenize=False, strftime_now=_DAY.strftime, **switches)
+
+# %% ../../nbs/04_inference/01_checkpoints.ipynb #8d68e175
+NO_THOUGHT = '<think>\n\n</think>\n\n'  # as Qwen3's template writes it
+
+
+def begun(
+    text:str,   # a prompt as a template ends it
+    thinks:bool # whether the assistant shall think first
+)->str: # up to where the assistant's own words begin
+    "A prompt with an empty think block where thinking is off, and without any where it is on."
+    rest = text.rstrip()
+    if rest.endswith('</think>'):
+        return rest[:rest.rindex('<think>')] if thinks and '<think>' in rest else text
+    opened = rest.endswith('<think>')
+    before = rest.removesuffix('<think>') if opened else text
+    return before if thinks else before + NO_THOUGHT
+
+# %% ../../nbs/04_inference/01_checkpoints.ipynb #18aec8c9
 def chat_text(
     tokenizer,      # of transformers, with a chat template
     messages:list,  # dicts with role and content: system and user
-    mode:str,           # of `MODES`, else a ValueError: plain (stage 1), think or no_think (from stage 2 on)
+    mode:str,       # of `MODES`, else a ValueError: plain (stage 1), think or no_think (from stage 2 on)
     question:str='' # with which the user's message ends, where it may show the tags of its answer
 )->str: # up to where the assistant's own words begin
     "The prompt of a sample: after plain and no_think the answer comes next, after think a think block."
@@ -87,9 +115,7 @@ def chat_text(
     switch = '' if mode == 'plain' else f'\n/{mode}'
     asked = [*rest, dict(user, content=said + switch)]
     thinks = mode == 'think'
-    text = tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True, enable_thinking=thinks)
-    opened = thinks and text.rstrip().endswith('<think>')
-    return text.rstrip().removesuffix('<think>') if opened else text
+    return begun(rendered(tokenizer, asked, add_generation_prompt=True, enable_thinking=thinks), thinks)
 
 # %% ../../nbs/04_inference/01_checkpoints.ipynb #181c301d
 def answer_text(
@@ -103,45 +129,42 @@ def answer_text(
     return answer if chain is None else f'<think>\n{chain}\n</think>\n\n{answer}'
 
 # %% ../../nbs/04_inference/01_checkpoints.ipynb #3e875b71
-def _fails_at_prompts(prompts):
-    "What is wrong with prompts (mode -> text) of the system message S and the user message U; '' if nothing is."
-    if 'S' not in prompts['plain'] or 'U' not in prompts['plain']:
+def asking_fault(
+    tokenizer # of transformers
+)->str: # '' if nothing is wrong
+    "Why a model cannot be asked."
+    if not getattr(tokenizer, 'chat_template', None):
+        return 'it has no chat template; take an instruction-tuned model, or give the tokenizer one'
+    asked = [dict(role='system', content='S'), dict(role='user', content='U')]
+    try:
+        prompts = [chat_text(tokenizer, asked, mode) for mode in MODES]
+    except Exception as e:  # a template is a program of its own and may raise anything
+        return f'its chat template fails on a system and a user message ({type(e).__name__}: {e})'
+    if not all('S' in prompt and 'U' in prompt for prompt in prompts):
         return 'its chat template drops the system or the user message'
-    if not prompts['no_think'].rstrip().endswith('</think>'):
-        return ('its chat template does not close the think block when enable_thinking is off; '
-                "EHR-R1 needs one like Qwen3's")
     return ''
 
 # %% ../../nbs/04_inference/01_checkpoints.ipynb #7372abc3
-def chat_fault(
-    tokenizer # of transformers
+def training_fault(
+    tokenizer # of transformers, of a model that can be asked
 )->str: # '' if nothing is wrong
-    "Why a model cannot be asked with and without thinking."
-    if not getattr(tokenizer, 'chat_template', None):
-        return 'it has no chat template; take an instruction-tuned model of the Qwen3 family, or give the tokenizer one'
-    system, user = dict(role='system', content='S'), dict(role='user', content='U')
-    try:
-        prompts = {mode: chat_text(tokenizer, [system, user], mode) for mode in MODES}
-    except Exception as e:  # a template is a program of its own and may raise anything
-        return f'its chat template fails on a system and a user message ({type(e).__name__}: {e})'
-    if fault := _fails_at_prompts(prompts):
-        return fault
-    answer = dict(role='assistant', content=answer_text('T', ['A']))
-    whole = tokenizer.apply_chat_template([system, dict(user, content='U\n/think'), answer], tokenize=False)
-    if not whole.startswith(prompts['think']):
-        return 'its chat template changes a prompt once the answer stands behind it'
-    if '<think>\nT\n</think>\n\nA' not in whole:
-        return 'its chat template drops the think block of the last answer'
+    "Why a model cannot be trained to answer and to think."
     if tokenizer.eos_token_id is None:
         return 'it has no end-of-answer token'
+    tokens = tokenizer(NO_THOUGHT, add_special_tokens=False).input_ids
+    kept = tokenizer.decode(tokens, skip_special_tokens=True)
+    if '<think>' not in kept or '</think>' not in kept:
+        return 'its tokenizer drops <think> or </think> from what is decoded, so that no reward could see a chain'
     return ''
 
 # %% ../../nbs/04_inference/01_checkpoints.ipynb #440d2d80
 def check_chat(
-    tokenizer # of transformers
+    tokenizer,         # of transformers
+    trained:bool=False # the model is trained, too
 )->None:
-    "Refuse, with a ModelError, a model that cannot be asked with and without thinking."
-    if fault := chat_fault(tokenizer):
+    "Refuse, with a ModelError, a model that cannot be asked, or not be trained."
+    fault = asking_fault(tokenizer) or (training_fault(tokenizer) if trained else '')
+    if fault:
         name = getattr(tokenizer, 'name_or_path', '') or 'tokenizer'
         raise ModelError(f'{name}: {fault}')
 

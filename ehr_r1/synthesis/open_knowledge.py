@@ -198,10 +198,14 @@ HETIONET_RELATIONS = dict( # kind of edge -> relation
     PCiC='isa') # the only one that is read from its end
 
 def hetionet_key(
-    node:str # id of a node, such as Disease::DOID:6000
+    node:str, # its id, such as Disease::DOID:6000
+    path:Path # file in which it stands
 )->tuple: # source, code
-    "The key of a node of Hetionet."
-    kind, code, *_ = node.split('::')
+    "The key of a node of Hetionet; a `KnowledgeError` where its id names no known kind."
+    kind, mark, code = node.partition('::')
+    if not mark or kind not in HETIONET_SOURCES:
+        what = f'the id {node!r} does not begin with a kind and "::"; known are {", ".join(HETIONET_SOURCES)}'
+        raise knowledge_fault(path, what, 'Correct the line or leave it out')
     return HETIONET_SOURCES[kind], code
 
 # %% ../../nbs/05_synthesis/06_open_knowledge.ipynb #a7bbdefd
@@ -214,7 +218,7 @@ def read_hetionet_nodes(
         if row['kind'] not in nodes:
             what = f'{row["id"]} is of kind {row["kind"]!r}; known are {", ".join(nodes)}'
             raise knowledge_fault(path, what, 'Leave the others out')
-        nodes[row['kind']].append((hetionet_key(row['id']), row['name']))
+        nodes[row['kind']].append((hetionet_key(row['id'], path), row['name']))
     return nodes
 
 # %% ../../nbs/05_synthesis/06_open_knowledge.ipynb #f7f2387e
@@ -235,7 +239,7 @@ def add_hetionet(
         if edge not in HETIONET_RELATIONS:
             what = f'edge type {edge!r}; known are {", ".join(HETIONET_RELATIONS)}'
             raise knowledge_fault(edge_file, what, 'Leave the others out')
-        first, second = hetionet_key(row['source']), hetionet_key(row['target'])
+        first, second = (hetionet_key(row[end], edge_file) for end in ('source', 'target'))
         if edge == 'PCiC':
             first, second = second, first
         graph.relate(first, HETIONET_RELATIONS[edge], second, 'HETIONET')

@@ -24,7 +24,7 @@ from ..data.samples import SYSTEM
 from ..data.serialize import TITLES, record_text, without_question
 from ..data.tasks import TASKS, split_question
 from ..foreign_text import html_text
-from ..inference.checkpoints import answer_text, as_text, chat_text
+from ..inference.checkpoints import answer_text, as_text, chat_text, check_chat
 from ..synthesis.reasoning import Brief, fault_of, verbalise
 from ..synthesis.support import read_record
 from ..synthesis.thinking_graph import ThinkingGraph
@@ -165,6 +165,7 @@ class Prompter:
     ):
         self.tokenizer, self.context, self.answer_tokens = tokenizer, context, answer_tokens
         self.style, self.scratch = style, scratch
+        check_chat(tokenizer)
         empty = [dict(role='system', content=SYSTEM), dict(role='user', content='')]
         modes = ('plain', 'think', 'no_think')
         self.around = {mode: self.count(chat_text(tokenizer, empty, mode)) + 2 for mode in modes}  # beside the text

@@ -31,8 +31,8 @@ def accuracy_reward(
     if '</think>' not in (text or '') or answer.status != 'answered':
         return 0.
     if family == 'decision':
-        return set_f1(gold, answer.lines)
-    return float([line.casefold() for line in answer.lines] == gold)
+        return set_f1(gold, answer.written, strict=True)
+    return float([line.casefold() for line in answer.written] == gold)
 
 # %% ../../nbs/06_training/07_rewards.ipynb #23ea5637
 THINK_SECTIONS = ('Extraction', 'Reasoning', 'Final Results') # titles in a think block, in this order
@@ -82,7 +82,7 @@ def fault_of_format(
     start, end = text.find('<think>'), text.find('</think>')
     if sections and (fault := section_fault(text, start, end)):
         return fault
-    lines = parse_answer(text).lines
+    lines = parse_answer(text).written
     if not lines:
         return 'empty answer'
     repeated = len({line.casefold() for line in lines}) < len(lines)

@@ -18,7 +18,7 @@ import polars as pl
 from joblib import Parallel, delayed
 
 from ..config import Run
-from ..inference.checkpoints import ModelError, load_model, load_tokenizer
+from ..inference.checkpoints import ModelError, check_chat, load_model, load_tokenizer
 from ..profiles import Profile
 from ..stages import build, read_manifest, writing
 from ..synthesis.chains import kept_chains
@@ -185,6 +185,7 @@ def stage_examples(
     "Write what a stage trains on."
     scratch = s.model in SIZES
     tokenizer = load_tokenizer(model_at(run, plan.start))
+    check_chat(tokenizer, trained=True)
     writer = Writer(tokenizer, s.context, s.answer_tokens, s.style, scratch=scratch)
     chosen = choose_examples(run, plan.stage, s.seed, plan.variant, s.curriculum, bare=scratch)
     if plan.steps:

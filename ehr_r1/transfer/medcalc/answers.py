@@ -13,24 +13,100 @@ from typing import NamedTuple
 
 from ...scoring import parse_answer
 from ...training.rewards import LONGEST, ehrmind_answer
-from .values import dates_in, numbers_in, weeks_in
+from .values import dates_in, numbers_in, plain_signs, weeks_in
 
 ANSWER_READERS = dict(date=dates_in, weeks=weeks_in, integer=numbers_in, decimal=numbers_in)  # kind -> reader
 NUMERIC_KINDS = ('integer', 'decimal')
 MEDCALC_KEYS = ('answer',)  # of an answer object in EHRMind's form
 
 # %% ../../../nbs/08_transfer/15_medcalc_answers.ipynb #bd46a1ab
-_CUE = re.compile(r'''<answer>|\banswer["'*_\s]{0,4}(?:is\b|=|:)''', re.IGNORECASE)
+#: what is said beside an answer -> example
+ASIDES = {
+    r'^\s{0,8}[0-9]{1,2}[.)]\s': '1. GFR: 25.24',
+    r'(?<!\\)\([^()\n]{0,200}\)': '25.24 (CKD stage 4)',
+    r'\b(?:stage|grade|class|type|category|step)\s#?[0-9][\w.]*+': '25.24, CKD stage 4',
+    r'\b(?:indicating|suggesting|meaning|corresponding|consistent|which\s(?:means|indicates|suggests|corresponds|is\s'
+    r'(?:consistent|considered|within|in)))\b(?:[^.\n]|\.(?=[0-9]))*': '3 points, which corresponds to a risk of 3.2 %',
+}
+_ASIDE = re.compile('|'.join(ASIDES), re.IGNORECASE)
+
+# %% ../../../nbs/08_transfer/15_medcalc_answers.ipynb #0c5e7216
+_TERM = r'[0-9][0-9,.]*+(?:\^[-+]?[0-9.]++)?'
+_UNIT = r'(?:\s?%|\s[A-Za-z/]{1,12}+)?'
+_JOINT = r'\s?(?:\bto\b|\bor\b|[-+~÷]|[x×*·⋅](?!\s?10\s?(?:\^|\*\*)))\s?[-+$]?'
+#: several values, or a bound, where one is asked for -> example
+NO_VALUE = {
+    r'\bbetween\s[^\n]{1,60}?\sand\s\S{1,30}': 'between 20 and 30',
+    rf'(?<![\w.,^]){_TERM}(?:{_UNIT}{_JOINT}{_TERM})+': '20 to 30, 20 - 30, 23 or 24, 1 + 1 + 1',
+    rf'(?:\b(?:above|below|under|over|than|least|most)\s|[≤≥]\s?|(?<!\S)[<>]=?\s?){_TERM}': 'normal is > 90',
+    rf'(?<=[0-9])\sof\s(?:a\s(?:possible|maximum)\s)?{_TERM}': ' of 9',
+    rf'(?:±|\+/-)\s?{_TERM}': '± 1.2',
+}
+_NO_VALUE = re.compile('|'.join(NO_VALUE), re.IGNORECASE)
+_EITHER = re.compile(
+    r'\bbetween\s[^\n]{1,60}?\sand\s\S{1,30}|(?<![\w/.-])[0-9][0-9/.-]*+\sor\s[0-9][0-9/.-]*+', re.IGNORECASE)
+
+# %% ../../../nbs/08_transfer/15_medcalc_answers.ipynb #e586bdb0
+def said_once(
+    kind:str, # of `ANSWER_READERS`
+    text:str  # with plain signs
+)->str:
+    "A text without what is no answer, and without what is said beside it if a value remains."
+    several = _NO_VALUE if kind in NUMERIC_KINDS else _EITHER
+    short = several.sub(' ', _ASIDE.sub(' ', text))
+    return short if ANSWER_READERS[kind](short) else several.sub(' ', text)
+
+# %% ../../../nbs/08_transfer/15_medcalc_answers.ipynb #713b34d7
+_EQUALS = re.compile(r'(?<![<>!])=|≈|≅|→|\\approx')
+_SENTENCE_END = re.compile(r'\n|(?<!^[0-9])(?<!^[0-9]{2})\.\s{1,4}(?=[A-Z])', re.MULTILINE)  # no number of a list
+
+
+def value_of_sentence(
+    kind:str,      # of `ANSWER_READERS`
+    sentence:str,  # with plain signs
+    announced:bool # it follows "answer is"
+)->tuple: # empty, or the one value
+    "The value that a sentence gives."
+    text = said_once(kind, sentence)
+    values = ANSWER_READERS[kind](text)
+    results = _EQUALS.split(text)[1:] if kind in NUMERIC_KINDS else []
+    for result in reversed(results):
+        if found := numbers_in(result):
+            return tuple(found[:1])
+    return tuple(values[:1] if announced else values[-1:])
+
+# %% ../../../nbs/08_transfer/15_medcalc_answers.ipynb #6e189e8a
+def value_of_text(
+    kind:str,      # of `ANSWER_READERS`
+    text:str,      # with plain signs
+    announced:bool # it follows "answer is"
+)->tuple: # empty, or the one value
+    "The value of the first sentence that has one where it is announced, else of the last."
+    if kind == 'weeks':  # weeks and days may stand on two lines
+        return value_of_sentence(kind, text, announced)
+    sentences = _SENTENCE_END.split(text)
+    ordered = sentences if announced else reversed(sentences)
+    values = (value_of_sentence(kind, sentence, announced) for sentence in ordered)
+    return next(filter(None, values), ())
+
+# %% ../../../nbs/08_transfer/15_medcalc_answers.ipynb #20c270bb
+_CUE = re.compile(
+    r"""<answer>|\\boxed\{|\b(?:answer|final\s(?:result|score|value))"""
+    r"""(?:["'*_\s]{0,4}(?:is\b|=|:)|[*_]{0,3}[ \t]{0,4}\n)""", re.IGNORECASE)
 
 def read_answer(
     kind:str, # of `ANSWER_READERS`
     text:str  # an answer in words
 )->tuple: # empty, or the one value
     "The value that a text gives as its answer."
-    text, read = text[-LONGEST:], ANSWER_READERS[kind]
-    cues = list(_CUE.finditer(text))
-    after = read(text[cues[-1].end():]) if cues else []
-    return tuple(after[:1] or read(text)[-1:])
+    text, read = plain_signs(text[-LONGEST:])[-LONGEST:], ANSWER_READERS[kind]
+    end, some = len(text), False
+    for cue in reversed(list(_CUE.finditer(text))):
+        announced = text[cue.end():end]
+        if found := value_of_text(kind, announced, announced=True):
+            return found
+        end, some = cue.start(), some or bool(read(announced))
+    return () if some else value_of_text(kind, text, announced=False)
 
 # %% ../../../nbs/08_transfer/15_medcalc_answers.ipynb #0866e9d3
 class CalculatorTruth(NamedTuple):
@@ -86,5 +162,5 @@ def judge_calculation(
     "Whether a completion is right."
     given = ehrmind_answer(text, MEDCALC_KEYS)
     if given is None:
-        return _verdict(gold, '\n'.join(parse_answer(text).lines))
+        return _verdict(gold, '\n'.join(parse_answer(text).written))
     return _verdict(gold, given['answer'])

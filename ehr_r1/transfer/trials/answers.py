@@ -6,7 +6,7 @@
 __all__ = ['TRIAL_CLASSES', 'NO_CLASS', 'TRIAL_KEYS', 'trial_answer', 'folded_text', 'right_class', 'read_class']
 
 # %% ../../../nbs/08_transfer/18_trial_answers.ipynb #e566b20c
-from ...scoring import parse_answer
+from ...scoring import parse_answer, unfenced
 from ...training.rewards import ehrmind_answer
 
 TRIAL_CLASSES = ('Irrelevant', 'Excluded', 'Eligible')  # TREC's 0, 1 and 2
@@ -49,11 +49,11 @@ def read_class(
 )->int: # a place in `TRIAL_CLASSES`, or `NO_CLASS`
     "What an answer says."
     found = ehrmind_answer(text, TRIAL_KEYS)
-    lines = parse_answer(text).lines
+    answer = parse_answer(text)
     if found is None:
-        body = ' '.join(lines).removeprefix('<answer>').removesuffix('</answer>')
+        body = ' '.join(unfenced(answer.written)).removeprefix('<answer>').removesuffix('</answer>')
         found = ehrmind_answer(f'<think></think><answer>{body}</answer>', TRIAL_KEYS)
     if found is None:
-        said = [folded_text(line) for line in lines]
+        said = [folded_text(line) for line in answer.lines]
         return _class_of(lambda word: said == [folded_text(word)])
     return _class_of(lambda word: right_class([word], found))
