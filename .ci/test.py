@@ -1,6 +1,6 @@
 """make test: each step with its time, the slowest tests by name, then one true line of counts.
 
-Two steps run side by side, each on a core of its own, so that two cores are busy. What a step prints is shown when it
+Two steps run side by side, each on a core of its own; who is done takes the next. What a step prints is shown when it
 ends; a step that fails does not hide the next.
 """
 import os
@@ -15,7 +15,8 @@ from xml.etree import ElementTree
 
 ROOT = Path(__file__).resolve().parent.parent
 BIN = Path(sys.executable).parent
-PYTEST = 'tests'
+PARTS = 4     # of the tests, by file
+SLOWEST = 10  # tests that are named
 
 
 @dataclass
@@ -26,18 +27,21 @@ class Result:
     seconds: float
 
 
-def lanes(folder):
-    "Name and command of each step, in two lanes of about the same length."
+def steps_of(folder):
+    "Name and command of each step, in the order in which they are taken."
     python = sys.executable
-    junit = f'--junitxml={folder}/tests.xml'
-    first = {
+    files = sorted(str(file.relative_to(ROOT)) for file in ROOT.glob('tests/test_*.py'))
+    tests = {f'tests, part {part + 1} of {PARTS}': [
+        python, '-m', 'pytest', '-q', f'--junitxml={folder}/tests-{part}.xml', *files[part::PARTS]]
+        for part in range(PARTS)}
+    return {
         'style (ruff)': [BIN/'ruff', 'check', '.'],
         'library, notebooks and README in step': [python, '.ci/in_step.py'],
         'smoke profile, end to end': [BIN/'ehr_r1', 'reproduce', 'profile=smoke', 'run=smoke'],
         'notebooks (nbdev_test)': [BIN/'nbdev_test', '--n_workers', '0', '--timing'],
+        **tests,
         'site (warnings are errors)': [python, 'docs/pages.py', f'{folder}/site'],
     }
-    return first, {PYTEST: [python, '-m', 'pytest', '-q', '--durations=10', junit]}
 
 
 def environment(name, folder):
@@ -59,38 +63,45 @@ def run_step(name, command, folder):
     return Result(name, done.returncode == 0, time.monotonic() - began)
 
 
-def run_lane(steps, folder):
-    "Run a lane's steps one after the other."
-    return [run_step(name, command, folder) for name, command in steps.items()]
+def suites(folder):
+    "What pytest wrote of each part that it could start."
+    return [suite for file in sorted(Path(folder).glob('tests-*.xml'))
+            for suite in ElementTree.parse(file).iter('testsuite')]
 
 
-def tests_counted(folder):
-    "Tests that passed, failed and were skipped; None where pytest wrote no result."
-    file = Path(folder)/'tests.xml'
-    if not file.exists():
-        return None
-    suites = list(ElementTree.parse(file).iter('testsuite'))
-    total, failures, errors, skipped = (sum(int(suite.get(key)) for suite in suites)
+def counted(folder):
+    "Tests that passed, failed and were skipped."
+    total, failures, errors, skipped = (sum(int(suite.get(key)) for suite in suites(folder))
                                         for key in ('tests', 'failures', 'errors', 'skipped'))
     failed = failures + errors
     return total - failed - skipped, failed, skipped
 
 
+def print_slowest(folder):
+    "The tests that took longest, what they share with others included."
+    cases = [case for suite in suites(folder) for case in suite.iter('testcase')]
+    slowest = sorted(cases, key=lambda case: -float(case.get('time')))[:SLOWEST]
+    for case in slowest:
+        print(f"{float(case.get('time')):7.1f} s  {case.get('classname')}: {case.get('name')}")
+
+
 def main():
-    "Run the lanes; the exit code is 0 when no step failed."
+    "Run the steps; the exit code is 0 when none failed."
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(2) as pool:
-        futures = [pool.submit(run_lane, lane, folder) for lane in lanes(folder)]
-        results = [result for future in futures for result in future.result()]
-        counted = tests_counted(folder)
+        futures = [pool.submit(run_step, name, command, folder) for name, command in steps_of(folder).items()]
+        results = [future.result() for future in futures]
+        passed, failed, skipped = counted(folder)
+        print('== slowest tests')
+        print_slowest(folder)
+    print('== steps')
     for result in results:
         print(f"{result.seconds:7.1f} s  {result.name}{'' if result.ok else '  FAILED'}")
-    passed = sum(result.ok for result in results if result.name != PYTEST)
-    failed = sum(not result.ok for result in results)
-    if counted:
-        passed += counted[0]
-        failed += counted[1] - (counted[1] > 0)  # the step itself is counted once already
-        if counted[2]:
-            print(f'{counted[2]} tests were skipped; pytest -rs says why')
+    if skipped:
+        print(f'{skipped} tests were skipped; pytest -rs says why')
+    bad = [result for result in results if not result.ok]
+    counts_itself = [result for result in bad if result.name.startswith('tests') and failed]
+    failed += len(bad) - len(counts_itself)  # a part whose tests failed is counted by them
+    passed += sum(result.ok for result in results if not result.name.startswith('tests'))
     print(f'{passed} passed, {failed} failed')
     return bool(failed)
 
