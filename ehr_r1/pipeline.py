@@ -36,7 +36,7 @@ from .synthesis.chains import build_chains
 from .synthesis.graphs import build_graphs
 from .synthesis.open_knowledge import build_knowledge, find_knowledge
 from .training.models import SIZES
-from .training.stages import build_adapted, build_base, build_reasoned, build_reinforced, side_by_side
+from .training.stages import build_adapted, build_base, build_reasoned, build_reinforced, keep_base, side_by_side
 from .transfer.benchmark_files import find_benchmark
 from .transfer.benchmark_stage import build_benchmark
 from .transfer.ehrshot import tasks as ehrshot
@@ -151,6 +151,11 @@ def make_meds(r:Reproduction)->bool:
     from ehr_r1.data.meds import build_meds  # whose schemas take seconds to import
     return build_meds(r.run, r.profile, opened_tables(r))
 
+def make_keep(r:Reproduction)->bool:
+    "The run's base into the repository, where `model=kept` finds it."
+    keep_base(r.run)
+    return True
+
 # %% ../nbs/10_pipeline/01_pipeline.ipynb #336f614a
 def make_knowledge(r:Reproduction)->bool|None:
     "Medical knowledge, compiled; None if there is none, and then there are no graphs and no chains."
@@ -255,8 +260,8 @@ STAGES = dict(
     hospital=make_hospital, trajectories=make_trajectories, index=make_index, samples=make_samples,
     knowledge=make_knowledge, graphs=make_graphs, chains=make_chains, baselines=make_baselines, base=make_base,
     adapt=make_adapt, reason=make_reason, reinforce=make_reinforce, answers=make_answers, scores=make_scores,
-    benchmarks=make_benchmarks, ehrmind=make_ehrmind, reports=make_reports, meds=make_meds)
-APART = ('meds',)
+    benchmarks=make_benchmarks, ehrmind=make_ehrmind, reports=make_reports, meds=make_meds, keep=make_keep)
+APART = ('meds', 'keep')
 ORDER = tuple(name for name in STAGES if name not in APART)
 
 def lacking(

@@ -30,7 +30,7 @@ from .serialize import estimate_tokens, event_text, fitted_prompt
 from .task_events import INDEX
 from .tasks import BEFORE_ADMISSION, DATE_ONLY, TASKS, released_instructions
 from .trajectories import store_files
-from ..profiles import Profile
+from ..profiles import KEPT, Profile
 from ..stages import build, read_manifest, writing
 
 SYSTEM = 'You are a helpful assistant.'  # the system message, as EHR-R1 models were trained
@@ -303,6 +303,16 @@ def wording(
         return 'ours'
     return hashlib.blake2b(json.dumps(asked, sort_keys=True).encode(), digest_size=8).hexdigest()
 
+# %% ../../nbs/02_data/22_samples.ipynb #d9c14b03
+def cuts_of(
+    s:SimpleNamespace, # style, seed, model
+    files:list         # shards of the trajectory store
+)->dict: # see `data.binned.fit_cuts`; empty in other styles
+    "The percentiles of a run: its own, or those that the kept base has read."
+    if s.style != 'binned':
+        return {}
+    return json.loads((KEPT/'cuts.json').read_text()) if s.model == 'kept' else fit_cuts(files, s.seed)
+
 # %% ../../nbs/02_data/22_samples.ipynb #327eb616
 def build_samples(
     run:Run,  # the run; its trajectories and index must stand
@@ -319,7 +329,7 @@ def build_samples(
         chosen, counts, candidates = choose_all(sorted(run.index.glob('shard-*.parquet')), s)
         files = store_files(run.trajectories)
         spread_by_shard(chosen, files, out/'chosen')
-        cuts = fit_cuts(files, s.seed) if s.style == 'binned' else {}
+        cuts = cuts_of(p.only('style', 'seed', 'model'), files)
         about = dict(integers=store['integers'], candidates=candidates, asked=asked, cuts=cuts)
         work = partial(write_sample_shard, out=out, s=s, **about)
         done = Parallel(p.workers, return_as='generator')(delayed(work)(file) for file in files)
@@ -332,7 +342,7 @@ def build_samples(
         return dict(tasks=counts, access=store['access'], released_instructions=len(asked), cuts=cuts, **totals)
 
     inputs = dict(trajectories=run.trajectories, index=run.index)
-    params = vars(s) | dict(instructions=wording(asked))
+    params = vars(s) | dict(instructions=wording(asked), cuts='kept' if p.model == 'kept' else 'own')
     return build(run.samples, make, inputs, params, 'data.samples')
 
 # %% ../../nbs/02_data/22_samples.ipynb #0b517abb

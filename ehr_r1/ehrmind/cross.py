@@ -17,10 +17,9 @@ from .stages import recipe_of, trained, weights_at
 from ..evaluation.answers import open_engine
 from ..inference.asking import Ask, answer
 from ..inference.checkpoints import load_tokenizer
-from ..profiles import Profile
+from ..profiles import Profile, is_ours
 from ..stages import build, writing
 from ..training.examples import Writer
-from ..training.models import SIZES
 from ..training.on_cpu import tune_allocator
 from ..training.rewards import ehrmind_answer
 from ..training.stages import side_by_side
@@ -122,5 +121,5 @@ def build_cross(
             pl.DataFrame(rows, CROSS).write_parquet(f)
         return dict(models=sorted(models), benchmarks=names)
 
-    params = vars(s) | dict(small=s.model in SIZES)
+    params = vars(s) | dict(small=is_ours(s.model))
     return build(run.folder/'transfer'/'cross', make, inputs, params, 'ehrmind.cross')

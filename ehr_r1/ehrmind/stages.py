@@ -16,10 +16,9 @@ from .course_examples import course_examples, course_rewards
 from .courses import course_of
 from .recipe import Course, train_questions, warmup_questions
 from ..inference.checkpoints import ModelError, check_chat, load_tokenizer
-from ..profiles import Profile
+from ..profiles import Profile, is_ours
 from ..stages import build, read_manifest, writing
 from ..training.examples import Writer, count_examples
-from ..training.models import SIZES
 from ..training.stages import once
 from ..training.trainer import run_training, train
 from ..transfer.question_sets import Benchmark
@@ -38,7 +37,7 @@ def recipe_of(
     course:Course # what the published values are
 )->Recipe: # for this model
     "EHRMind's values for a model by name, the profile's for a model from scratch."
-    if p.model in SIZES:
+    if is_ours(p.model):
         bf16 = p.model != 'tiny'  # a tiny model trains faster in float32
         warmup = dict(rate=p.reason_rate, batch=p.reason_batch, bf16=bf16)
         grpo = dict(rate=p.reinforce_rate, prompts=p.prompts, samples=p.completions, bf16=bf16)
@@ -159,7 +158,7 @@ def build_step(
             raise ModelError(
                 f'{name}: no training question fits {lengths.context} + {lengths.answer_tokens} tokens '
                 f"({counts['left_out']}); raise context or answer_tokens, or give the training files of the benchmark")
-        steps = step.steps(counts['examples'], exactly=p.model in SIZES)
+        steps = step.steps(counts['examples'], exactly=is_ours(p.model))
         parameters = read_manifest(start)['counts']['parameters']
         counts |= run_training(out, lengths, step.stage, where, steps, parameters, course.module,
                                course_rewards(benchmark), settings=step.settings, benchmark=benchmark.name)

@@ -10,7 +10,7 @@ import ctypes
 import os
 import shutil
 
-from ehr_r1.training.models import SIZES
+from ehr_r1.profiles import is_ours
 from ehr_r1.training.settings import processes
 
 COMPILED = 200 # steps from which compiling may pay; our own choice
@@ -39,7 +39,7 @@ def compiles(
 )->bool: # whether the training's blocks are compiled
     "Whether compiling a model pays, and can be done here."
     import torch
-    pays = p.model in SIZES and p.model != 'tiny' and steps >= COMPILED
+    pays = is_ours(p.model) and p.model != 'tiny' and steps >= COMPILED
     one_length = stage not in ('reinforce', 'ehrmind')
     on_cpu = processes() == 1 and not torch.cuda.is_available()
     return pays and one_length and on_cpu and shutil.which(os.environ.get('CXX', 'g++')) is not None

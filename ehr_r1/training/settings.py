@@ -12,7 +12,7 @@ import os
 from pathlib import Path
 from types import SimpleNamespace
 
-from .models import SIZES
+from ..profiles import is_ours
 
 STAGE_EPOCHS = dict(adapt=1, reason=5, reinforce=1) # EHR-R1
 TARGETS = 'q_proj k_proj v_proj o_proj up_proj gate_proj down_proj' # LoRA, EHR-R1
@@ -91,7 +91,7 @@ def shared_arguments(
 )->dict: # arguments of TRL
     "What all stages have in common."
     import torch
-    small, gpu = s.model in SIZES, torch.cuda.is_available()
+    small, gpu = is_ours(s.model), torch.cuda.is_available()
     return dict(
         output_dir=str(out/'trainer'), max_steps=steps, seed=s.seed, data_seed=s.seed,
         lr_scheduler_type='cosine', warmup_steps=-(-3*steps//100), # EHR-R1: cosine, 3 % warm-up

@@ -20,11 +20,11 @@ from types import SimpleNamespace
 import polars as pl
 
 from ..inference.checkpoints import load_model
+from ..profiles import is_ours
 from ..stages import writing
 from .copying import copied_share
 from .examples import scan_examples
 from .metrics import metrics_callback, read_metrics
-from .models import SIZES
 from .on_cpu import compile_blocks, compiles, score_answers_alone, tune_allocator
 from .rewards import grpo_rewards
 from .settings import CONFIGS, TARGETS, processes, training_settings
@@ -45,7 +45,7 @@ class Job:
     @property
     def small(self)->bool:
         "Whether the model is one from scratch."
-        return self.settings.model in SIZES
+        return is_ours(self.settings.model)
 
     @property
     def reinforces(self)->bool:
