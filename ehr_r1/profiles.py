@@ -80,15 +80,15 @@ class ModelSettings:
     lora: int = 0                   # rank of the adapters; 0: all weights are trained
     context: int = 640              # longest prompt in the model's tokens (EHR-R1: 8,192, reasoning 10,000 to 12,288)
     answer_tokens: int = 192        # longest answer, reasoning included (EHR-R1: 2,048 in training, 4,096 when asked)
-    lm_per_task: int = 5            # samples a decision task that models answer, of risks four times that; 0: all
+    lm_per_task: int = 30           # samples a decision task that models answer, of risks four times that; 0: all
     replicates: int = 1000          # bootstrap replicates of the intervals
 
 # %% ../nbs/01_run/02_profiles.ipynb #f0a19611
 @dataclass(frozen=True)
 class StepSettings:
     "Steps of each training stage."
-    base_steps: int = 240           # stage 0, for models from scratch only
-    adapt_steps: int = 400          # stage 1; 0: one epoch, as EHR-R1
+    base_steps: int = 100           # stage 0, for models from scratch only
+    adapt_steps: int = 500          # stage 1; 0: one epoch, as EHR-R1
     reason_steps: int = 250         # stage 2; 0: five epochs, as EHR-R1
     reinforce_steps: int = 6        # stage 3; 0: one epoch, as EHR-R1
     warmup_steps: int = 60          # EHRMind's warm-up on another benchmark; 0: its epochs, as EHRMind
@@ -102,11 +102,11 @@ class StepSettings:
 class RateSettings:
     "Learning rates and batches."
     base_rate: float = 3e-3         # learning rates; EHR-R1's 2e-5, 2e-5 and 2e-6 are for models that can already read
-    adapt_rate: float = 1e-3
+    adapt_rate: float = 3e-3
     record_loss: float = .5         # stage 1: weight of a token of the record, whose answer's weigh 1; 0: answers alone
     reason_rate: float = 1e-3
     reinforce_rate: float = 1e-4
-    batch: int = 8                  # sequences a step in stages 0 and 1 (EHR-R1: 8)
+    batch: int = 16                 # sequences a step in stages 0 and 1 (EHR-R1: 8)
     reason_batch: int = 8           # the same in stage 2 (EHR-R1: 64)
     prompts: int = 4                # a step of stage 3 (EHR-R1: 4)
     completions: int = 8            # of each prompt (EHR-R1: 16)
@@ -174,15 +174,15 @@ PROFILES = {p.name: p for p in [
             model='tiny', answer_tokens=160, base_steps=6, adapt_steps=6, reason_steps=6,
             reinforce_steps=2, prompts=1, completions=4, ablations='plain', scaling='0.5', warmup_steps=2,
             ehrmind_steps=1, lm_per_task=2),
-    Profile('pretraining', patients=20_000, seed=2_042, ins_per_task=300, base_steps=4_000, batch=16),
-    Profile('demo', ins_per_task=600, shard_patients=50, reason_rate=3e-3),
+    Profile('pretraining', patients=20_000, seed=2_042, ins_per_task=300, base_steps=4_000),
+    Profile('demo', ins_per_task=600, shard_patients=50),
     Profile('study', patients=20_000, ins_per_task=3_000, base_steps=1_000, adapt_steps=8_000, reason_steps=3_000,
             reinforce_steps=40, reinforce_rate=5e-5, prompts=16, ablations='no_knowledge,no_sections,plain',
             scaling='0.05,0.2', warmup_steps=100, ehrmind_steps=5, lm_per_task=60),
     Profile('paper', patients=300_000, style='official', chains_per_task=12_500, model='Qwen/Qwen3-1.7B',
             context=8_192, answer_tokens=4_096, base_steps=0, adapt_steps=0, reason_steps=0, reinforce_steps=0,
             warmup_steps=0, ehrmind_steps=0, record_loss=0., adapt_rate=2e-5, reason_rate=2e-5, reinforce_rate=2e-6,
-            reason_batch=64, completions=16, micro_batch=1, ablations='no_knowledge,no_sections,plain',
+            batch=8, reason_batch=64, completions=16, micro_batch=1, ablations='no_knowledge,no_sections,plain',
             lm_per_task=0),
 ]}
 
