@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from dataclasses import replace
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import polars as pl
@@ -19,6 +20,7 @@ from hypothesis import strategies as st
 from ehr_r1.config import Run
 from ehr_r1.data.index import build_index
 from ehr_r1.data.samples import build_samples, shown_rows
+from ehr_r1.data.sampling import SAMPLING, filtered, split_of
 from ehr_r1.data.tables import open_source
 from ehr_r1.data.trajectories import build_trajectories
 from ehr_r1.hospital.hospital import build_hospital
@@ -26,7 +28,16 @@ from ehr_r1.inference.endpoints import InferenceError, Refused
 from ehr_r1.profiles import profile
 from ehr_r1.stages import read_manifest
 from ehr_r1.synthesis.chains import briefs_of, build_chains, kept_chains, scan_chains
-from ehr_r1.synthesis.graphs import GRAPHED, build_graphs, graph_samples, read_graphs, scan_graphs
+from ehr_r1.synthesis.graphs import (
+    GRAPHED,
+    build_graphs,
+    graph_samples,
+    read_graphs,
+    scan_graphs,
+    some_patients,
+    task_lift,
+    write_counted,
+)
 from ehr_r1.synthesis.open_knowledge import build_knowledge
 from ehr_r1.synthesis.reasoning import fault_of
 from ehr_r1.synthesis.support import final_results, read_chain, read_record, support, supported
@@ -130,10 +141,33 @@ def test_counts_fall_from_step_to_step(run):
         assert counts['samples'] >= counts['evidence'] >= counts['concepts'] >= counts['graphs']
 
 
-def test_lift_counts_training_patients_only(run, lift):
-    samples = pl.concat([graph_samples(run, file) for file in shards(run)])
-    training = dict(samples.filter(split='train').group_by('task').len().rows())
+def fit_and_training(hospital):
+    "The index rows of training patients that may become samples."
+    run, p = hospital
+    index = pl.concat([pl.read_parquet(run.index/file.name) for file in shards(run)])
+    fit, _ = filtered(index, p)
+    return fit.filter(pl.Series(split_of(fit['subject_id'].to_numpy(), p.seed) == 'train'))
+
+
+def test_lift_counts_every_training_sample_of_the_index_and_no_other(hospital, lift):
+    training = dict(fit_and_training(hospital).group_by('task').len().rows())
     assert dict(lift.select('task', 'n').unique().rows()).items() <= training.items()
+
+
+def test_terms_of_other_patients_are_not_counted(hospital, lift):
+    "A fact that only tuning and held-out patients have cannot be in a pair, nor can an answer of theirs."
+    targets = fit_and_training(hospital).select('task', target='label').explode('target')
+    assert lift.join(targets, on=['task', 'target'], how='anti').is_empty()
+
+
+def test_parts_of_a_shard_change_no_pair(hospital, lift, monkeypatch, tmp_path):
+    run, p = hospital
+    monkeypatch.setattr('ehr_r1.synthesis.graphs.some_patients', partial(some_patients, at_once=1_000))
+    for number, file in enumerate(shards(run)):
+        write_counted(number, file, run, tmp_path, 'k', p.only(*SAMPLING))
+    assert len(list((tmp_path/'history').iterdir())) > 20
+    again = task_lift(tmp_path, 'radiology')
+    assert again.equals(lift.filter(task='radiology').select(again.columns))
 
 
 def test_pairs_counted_by_hand(run, lift):

@@ -10,6 +10,7 @@ import os
 import shutil
 from functools import cache, partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import polars as pl
 from joblib import Parallel, delayed
@@ -17,12 +18,13 @@ from tqdm import tqdm
 
 from ..config import Run
 from ..data.samples import read_samples, shown_rows
+from ..data.sampling import SAMPLING, filtered, split_of
 from ..data.tables import Source
 from ..data.tasks import TASKS
 from ..data.trajectories import store_files
 from ..profiles import Profile
 from ..stages import build, read_manifest, writing
-from .cooccurrence import lift_pairs
+from .cooccurrence import lift_pairs, telling_terms
 from .entities import entities
 from .knowledge import Knowledge
 from .linking import icd_codes, link_terms
@@ -65,19 +67,27 @@ def free_text_names(
     return QuickUmls(quickumls) if quickumls else Matcher(frame), preferred
 
 # %% ../../nbs/05_synthesis/12_graphs.ipynb #c1c6f8a9
-SAMPLE_TERMS = pl.Schema(dict(sample=pl.UInt32, task=pl.String, term=pl.String, surface=pl.String, row=pl.UInt32))
-
-def sample_terms(
-    rows:pl.DataFrame,               # rows of a trajectory store, patients whole
-    samples:pl.DataFrame,            # `SAMPLES` rows of these patients
+def named_terms(
+    rows:pl.DataFrame,               # rows of a trajectory store
     matcher:Matcher|None,            # finds names in free text; None: free text is not read
     preferred:pl.DataFrame|None=None # cui, name: the preferred name of each concept
-)->pl.DataFrame: # `SAMPLE_TERMS`: a sample's place in `samples`, each term it shows and the last row that does
-    "What the prompts of some samples show, as terms."
+)->pl.DataFrame: # row, term, surface (how the row has it)
+    "The terms of every row."
     found = entities(rows, matcher).select('row', 'cui', 'term', surface='term').unique()
     if preferred is not None:
         found = found.join(preferred, on='cui', how='left').with_columns(term=pl.coalesce('name', 'term'))
-    shown = shown_rows(rows, samples).join(found.select('row', 'term', 'surface'), on='row')
+    return found.select('row', 'term', 'surface')
+
+# %% ../../nbs/05_synthesis/12_graphs.ipynb #5893dfa5
+SAMPLE_TERMS = pl.Schema(dict(sample=pl.UInt32, task=pl.String, term=pl.String, surface=pl.String, row=pl.UInt32))
+
+def sample_terms(
+    rows:pl.DataFrame,    # rows of a trajectory store, patients whole
+    samples:pl.DataFrame, # `SAMPLES` rows of these patients
+    named:pl.DataFrame    # from `named_terms`
+)->pl.DataFrame: # `SAMPLE_TERMS`: a sample's place in `samples`, each term it shows and the last row that does
+    "What the prompts of some samples show, as terms."
+    shown = shown_rows(rows, samples).join(named, on='row')
     in_order = shown.sort('sample', 'term', 'row', 'surface')
     terms = in_order.unique(['sample', 'term'], keep='last', maintain_order=True)
     return terms.with_columns(task=samples['task'].gather(terms['sample'])).select(list(SAMPLE_TERMS))
@@ -89,48 +99,103 @@ def write_shard_terms(
     number:int,       # of the shard
     file:Path,        # the shard
     run:Run,          # samples and knowledge must stand
-    out:Path,         # receives terms/ and targets/
+    out:Path,         # receives terms/
     key:str,          # of the knowledge
     chosen:Path|None  # see `graph_samples`
 )->None:
-    "Terms and targets of one shard, on disk; nothing is done twice."
+    "Terms of the samples of one shard, on disk; nothing is done twice."
     if (out/'terms'/file.name).exists():
         return
     samples = graph_samples(run, file, chosen)
     terms = pl.DataFrame(schema=SAMPLE_TERMS)
     if samples.height:
         names = free_text_names(run.knowledge/'names.parquet', key)
-        terms = sample_terms(patient_rows(file, samples), samples, *names)
-    targets = samples.select('task', 'split', term='label').with_row_index('sample').explode('term')
-    for name, frame in (('targets', targets), ('terms', terms)):
+        rows = patient_rows(file, samples)
+        terms = sample_terms(rows, samples, named_terms(rows, *names))
+    (out/'terms').mkdir(exist_ok=True)
+    with writing(out/'terms'/file.name) as f:
+        numbered = terms.with_columns(pl.col('sample') + number*SHARD)
+        numbered.write_parquet(f, compression='zstd', compression_level=1)
+
+# %% ../../nbs/05_synthesis/12_graphs.ipynb #132ef58e
+def counted_samples(
+    run:Run,          # index must stand
+    file:Path,        # a shard of the trajectory store
+    s:SimpleNamespace # `SAMPLING`
+)->pl.DataFrame: # `INDEX` rows
+    "The index rows of a shard that lift counts."
+    index = pl.read_parquet(run.index/file.name).filter(pl.col('task').is_in(list(GRAPHED)))
+    in_training = split_of(index['subject_id'].to_numpy(), s.seed) == 'train'
+    fit, _ = filtered(index.filter(pl.Series(in_training, dtype=pl.Boolean)), s)
+    return fit
+
+# %% ../../nbs/05_synthesis/12_graphs.ipynb #28662873
+AT_ONCE = 2**18  # events in the windows of samples that are looked at together
+
+def some_patients(
+    samples:pl.DataFrame, # index rows, by patient
+    at_once:int=AT_ONCE   # events at most, but for a patient who has more alone
+)->list: # of frames, patients whole
+    "Index rows in parts that fit in memory."
+    size = (pl.col('end') - pl.col('begin')).sum()
+    patients = samples.group_by('subject_id', maintain_order=True).agg(size=size)
+    patients = patients.select('subject_id', part=pl.col('size').cum_sum()//at_once)
+    placed = samples.join(patients, on='subject_id', maintain_order='left')
+    return placed.partition_by('part', include_key=False, maintain_order=True)
+
+# %% ../../nbs/05_synthesis/12_graphs.ipynb #10e52dad
+def write_counted(
+    number:int,       # of the shard
+    file:Path,        # the shard
+    run:Run,          # index and knowledge must stand
+    out:Path,         # receives history/ and targets/
+    key:str,          # of the knowledge
+    s:SimpleNamespace # `SAMPLING`
+)->None:
+    "Terms and targets of what lift counts in one shard, on disk; nothing is done twice."
+    samples, first = counted_samples(run, file, s), number*SHARD
+    for name in ('history', 'targets'):
         (out/name).mkdir(exist_ok=True)
-        with writing(out/name/file.name) as f:
-            numbered = frame.with_columns(pl.col('sample') + number*SHARD)
-            numbered.write_parquet(f, compression='zstd', compression_level=1)
+    for place, part in enumerate(some_patients(samples)):
+        stands = out/'targets'/f'{file.stem}-{place:05d}.parquet'
+        if not stands.exists():
+            part = part.with_columns(dropped_events=0)
+            rows = patient_rows(file, part)
+            named = named_terms(rows, *free_text_names(run.knowledge/'names.parquet', key))
+            shown = sample_terms(rows, part, named.with_columns(surface=pl.lit('')))
+            targets = part.select('task', term='label').with_row_index('sample').explode('term')
+            # targets last: they say that the part is whole
+            for folder, frame in (('history', shown.select('sample', 'task', 'term')), ('targets', targets)):
+                with writing(out/folder/stands.name) as f:
+                    numbered = frame.with_columns(pl.col('sample') + first)
+                    numbered.write_parquet(f, compression='zstd', compression_level=1)
+        first += part.height
 
 # %% ../../nbs/05_synthesis/12_graphs.ipynb #0ec49177
 def coded_terms(
-    frame:pl.DataFrame, # number (of a sample), term
-    words:pl.Series     # all terms, distinct
-)->pl.DataFrame: # sample, term: numbers, as `lift_pairs` takes them
-    "Terms by their place among the words."
-    places = pl.DataFrame(dict(term=words)).with_row_index('word')
-    return frame.join(places, on='term').select(sample='number', term='word')
+    frame:pl.LazyFrame, # number (of a sample), term
+    words:pl.Series     # all terms that are wanted, distinct
+)->pl.LazyFrame: # sample, term: numbers, as `lift_pairs` takes them
+    "Terms by their place among the words; others fall away."
+    places = pl.LazyFrame(dict(term=words)).with_row_index('word')
+    return frame.join(places, on='term').select(sample=pl.col('number').cast(pl.UInt32), term='word')
 
 # %% ../../nbs/05_synthesis/12_graphs.ipynb #b3440860
 def task_lift(
-    folder:Path, # holds terms/ and targets/
+    folder:Path, # holds history/ and targets/
     task:str     # its name
 )->pl.DataFrame: # task, target, history (both as text), n_pair, n_target, n_history, n, lift
     "Which facts go with which answers in one task."
     def read(name):
         return pl.scan_parquet(sorted((folder/name).glob('*.parquet'))).filter(pl.col('task') == task)
-    targets = read('targets').filter(pl.col('split') == 'train').select('sample', 'term').collect(engine='streaming')
-    samples = targets.select('sample').unique().sort('sample').with_row_index('number')
-    history = read('terms').join(samples.lazy(), on='sample').select('number', 'term').collect(engine='streaming')
-    words = pl.concat([targets['term'], history['term']]).unique().sort()
-    numbered = targets.join(samples, on='sample')
-    pairs = lift_pairs(coded_terms(numbered, words), coded_terms(history, words), len(samples))
+    targets, history = read('targets').select('sample', 'term').unique(), read('history').select('sample', 'term')
+    samples = targets.select('sample').unique().sort('sample').with_row_index('number').collect(engine='streaming')
+    words = telling_terms(targets, history, len(samples))['term']
+
+    def coded(pairs):
+        numbered = pairs.join(samples.lazy(), on='sample').select('number', 'term')
+        return coded_terms(numbered, words).collect(engine='streaming')
+    pairs = lift_pairs(coded(targets), coded(history), len(samples))
     pairs = pairs.with_columns(words.gather(pairs[column]).alias(column) for column in ('target', 'history'))
     return pairs.select(pl.lit(task).alias('task'), 'target', 'history', 'n_pair', 'n_target', 'n_history', 'n', 'lift')
 
@@ -274,7 +339,7 @@ def each_shard(
 
 # %% ../../nbs/05_synthesis/12_graphs.ipynb #222ad7b0
 def tie_terms(
-    out:Path,      # holds terms/ and targets/, receives lift, concepts and paths
+    out:Path,      # holds history/ and targets/, receives lift, concepts and paths
     run:Run,       # knowledge must stand
     source:Source, # the tables, for the codes behind titles
     workers:int    # processes
@@ -295,13 +360,13 @@ def tie_terms(
 
 # %% ../../nbs/05_synthesis/12_graphs.ipynb #1f8e8158
 def build_graphs(
-    run:Run,      # samples and knowledge must stand
-    p:Profile,    # caps, workers
+    run:Run,      # index, samples and knowledge must stand
+    p:Profile,    # what chooses samples, workers
     source:Source # the tables, for the codes behind titles
 )->bool: # False if it was up to date
     "Build the thinking graphs of a run."
-    s = p.only('caps')
-    inputs = dict(trajectories=run.trajectories, samples=run.samples, knowledge=run.knowledge)
+    s = p.only(*SAMPLING)
+    inputs = dict(trajectories=run.trajectories, index=run.index, samples=run.samples, knowledge=run.knowledge)
     params = vars(s) | dict(quickumls=Path(os.environ.get('EHR_R1_QUICKUMLS', '')).name)
 
     def make(out):
@@ -313,10 +378,11 @@ def build_graphs(
             with writing(chosen) as f:
                 read_samples(run, p).select('sample_id').write_parquet(f)
         each_shard(partial(write_shard_terms, run=run, out=out, key=key, chosen=chosen), files, 'terms', p.workers)
+        each_shard(partial(write_counted, run=run, out=out, key=key, s=s), files, 'counted', p.workers)
         counts = tie_terms(out, run, source, p.workers)
         counted = each_shard(partial(write_graphs, run=run, out=out, chosen=chosen), files, 'graphs', p.workers)
         tasks = summed(counted)
-        for name in ('terms', 'targets'):
+        for name in ('terms', 'history', 'targets'):
             shutil.rmtree(out/name)
         if chosen:
             chosen.unlink()
