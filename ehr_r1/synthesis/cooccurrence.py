@@ -257,7 +257,7 @@ def telling_terms(
     least:int=5,          # as for `lift_pairs`
     above:float=5.        # as for `lift_pairs`
 )->pl.DataFrame: # term
-    "Terms that may pass: not so common that no lift of theirs is high enough, nor shown too rarely and never asked for."
+    "Terms that may pass: neither too common for a high lift, nor shown too rarely and never asked for."
     shown = history.group_by('term').agg(shown=pl.len())
     asked = targets.group_by('term').agg(asked=pl.len())
     counts = shown.join(asked, on='term', how='full', coalesce=True).fill_null(0)
