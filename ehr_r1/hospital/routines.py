@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['TELLING_LAB', 'TELLING_SIGN', 'NO_SYMPTOMS', 'DEVICES', 'NEEDS_MORE', 'link_signs', 'read_findings', 'affirmed',
-           'link_images', 'complaint_parts', 'work_up', 'places', 'charted', 'add_routines', 'add_steps', 'link_orders']
+           'link_images', 'complaint_parts', 'work_up', 'places', 'charted', 'add_units', 'add_routines', 'add_steps',
+           'link_orders']
 
 # %% ../../nbs/03_hospital/29_routines.ipynb #83d53f84
 from collections import Counter
@@ -125,6 +126,17 @@ def charted(
     items = lib.items.filter(linksto='chartevents')['item']
     return [f'item.{item}' for item in items if item not in NEEDS_MORE]
 
+def add_units(
+    known:Concepts,
+    lib:Library
+)->None:
+    "The places of the hospital; an intensive care unit is intensive care."
+    units = places(lib)
+    for unit in (*(unit for some in units.values() for unit in some), 'discharge'):
+        known.concept(unit, 'unit')
+    for unit in units['intensive'][1:]:
+        link(known, unit, 'isa', 'Intensive care')
+
 def add_routines(
     known:Concepts,
     lib:Library,
@@ -136,10 +148,7 @@ def add_routines(
     units = places(lib)
     for kind, objects in pl.read_csv(Path(folder)/'routines.csv', infer_schema_length=0).iter_rows():
         for unit in units[kind]:
-            place = known.concept(unit, 'unit')
-            link(known, place, 'calls_for', *objects.split('; '), *more.get(kind, ()))
-    for unit in units['intensive'][1:]:
-        link(known, known.concept(unit, 'unit'), 'isa', 'Intensive care')
+            link(known, unit, 'calls_for', *objects.split('; '), *more.get(kind, ()))
 
 # %% ../../nbs/03_hospital/29_routines.ipynb #85943b20
 def add_steps(

@@ -18,6 +18,7 @@ from ehr_r1.hospital.routines import (
     NO_SYMPTOMS,
     add_routines,
     add_steps,
+    add_units,
     complaint_parts,
     link_images,
     link_orders,
@@ -189,6 +190,7 @@ def add_library(
     add_tests(known, lib)
     add_items(known, lib)
     add_care(known, lib)
+    add_units(known, lib)
 
 # %% ../../nbs/03_hospital/30_terms.ipynb #76795e10
 def read_statements(

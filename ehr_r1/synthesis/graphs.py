@@ -17,6 +17,7 @@ from joblib import Parallel, delayed
 from tqdm import tqdm
 
 from ..config import Run
+from ..data.events import HIDDEN
 from ..data.samples import read_samples, shown_rows
 from ..data.sampling import SAMPLING, filtered, split_of
 from ..data.tables import Source
@@ -24,8 +25,10 @@ from ..data.tasks import TASKS
 from ..data.trajectories import store_files
 from ..profiles import Profile
 from ..stages import build, read_manifest, writing
+from .arguments import argument_tables
 from .cooccurrence import lift_pairs, telling_terms
-from .entities import entities
+from .evidence_links import FACTS, evidence_links
+from .facts import NO_EVIDENCE, place_facts, signed_terms
 from .knowledge import Knowledge
 from .linking import icd_codes, link_terms
 from .matching import Matcher, QuickUmls
@@ -66,30 +69,37 @@ def free_text_names(
     preferred = frame.filter('preferred').unique('cui', keep='first', maintain_order=True).select('cui', 'name')
     return QuickUmls(quickumls) if quickumls else Matcher(frame), preferred
 
-# %% ../../nbs/05_synthesis/12_graphs.ipynb #c1c6f8a9
-def named_terms(
-    rows:pl.DataFrame,               # rows of a trajectory store
-    matcher:Matcher|None,            # finds names in free text; None: free text is not read
-    preferred:pl.DataFrame|None=None # cui, name: the preferred name of each concept
-)->pl.DataFrame: # row, term, surface (how the row has it)
-    "The terms of every row."
-    found = entities(rows, matcher).select('row', 'cui', 'term', surface='term').unique()
-    if preferred is not None:
-        found = found.join(preferred, on='cui', how='left').with_columns(term=pl.coalesce('name', 'term'))
-    return found.select('row', 'term', 'surface')
-
 # %% ../../nbs/05_synthesis/12_graphs.ipynb #5893dfa5
-SAMPLE_TERMS = pl.Schema(dict(sample=pl.UInt32, task=pl.String, term=pl.String, surface=pl.String, row=pl.UInt32))
+AGAIN = 2  # events of a table in which the same term is looked at, the latest
+NEVER_CUT = ('patients', 'admissions', 'triage', 'edstays')  # tables whose parts of a record are always shown
+SAMPLE_TERMS = pl.Schema({name: kind for name, kind in FACTS.items() if name != 'cui'})
+
+def shown_places(
+    rows:pl.DataFrame,   # rows of a trajectory store, patients whole
+    samples:pl.DataFrame # `SAMPLES` rows of these patients
+)->pl.DataFrame: # sample, row, table, part of the record, rows shown after it
+    "Where the rows that the prompts show stand in them."
+    shown = shown_rows(rows, samples)
+    at_row = rows[shown['row']].select(pl.col('table').cast(pl.String), 'event')
+    shown = shown.hstack(at_row).filter(~pl.col('table').is_in(HIDDEN))
+    begins = pl.col('event') != pl.col('event').shift().over('sample')
+    part = begins.fill_null(False).cast(pl.Int32).cum_sum().over('sample')
+    after = pl.int_range(pl.len(), 0, -1, dtype=pl.UInt32).over('sample') - 1
+    back = pl.when(pl.col('table').is_in(NEVER_CUT)).then(0).otherwise(after)
+    return shown.select('sample', 'row', 'table', part=part, back=back.cast(pl.UInt32))
 
 def sample_terms(
     rows:pl.DataFrame,    # rows of a trajectory store, patients whole
     samples:pl.DataFrame, # `SAMPLES` rows of these patients
-    named:pl.DataFrame    # from `named_terms`
-)->pl.DataFrame: # `SAMPLE_TERMS`: a sample's place in `samples`, each term it shows and the last row that does
+    named:pl.DataFrame    # `SIGNED` of the rows
+)->pl.DataFrame: # `SAMPLE_TERMS`: each term that a sample shows and the last rows that do
     "What the prompts of some samples show, as terms."
-    shown = shown_rows(rows, samples).join(named, on='row')
-    in_order = shown.sort('sample', 'term', 'row', 'surface')
-    terms = in_order.unique(['sample', 'term'], keep='last', maintain_order=True)
+    given = named.filter(pl.col('sign') != 'not given')
+    shown = shown_places(rows, samples).join(given, on='row')
+    in_order = shown.sort('sample', 'term', 'row', 'sign', 'surface')
+    once = in_order.unique(['sample', 'term', 'table', 'part'], keep='last', maintain_order=True)
+    later = pl.len().over('sample', 'term', 'table') - pl.int_range(pl.len()).over('sample', 'term', 'table')
+    terms = once.filter(later <= AGAIN)
     return terms.with_columns(task=samples['task'].gather(terms['sample'])).select(list(SAMPLE_TERMS))
 
 # %% ../../nbs/05_synthesis/12_graphs.ipynb #cb55954a
@@ -111,7 +121,8 @@ def write_shard_terms(
     if samples.height:
         names = free_text_names(run.knowledge/'names.parquet', key)
         rows = patient_rows(file, samples)
-        terms = sample_terms(rows, samples, named_terms(rows, *names))
+        named = pl.concat([signed_terms(rows, *names), place_facts(rows)])
+        terms = sample_terms(rows, samples, named)
     (out/'terms').mkdir(exist_ok=True)
     with writing(out/'terms'/file.name) as f:
         numbered = terms.with_columns(pl.col('sample') + number*SHARD)
@@ -161,8 +172,10 @@ def write_counted(
         if not stands.exists():
             part = part.with_columns(dropped_events=0)
             rows = patient_rows(file, part)
-            named = named_terms(rows, *free_text_names(run.knowledge/'names.parquet', key))
-            shown = sample_terms(rows, part, named.with_columns(surface=pl.lit('')))
+            named = signed_terms(rows, *free_text_names(run.knowledge/'names.parquet', key))
+            evidence = named.filter(~pl.col('sign').is_in(NO_EVIDENCE)).select('row', 'term').unique()
+            shown = shown_rows(rows, part).join(evidence, on='row').select('sample', 'term').unique()
+            shown = shown.with_columns(task=part['task'].gather(shown['sample'])).sort('sample', 'term')
             targets = part.select('task', term='label').with_row_index('sample').explode('term')
             # targets last: they say that the part is whole
             for folder, frame in (('history', shown.select('sample', 'task', 'term')), ('targets', targets)):
@@ -256,37 +269,69 @@ def with_concepts(
     return lift.with_columns(both).with_columns(known=known)
 
 # %% ../../nbs/05_synthesis/12_graphs.ipynb #ac96e1fa
-LINK_FIELDS = dict(target=pl.String, history=pl.String, surface=pl.String, table=pl.String, event=pl.Int32,
-                   time=pl.Datetime('us'), lift=pl.Float64)
+LINK_FIELDS = dict(
+    target=pl.String, history=pl.String, surface=pl.String, table=pl.String, event=pl.Int32, time=pl.Datetime('us'),
+    lift=pl.Float64, part=pl.Int32, sign=pl.String, role=pl.String, problem=pl.String, points=pl.String,
+    how=pl.String, via=pl.String, weight=pl.Float64, rank=pl.Int16, path=pl.List(pl.String))
 GRAPHS = pl.Schema(dict(sample_id=pl.String, subject_id=pl.Int64, task=pl.String, split=pl.String,
                         label=pl.List(pl.String), links=pl.List(pl.Struct(LINK_FIELDS))))
 
 def tied_facts(
     samples:pl.DataFrame, # of a shard
-    terms:pl.DataFrame,   # sample, surface, row, history: of the shard
+    terms:pl.DataFrame,   # sample, surface, row, history, and what `SAMPLE_TERMS` has beside: of the shard
     lift:pl.DataFrame     # of all tasks
-)->pl.DataFrame: # sample, task, target, history, lift, known, surface, row
+)->pl.DataFrame: # sample, task, target, history, lift, known, surface, row, table, part, sign
     "Facts of each sample that go with an item of its answer."
     targets = samples.select('task', target='label').with_row_index('sample').explode('target')
     lift = lift.select('task', 'target', 'history', 'lift', 'known')
-    return targets.join(lift, on=['task', 'target']).join(terms, on=['sample', 'history'])
+    evidence = terms.filter(~pl.col('sign').is_in(NO_EVIDENCE) & (pl.col('surface') != ''))
+    evidence = evidence.sort('sample', 'history', 'row').unique(['sample', 'history'], keep='last', maintain_order=True)
+    return targets.join(lift, on=['task', 'target']).join(evidence.drop('task', strict=False), on=['sample', 'history'])
 
 # %% ../../nbs/05_synthesis/12_graphs.ipynb #07680163
+def path_links(
+    tied:pl.DataFrame, # from `tied_facts`
+    paths:pl.DataFrame # history, target: the pairs that have a path
+)->pl.DataFrame: # sample, row and the columns of a link
+    "Of what is tied, what has a path."
+    links = tied.join(paths.select('history', 'target'), on=['history', 'target'], how='semi')
+    none = {name: pl.lit('') for name in ('problem', 'points', 'how', 'via')}
+    return links.with_columns(role=pl.lit('path'), **none, weight=pl.lit(0.), rank=pl.lit(0, pl.Int16),
+                              path=pl.lit([], pl.List(pl.String)))
+
 def shard_graphs(
     samples:pl.DataFrame, # of the shard
     rows:pl.DataFrame,    # of their patients
-    tied:pl.DataFrame,    # from `tied_facts`
-    paths:pl.DataFrame    # history, target: the pairs that have a path
+    links:pl.DataFrame    # sample, row and the columns of a link but event and time
 )->pl.DataFrame: # `GRAPHS`
-    "The graphs of one shard: of what is tied, what has a path."
-    links = tied.join(paths, on=['history', 'target'], how='semi')
-    links = links.sort('sample', 'lift', 'target', 'history', descending=[False, True, False, False])
-    events = rows[links['row']].select(pl.col('table').cast(pl.String), 'event', time='start')
-    links = links.hstack(events).group_by('sample', maintain_order=True).agg(links=pl.struct(list(LINK_FIELDS)))
+    "The graphs of one shard."
+    events = rows[links['row']].select('event', time='start')
+    links = links.drop('row').hstack(events).select('sample', *LINK_FIELDS)
+    order = ['sample', 'target', 'role', 'rank', 'problem', 'lift', 'weight', 'history', 'how', 'via']
+    links = links.sort(order, descending=[name in ('lift', 'weight') for name in order])
+    links = links.group_by('sample', maintain_order=True).agg(links=pl.struct(list(LINK_FIELDS)))
     graphs = samples.with_row_index('sample').join(links, on='sample', maintain_order='left')
     return graphs.select(list(GRAPHS)).cast(GRAPHS)
 
 # %% ../../nbs/05_synthesis/12_graphs.ipynb #b92ee96f
+def argued_links(
+    terms:pl.DataFrame,   # `SAMPLE_TERMS` of a shard
+    samples:pl.DataFrame, # of the shard
+    out:Path              # holds lift, concepts, points, sources and names
+)->pl.DataFrame: # sample, row and the columns of a link
+    "The arguments of medicine for the items of a shard; lift where it is above the limit."
+    def read(name):
+        return pl.read_parquet(out/f'{name}.parquet')
+    concepts = read('concepts').select('term', 'cui').drop_nulls()
+    facts = terms.join(concepts, on='term').select(list(FACTS))
+    targets = samples.select(target='label').with_row_index('sample').explode('target')
+    targets = targets.join(concepts, left_on='target', right_on='term').unique(maintain_order=True)
+    names = dict(read('named').rows())
+    links = evidence_links(facts, targets, read('points'), read('sources'), names)
+    lift = read('lift').select('task', 'target', 'lift', term='history')
+    links = links.join(lift, on=['task', 'target', 'term'], how='left', maintain_order='left')
+    return links.with_columns(pl.col('lift').fill_null(0.)).rename(dict(term='history'))
+
 def rows_by_task(
     frame:pl.DataFrame # with a column task
 )->list: # of (task, rows)
@@ -297,22 +342,26 @@ def write_graphs(
     number:int,       # of the shard
     file:Path,        # the shard
     run:Run,          # samples must stand
-    out:Path,         # holds terms/, lift.parquet and paths.parquet, receives the graphs
+    out:Path,         # holds terms/ and what `tie_terms` writes, receives the graphs
     chosen:Path|None  # see `graph_samples`
 )->dict: # what -> (task, how many)
     "Write the graphs of one shard."
     samples = graph_samples(run, file, chosen)
-    terms = pl.read_parquet(out/'terms'/file.name)
-    terms = terms.select(pl.col('sample') - number*SHARD, 'surface', 'row', history='term')
-    tied = tied_facts(samples, terms, pl.read_parquet(out/'lift.parquet'))
+    terms = pl.read_parquet(out/'terms'/file.name).with_columns(pl.col('sample') - number*SHARD)
+    tied = tied_facts(samples, terms.rename(dict(term='history')), pl.read_parquet(out/'lift.parquet'))
     paths = pl.read_parquet(out/'paths.parquet', columns=['history', 'target'])
-    graphs = shard_graphs(samples, patient_rows(file, samples), tied, paths)
+    columns = ['sample', 'row', *(name for name in LINK_FIELDS if name not in ('event', 'time'))]
+    links = [path_links(tied, paths), argued_links(terms, samples, out)]
+    graphs = shard_graphs(samples, patient_rows(file, samples), pl.concat(some.select(columns) for some in links))
     with writing(out/file.name) as f:
         graphs.write_parquet(f, compression='zstd')
     links = graphs.select('task', pl.col('links').list.len()).group_by('task').sum()
     known = tied.filter('known').unique('sample')
+    role, target = (pl.element().struct.field(name) for name in ('role', 'target'))
+    argued = graphs.filter(pl.col('links').list.eval((role != 'path') & (target != '')).list.any())
     return dict(samples=rows_by_task(samples), evidence=rows_by_task(tied.unique('sample')),
-                concepts=rows_by_task(known), graphs=rows_by_task(graphs), links=links.rows())
+                concepts=rows_by_task(known), argued=rows_by_task(argued), graphs=rows_by_task(graphs),
+                links=links.rows())
 
 # %% ../../nbs/05_synthesis/12_graphs.ipynb #883a03b8
 def summed(
@@ -338,22 +387,41 @@ def each_shard(
     return list(tqdm(jobs, desc=what, unit='shard', total=len(files)))
 
 # %% ../../nbs/05_synthesis/12_graphs.ipynb #222ad7b0
+def all_terms(
+    out:Path,         # holds terms/
+    run:Run,          # samples must stand
+    lift:pl.DataFrame # of all tasks
+)->tuple: # terms of facts, terms of answer items
+    "Every term that may be in a graph."
+    shown = pl.scan_parquet(sorted((out/'terms').glob('*.parquet'))).select('term').unique().collect(engine='streaming')
+    samples = pl.scan_parquet(sorted((run.samples/'ehr_ins').glob('*.parquet')))
+    asked = samples.filter(pl.col('task').is_in(list(GRAPHED))).select(pl.col('label').explode()).unique()
+    facts = pl.concat([shown['term'], lift['history']]).unique().sort()
+    return facts, pl.concat([asked.collect(engine='streaming')['label'], lift['target']]).unique().sort()
+
 def tie_terms(
-    out:Path,      # holds history/ and targets/, receives lift, concepts and paths
+    out:Path,      # holds terms/, history/ and targets/, receives what `argued_links` reads, and paths
     run:Run,       # knowledge must stand
     source:Source, # the tables, for the codes behind titles
     workers:int    # processes
 )->dict: # counts
-    "Lift of all tasks, the concepts of its terms, and the paths between them."
+    "Lift of all tasks, the concepts of all terms, the paths between them, and what they argue for."
     lift = pl.concat([task_lift(out, task) for task in tqdm(GRAPHED, desc='lift', unit='task')])
-    terms = pl.concat([lift['target'], lift['history']]).unique().sort()
-    concepts = link_terms(terms, Knowledge(run.knowledge), icd_codes(source))
+    facts, items = all_terms(out, run, lift)
+    terms, knowledge = pl.concat([facts, items]).unique().sort(), Knowledge(run.knowledge)
+    concepts = link_terms(terms, knowledge, icd_codes(source))
     lift = with_concepts(lift, concepts)
     pairs = lift.select('history', 'target', 'history_cui', 'target_cui').drop_nulls().unique()
     paths = pair_paths(pairs, run.knowledge, workers)
     lengths = paths.select('history', 'target', 'length')
     lift = lift.join(lengths, on=['history', 'target'], how='left', maintain_order='left')
-    for name, frame in dict(lift=lift, concepts=concepts, paths=paths).items():
+    known = concepts.filter(pl.col('cui').is_not_null())
+    ends = [known.filter(pl.col('term').is_in(some.implode()))['cui'].unique().sort() for some in (facts, items)]
+    points, sources = argument_tables(*map(list, ends), knowledge)
+    named = pl.concat([points['problem'], sources['via']]).unique().sort()
+    named = pl.DataFrame([(cui, knowledge.name(cui)) for cui in named if cui], schema=['cui', 'name'], orient='row')
+    frames = dict(lift=lift, concepts=concepts, paths=paths, points=points, sources=sources, named=named)
+    for name, frame in frames.items():
         with writing(out/f'{name}.parquet') as f:
             frame.write_parquet(f, compression='zstd')
     return dict(pairs=len(lift), paths=len(paths), terms=len(terms), linked=int(concepts['cui'].is_not_null().sum()))
@@ -404,13 +472,15 @@ def read_graphs(
     rows:pl.DataFrame # some `GRAPHS` rows
 )->list: # a `ThinkingGraph` each
     "Graphs with their paths, whose ends stand under the record's names."
-    ends = rows.select(pl.col('links').explode()).unnest('links').select('history', 'target').unique()
+    links = rows.select(pl.col('links').explode()).unnest('links')
+    ends = links.filter(pl.col('role') == 'path').select('history', 'target').unique()
     found = pl.scan_parquet(run.graphs/'paths.parquet').join(ends.lazy(), on=['history', 'target']).collect()
     paths = {}
     for history, target, told in found.select('history', 'target', 'paths').iter_rows():
         paths[history, target] = tuple((history, *path[1:-1], target) for path in told)
-    graphs = []
-    for row in rows.iter_rows(named=True):
-        links = tuple(Link(**link, paths=paths[link['history'], link['target']]) for link in row['links'])
-        graphs.append(ThinkingGraph(row['sample_id'], row['task'], tuple(row['label']), links))
-    return graphs
+
+    def link_of(link):
+        path = tuple(link.pop('path'))
+        return Link(**link, paths=(path,) if path else paths[link['history'], link['target']])
+    return [ThinkingGraph(row['sample_id'], row['task'], tuple(row['label']), tuple(map(link_of, row['links'])))
+            for row in rows.iter_rows(named=True)]

@@ -184,9 +184,9 @@ def stage_examples(
     scratch = s.model in SIZES
     tokenizer = load_tokenizer(model_at(run, plan.start))
     writer = Writer(tokenizer, s.context, s.answer_tokens, s.style, scratch=scratch)
-    chosen = choose_examples(run, plan.stage, s.seed, plan.variant, s.curriculum, bare=scratch)
+    chosen = choose_examples(run, plan.stage, s.seed, plan.variant, s.curriculum)
     if plan.steps:
-        spare = 1 if scratch or plan.stage == 'adapt' else 3
+        spare = 1 if plan.stage == 'adapt' else 3
         chosen = chosen.head(plan.steps*getattr(s, _A_STEP[plan.stage])*spare)
     return write_examples(run, chosen, writer, out/'examples', plan.variant, workers)
 
