@@ -17,7 +17,7 @@ from .results import model_of
 from ..foreign_text import restored
 from ..inference.checkpoints import load_tokenizer
 from ..stages import read_manifest
-from ..synthesis.measures import MEASURED, measured
+from ..synthesis.measures import STANDS_ON, measured
 from ..synthesis.support import read_record, support
 from ..training.examples import Writer
 from ..training.rewards import accuracy_reward, fault_of_format
@@ -109,7 +109,7 @@ def thought_measures(
     run:Run,     # the run
     system:str,  # under answers/
     records:dict # from `asked_records`
-)->pl.DataFrame: # columns of `MEASURED`, sample_id, task and chain: of the answers that think
+)->pl.DataFrame: # columns of `STANDS_ON`, sample_id, task and chain: of the answers that think
     "What the chains of a system stand on."
     style = read_manifest(run.answers/system)['params']['style']
     rows = []
@@ -117,4 +117,4 @@ def thought_measures(
         if chain := thinking(line['text']):
             about = dict(sample_id=line['sample_id'], task=line['task'], chain=chain)
             rows.append(about | measured(chain, read_record(records[line['sample_id']][2], style)))
-    return pl.DataFrame(rows, schema=dict(sample_id=pl.String, task=pl.String, chain=pl.String) | dict(MEASURED))
+    return pl.DataFrame(rows, schema=dict(sample_id=pl.String, task=pl.String, chain=pl.String) | dict(STANDS_ON))

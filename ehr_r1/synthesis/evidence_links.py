@@ -71,7 +71,7 @@ def problem_links(
     ranked:pl.DataFrame,  # from `ranked_problems`
     asked:pl.DataFrame    # sample, target, source, how, via, arrows
 )->pl.DataFrame: # `LINKED`
-    "Items that a problem of the patient calls for, each with the facts that point to it; with target '' problems alone."
+    "Items that a problem of the patient calls for, with the facts that point to it; with target '' problems alone."
     alone = ranked.filter(pl.col('rank') <= FIRST).select('sample', source='problem')
     alone = alone.with_columns(target=pl.lit(''), how=pl.lit(''), via=pl.lit(''), arrows=pl.lit([], pl.List(pl.String)))
     asked = pl.concat([asked.select(alone.columns), alone])

@@ -88,6 +88,7 @@ def shown_places(
     back = pl.when(pl.col('table').is_in(NEVER_CUT)).then(0).otherwise(after)
     return shown.select('sample', 'row', 'table', part=part, back=back.cast(pl.UInt32))
 
+# %% ../../nbs/05_synthesis/12_graphs.ipynb #5f69b660
 def sample_terms(
     rows:pl.DataFrame,    # rows of a trajectory store, patients whole
     samples:pl.DataFrame, # `SAMPLES` rows of these patients
@@ -332,12 +333,14 @@ def argued_links(
     links = links.join(lift, on=['task', 'target', 'term'], how='left', maintain_order='left')
     return links.with_columns(pl.col('lift').fill_null(0.)).rename(dict(term='history'))
 
+# %% ../../nbs/05_synthesis/12_graphs.ipynb #4d80cd14
 def rows_by_task(
     frame:pl.DataFrame # with a column task
 )->list: # of (task, rows)
     "How many rows a task has."
     return frame.group_by('task').len().rows()
 
+# %% ../../nbs/05_synthesis/12_graphs.ipynb #51a94f19
 def write_graphs(
     number:int,       # of the shard
     file:Path,        # the shard
@@ -399,6 +402,7 @@ def all_terms(
     facts = pl.concat([shown['term'], lift['history']]).unique().sort()
     return facts, pl.concat([asked.collect(engine='streaming')['label'], lift['target']]).unique().sort()
 
+# %% ../../nbs/05_synthesis/12_graphs.ipynb #ffa9e770
 def tie_terms(
     out:Path,      # holds terms/, history/ and targets/, receives what `argued_links` reads, and paths
     run:Run,       # knowledge must stand

@@ -70,6 +70,7 @@ def fault_of_results(
         return 'answers neither argued for nor counted'
     return ''
 
+# %% ../../nbs/05_synthesis/14_reasoning.ipynb #4f7b7d4d
 def fault_of(
     chain:str,    # what a teacher wrote
     answers:list, # gold labels
@@ -99,7 +100,7 @@ class Brief:
     "One sample, ready for a teacher."
     sample_id: str         # the sample
     task: str              # its task
-    record: str            # its prompt as a model sees it, without the question; a `RecordText` where its parts are known
+    record: str            # its prompt as a model sees it, without the question; a `RecordText` where parts are known
     answers: tuple         # gold labels
     graph: ThinkingGraph   # its links
     style: str = 'compact' # of the record
@@ -303,6 +304,7 @@ class Shown:
         "Whether the summary of an earlier stay says it."
         return self.link.table == 'discharge'
 
+# %% ../../nbs/05_synthesis/14_reasoning.ipynb #4894941a
 def shown_links(
     brief:Brief, # one sample with a graph
     events:dict  # of its record
@@ -363,6 +365,7 @@ class Argument:
         kind = 0 if loud else dict(step=1, routine=2, problem=3)[self.role]
         return kind, -len(self.items & wanted), -round(self.weight, 3), not tied, self.name
 
+# %% ../../nbs/05_synthesis/14_reasoning.ipynb #12bf5e37
 def arguments_of(
     shown:list # of `Shown`
 )->list: # of `Argument`; a problem that facts hardly speak for is none
@@ -394,6 +397,7 @@ def facts_of(
         facts += [found for line, found in again.items() if line != facts[0].line][:1]
     return facts[:MOST_FACTS]
 
+# %% ../../nbs/05_synthesis/14_reasoning.ipynb #0e05e488
 def first_problem(
     arguments:list, # of `Argument`
     lines:set       # of evidence that are quoted anyhow
@@ -408,6 +412,7 @@ def first_problem(
             return [(best, set(), facts)]
     return []
 
+# %% ../../nbs/05_synthesis/14_reasoning.ipynb #d5b32c6e
 def chosen_arguments(
     arguments:list, # of `Argument`
     answers:tuple   # gold labels
@@ -442,6 +447,7 @@ def listed(
     words = list(dict.fromkeys(words))
     return ' and '.join(filter(None, [', '.join(words[:-1]), words[-1]]))
 
+# %% ../../nbs/05_synthesis/14_reasoning.ipynb #82497af7
 def following(
     argument:Argument,
     items:list # those that it argues for, in the order of the answer
@@ -462,12 +468,14 @@ def following(
         parts.append(f'{how} {", ".join(named)}')
     return '; '.join(parts)
 
+# %% ../../nbs/05_synthesis/14_reasoning.ipynb #2bdddb30
 def sentence(
     text:str
 )->str:
     "A text with one full stop."
     return text if text.endswith('.') else f'{text}.'
 
+# %% ../../nbs/05_synthesis/14_reasoning.ipynb #20493ef0
 def step_of(
     argument:Argument,
     items:set,    # those that it argues for
