@@ -298,7 +298,7 @@ def link_setting(
 )->None:
     "Risk factors, wards, services, types of admission, and what is watched."
     for chronic in c['likelier']:
-        link(known, f"dx.{lib.chronic[chronic]['icd10']}", 'associated_with', me)
+        link(known, f"dx.{lib.chronic[chronic]['icd10']}", 'predisposes_to', me)
     for unit in (c['unit'], c['icu_unit']):
         link(known, known.concept(unit, 'unit'), 'location_of', me)
     link(known, known.concept(c['service'], 'unit'), 'manages', me)

@@ -66,6 +66,14 @@ def is_problem(
     "Whether a concept is something that a patient can have."
     return not PROBLEMS.isdisjoint(knowledge.kinds(cui))
 
+# %% ../../nbs/05_synthesis/11_arguments.ipynb #dc963a47
+def is_symptom(
+    knowledge:Knowledge,
+    cui:str # of a concept
+)->bool:
+    "Whether a concept is a symptom and no more: that a drug relieves it does not say that it is there."
+    return not (set(knowledge.kinds(cui)) & PROBLEMS) - {'Sign or Symptom'}
+
 # %% ../../nbs/05_synthesis/11_arguments.ipynb #212554dd
 def points_of(
     knowledge:Knowledge,
@@ -77,6 +85,7 @@ def points_of(
     rows = [(cui, '', cui, '', NAMED)] if is_problem(knowledge, cui) else []
     found = [(edge, *POINTING[edge.relation, edge.forward]) for edge in edges_of(knowledge, cui)
              if (edge.relation, edge.forward) in POINTING and is_problem(knowledge, edge.other)]
+    found = [some for some in found if some[0].relation != 'may_treat' or not is_symptom(knowledge, some[0].other)]
     for edge, needs, weight in found:
         as_many = sum(other[1] == needs for other in found)
         rows.append((cui, needs, edge.other, edge.told(), weight/as_many**.5))

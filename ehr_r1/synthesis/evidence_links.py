@@ -92,7 +92,8 @@ def routine_links(
 )->pl.DataFrame: # `LINKED`
     "Items that a place, an order or a device calls for."
     problems = points.filter(pl.col('weight') >= NAMED).select('cui')
-    evidence = facts.filter(~pl.col('sign').is_in(NO_EVIDENCE)).join(problems, on='cui', how='anti')
+    now = ~pl.col('sign').is_in(NO_EVIDENCE) & (pl.col('table') != 'discharge')
+    evidence = facts.filter(now).join(problems, on='cui', how='anti')
     wanted = asked.filter(pl.col('how').is_in(ROUTINE))
     links = evidence.join(wanted, left_on=['sample', 'cui'], right_on=['sample', 'source'])
     links = links.sort('sample', 'target', 'back', 'term')

@@ -318,7 +318,9 @@ def shown_links(
         if fact not in lines:
             lines[fact] = quoted_evidence(link, brief, events)
         if lines[fact]:
-            says = f'{link.surface or link.history} {link.sign}'.strip()
+            says = link.surface or link.history
+            if link.sign:
+                says = f'{lines[fact].split("**: ", 1)[1].removesuffix(f" {link.sign}")} {link.sign}'
             shown.append(Shown(link, lines[fact], says))
     return shown
 
@@ -374,8 +376,8 @@ def arguments_of(
     for found in shown:
         link = found.link
         name = dict(problem=link.problem, routine=link.history, step=link.how)[link.role]
-        groups.setdefault((link.role, name), []).append(found)
-    arguments = [Argument(role, name, tuple(found)) for (role, name), found in groups.items()]
+        groups.setdefault((link.role, name.casefold()), (name, []))[1].append(found)
+    arguments = [Argument(role, name, tuple(found)) for (role, _), (name, found) in groups.items()]
     return [argument for argument in arguments if argument.weight >= LEAST]
 
 # %% ../../nbs/05_synthesis/14_reasoning.ipynb #d3fd08eb
@@ -487,7 +489,9 @@ def step_of(
     if argument.role == 'step':
         return sentence(f'{listed([found.finding for found in facts])}, {argument.name}: {", ".join(ordered)}')
     if argument.role == 'routine':
-        return sentence(f'{argument.name}: {following(argument, ordered)}')
+        seen = facts[0].finding if facts else argument.name
+        where = argument.name if argument.name in seen else f'{argument.name} ({seen})'
+        return sentence(f'{where}: {following(argument, ordered)}')
     things = {found.thing: found for found in reversed(facts)}
     once = [found for found in facts if things[found.thing] is found]
     pointing = [found.says for found in once if found.link.points]
