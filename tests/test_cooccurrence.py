@@ -17,6 +17,7 @@ from ehr_r1.synthesis.cooccurrence import (
     lift_pairs,
     read_term_pairs,
     target_runs,
+    telling_terms,
     unpack_pairs,
 )
 
@@ -285,3 +286,15 @@ def test_matrices_are_of_32_bits(counts):
     history = counts.history
     for array in (history.indices, history.indptr, history.data):
         assert array.dtype == np.int32
+
+
+@pytest.mark.parametrize('seed', range(5))
+def test_terms_left_out_before_reading_change_no_pair(seed):
+    rng = np.random.default_rng(seed)
+    targets, history = (frame(set(random_pairs(rng, 200, rate, n))) for rate, n in ((.1, 300), (.03, 3_000)))
+    whole = lift_pairs(targets, history, 200, least=3, above=1.5)
+    telling = telling_terms(targets.lazy(), history.lazy(), 200, least=3, above=1.5)
+    left = [pairs.join(telling, on='term') for pairs in (targets, history)]
+    assert sum(map(len, left)) < len(targets) + len(history)
+    assert len(whole) > 5
+    assert lift_pairs(*left, 200, least=3, above=1.5).equals(whole)

@@ -11,7 +11,7 @@ from records import at, row, store
 from ehr_r1.config import Run
 from ehr_r1.data.tasks import TASKS
 from ehr_r1.inference.checkpoints import ModelError, answer_text, chat_text, check_chat, load_model
-from ehr_r1.profiles import VARIANTS, profile
+from ehr_r1.profiles import profile
 from ehr_r1.scoring import parse_answer
 from ehr_r1.synthesis.support import read_record, supported
 from ehr_r1.training.examples import (
@@ -248,7 +248,6 @@ def test_what_does_not_fit_is_left_out(tokenizer, context, label, why):
 @pytest.mark.parametrize('mode, chain', [
     ('plain', None),
     ('no_think', None),
-    ('think', ''),
 ])
 def test_only_the_answers_of_a_model_from_scratch_end_with_a_new_line(tokenizer, scratch, end, mode, chain):
     writer = Writer(tokenizer, 150, 300, scratch=scratch)
@@ -258,54 +257,20 @@ def test_only_the_answers_of_a_model_from_scratch_end_with_a_new_line(tokenizer,
     assert parse_answer(made['answer']).lines == SAMPLE['label']
     assert made['answer_tokens'] == sum(encoded['completion_mask'])
     assert encoded['input_ids'][-1] == tokenizer.eos_token_id
-    if chain == '':
-        assert fault_of_format(made['answer']) == ''
-        assert accuracy_reward(made['answer'], SAMPLE['label'], 'decision') == 1
 
 
 @pytest.mark.parametrize('scratch', [False, True])
 def test_the_new_line_counts(tokenizer, scratch):
     def with_room_for(size):
         writer = Writer(tokenizer, 150, size, scratch=scratch)
-        return writer.example(SAMPLE, 'think', '')[0]
+        return writer.example(SAMPLE, 'no_think')[0]
 
     size = dict(zip(EXAMPLES, with_room_for(300)))['answer_tokens']
     assert with_room_for(size)
     assert with_room_for(size - 1) is None
 
 
-# --- bare chains
-
-@pytest.mark.parametrize('variant', VARIANTS)
-def test_a_bare_chain_is_whole_and_of_the_last_event(tokenizer, variant):
-    writer = Writer(tokenizer, 150, 300)
-    made, why = example(writer, SAMPLE, 'think', '', variant)
-    assert why == 'bare'
-    assert not fault_of_format(made['answer'], sections=variant != 'no_sections')
-    assert '01-28 08:00' in made['answer']
-    assert made['dropped'] > 0
-
-
-@pytest.mark.parametrize('variant', VARIANTS)
-def test_a_bare_chain_quotes_what_the_model_sees_and_knows_nothing(tokenizer, variant):
-    writer = Writer(tokenizer, 150, 300)
-    made, _ = example(writer, SAMPLE, 'think', '', variant)
-    chain = made['answer'].split('<think>\n')[1].split('\n</think>')[0]
-    quoted = [line for line in chain.splitlines() if line.startswith('**')]
-    user = made['prompt'].split('<|im_start|>user\n')[1]
-    shown = user.split('\n' + QUESTION)[0]
-    events = read_record(shown, 'compact')
-    assert quoted
-    assert all(supported(line, events) for line in quoted)
-    assert 'follows' not in chain
-
-
-@pytest.mark.parametrize('variant', VARIANTS)
-def test_a_record_with_nothing_to_quote_gets_no_chain_with_sections(tokenizer, variant):
-    writer = Writer(tokenizer, 150, 300)
-    made, _ = writer.example(sample_of(QUESTION), 'think', '', variant)
-    assert (made is None) == (variant != 'no_sections')
-
+# --- chains
 
 def sodium_line(event):
     lines = quotes(without_question(record([event])), 0)
@@ -316,7 +281,7 @@ SEEN, GONE = sodium_line(EVENTS[-1]), sodium_line(EVENTS[0])
 
 
 def chain_on(line, more=''):
-    why = f'1. It was measured before, so it is measured again now.{more}'
+    why = f'1. Measured before, so measured again: Sodium.{more}'
     return f'## Extraction\n{line}\n\n## Reasoning\n{why}\n\n## Final Results\nSodium'
 
 
@@ -326,26 +291,20 @@ def test_a_chain_with_its_evidence_is_used(tokenizer, scratch):
     made, why = example(writer, SODIUM_ASKED, 'think', chain_on(SEEN))
     assert why == ''
     assert SEEN in made['answer']
+    assert fault_of_format(made['answer']) == ''
+    assert accuracy_reward(made['answer'], SODIUM_ASKED['label'], 'decision') == 1
 
 
 LOST = [chain_on(GONE), chain_on(SEEN, ' And again.'*200)]
 
 
+@pytest.mark.parametrize('scratch', [False, True])
 @pytest.mark.parametrize('chain', LOST, ids=['evidence cut away', 'too long'])
-def test_a_lost_chain_leaves_a_checkpoints_sample_out(tokenizer, chain):
-    writer = Writer(tokenizer, 150, 300)
+def test_a_lost_chain_leaves_its_sample_out(tokenizer, chain, scratch):
+    writer = Writer(tokenizer, 150, 300, scratch=scratch)
     made, why = writer.example(SODIUM_ASKED, 'think', chain)
     assert made is None
     assert why
-
-
-@pytest.mark.parametrize('chain', LOST, ids=['evidence cut away', 'too long'])
-def test_a_lost_chain_gives_way_to_a_bare_one_from_scratch(tokenizer, chain):
-    writer = Writer(tokenizer, 150, 300, scratch=True)
-    made, why = example(writer, SODIUM_ASKED, 'think', chain)
-    assert why == 'bare'
-    assert GONE not in made['answer']
-    assert 'again' not in made['answer']
 
 
 # --- texts of stage 0

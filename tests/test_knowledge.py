@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from ehr_r1.data.rrf import CUI, RRF, write_rrf
 from ehr_r1.hospital.conditions import LIBRARY, read_library
+from ehr_r1.hospital.routines import affirmed
 from ehr_r1.hospital.terms import hospital_terms, write_terms
 from ehr_r1.synthesis import compiling
 from ehr_r1.synthesis.compiling import LEFT_OUT, SPELT, compile_knowledge
@@ -687,6 +688,45 @@ def test_a_drug_that_everyone_gets_has_no_claim_on_the_condition(hospital):
 def test_a_drug_of_the_condition_has(hospital):
     relations = relations_between(hospital, 'Furosemide', 'Acute on chronic systolic heart failure')
     assert relations == ('may_treat',)
+
+
+@pytest.mark.parametrize('one, relation, other', [
+    ('Medical Intensive Care Unit (MICU)', 'calls_for', 'gas panel'),
+    ('Sepsis of unknown source', 'may_diagnose', 'Blood Culture, Routine'),
+    ('Furosemide', 'may_treat', 'Acute on chronic systolic heart failure'),
+    ('CHEST (PA & LAT)', 'may_diagnose', 'Community acquired pneumonia'),
+    ('Creatinine', 'raised_in', 'Acute kidney injury'),
+    ('Hemoglobin', 'lowered_in', 'Upper gastrointestinal bleeding from a duodenal ulcer'),
+    ('Acute on chronic systolic heart failure', 'has_manifestation', 'Pulmonary edema'),
+    ('Chest pain', 'calls_for', 'troponin panel'),
+    ('CMED', 'located_in', 'Coronary Care Unit (CCU)'),
+    ('Arterial Line', 'calls_for', 'Arterial Line Dressing Change'),
+    ('Invasive Ventilation', 'calls_for', 'PEEP set'),
+    ('Medicine', 'calls_for', 'Heparin'),
+])
+def test_what_a_clinician_would_sign(hospital, one, relation, other):
+    ends = hospital.concept[one], hospital.concept[other]
+    paths = hospital.knowledge.paths(*ends, max_edges=1)
+    assert [path.relations for path in paths] == [(relation,)]
+
+
+def test_an_image_that_denies_a_finding_does_not_show_it(hospital, library):
+    "Reports of pneumonia say: no pleural effusion."
+    paths = hospital.knowledge.paths(hospital.concept['Community acquired pneumonia'],
+                                     hospital.concept['Hydronephrosis'], max_edges=1)
+    assert paths == []
+    assert affirmed('Small effusion. No pneumothorax.', 'effusion')
+    assert not affirmed('There is no evidence of pneumonia.', 'pneumonia')
+
+
+def test_every_test_of_a_condition_is_on_one_side_of_normal(hospital, library):
+    label = dict(library.labs.select('lab', 'label').iter_rows())
+    for condition in library.conditions.values():
+        for lab, change in condition['labs'].items():
+            disease = library.diagnoses[condition['icd10']]['title10']
+            found = relations_between(hospital, label[lab], disease)
+            side = 'raised_in' if change > 0 else 'lowered_in'
+            assert abs(change) < .5 or found in ((side,), ('lowered_in',)), (lab, disease)
 
 
 def test_terms_are_the_same_every_time():

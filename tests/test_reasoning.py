@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from dataclasses import replace
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import polars as pl
@@ -19,6 +20,7 @@ from hypothesis import strategies as st
 from ehr_r1.config import Run
 from ehr_r1.data.index import build_index
 from ehr_r1.data.samples import build_samples, shown_rows
+from ehr_r1.data.sampling import SAMPLING, filtered, split_of
 from ehr_r1.data.tables import open_source
 from ehr_r1.data.trajectories import build_trajectories
 from ehr_r1.hospital.hospital import build_hospital
@@ -26,10 +28,28 @@ from ehr_r1.inference.endpoints import InferenceError, Refused
 from ehr_r1.profiles import profile
 from ehr_r1.stages import read_manifest
 from ehr_r1.synthesis.chains import briefs_of, build_chains, kept_chains, scan_chains
-from ehr_r1.synthesis.graphs import GRAPHED, build_graphs, graph_samples, read_graphs, scan_graphs
+from ehr_r1.synthesis.graphs import (
+    GRAPHED,
+    build_graphs,
+    graph_samples,
+    read_graphs,
+    scan_graphs,
+    some_patients,
+    task_lift,
+    write_counted,
+)
+from ehr_r1.synthesis.measures import GOALS, evidence_shares, of_chains
 from ehr_r1.synthesis.open_knowledge import build_knowledge
 from ehr_r1.synthesis.reasoning import fault_of
-from ehr_r1.synthesis.support import final_results, read_chain, read_record, support, supported
+from ehr_r1.synthesis.support import (
+    argued_for,
+    counted_items,
+    final_results,
+    read_chain,
+    read_record,
+    support,
+    supported,
+)
 from ehr_r1.synthesis.thinking_graph import draw_graph
 
 
@@ -112,14 +132,37 @@ def test_graphs_tie_facts_to_answers(graphs):
     for graph in graphs:
         assert graph.links
         assert graph.task in GRAPHED
-        assert {link.target for link in graph.links} <= set(graph.answers)
-        assert all(link.target != link.history for link in graph.links)
+        assert {link.target for link in graph.links} <= {'', *graph.answers}
+        tied = [link for link in graph.links if link.role == 'path']
+        assert all(link.lift > 5 and link.target != link.history for link in tied)
+        assert all(link.problem for link in graph.links if link.role == 'problem' or not link.target)
+
+
+def test_no_argument_stands_on_what_is_denied_or_was_not_given(run, graphs):
+    for link in (link for graph in graphs for link in graph.links):
+        assert link.sign in ('', 'high', 'low')
+        if link.points in ('raised in', 'lowered in'):
+            assert link.sign == dict(zip(('raised in', 'lowered in'), ('high', 'low')))[link.points]
+
+
+def test_problems_do_not_depend_on_the_answer(run, graphs):
+    "Samples of one moment that ask for different things have the same likeliest problem."
+    first, seen = {}, 0
+    for graph in graphs:
+        patient, *_, event = graph.sample_id.split('-')
+        problems = {link.problem for link in graph.links if link.rank == 1}
+        twin = (patient, event, graph.task.removesuffix('_atc').removesuffix('_ccs').removesuffix('_icd'))
+        if twin in first and problems and first[twin]:
+            seen += 1
+            assert problems == first[twin]
+        first.setdefault(twin, problems)
+    assert seen > 20
 
 
 def test_paths_lead_from_the_fact_to_the_answer(graphs):
     for link in (link for graph in graphs for link in graph.links):
         assert 1 <= len(link.paths) <= 10
-        for path in link.paths:
+        for path in link.paths if link.target else ():
             assert path[0] == link.history
             assert path[-1] == link.target
             assert len(path)//2 <= 10
@@ -127,13 +170,37 @@ def test_paths_lead_from_the_fact_to_the_answer(graphs):
 
 def test_counts_fall_from_step_to_step(run):
     for counts in read_manifest(run.graphs)['counts']['tasks'].values():
-        assert counts['samples'] >= counts['evidence'] >= counts['concepts'] >= counts['graphs']
+        assert counts['samples'] >= counts['evidence'] >= counts['concepts']
+        assert counts['samples'] >= counts['graphs'] >= counts['argued']
 
 
-def test_lift_counts_training_patients_only(run, lift):
-    samples = pl.concat([graph_samples(run, file) for file in shards(run)])
-    training = dict(samples.filter(split='train').group_by('task').len().rows())
+def fit_and_training(hospital):
+    "The index rows of training patients that may become samples."
+    run, p = hospital
+    index = pl.concat([pl.read_parquet(run.index/file.name) for file in shards(run)])
+    fit, _ = filtered(index, p)
+    return fit.filter(pl.Series(split_of(fit['subject_id'].to_numpy(), p.seed) == 'train'))
+
+
+def test_lift_counts_every_training_sample_of_the_index_and_no_other(hospital, lift):
+    training = dict(fit_and_training(hospital).group_by('task').len().rows())
     assert dict(lift.select('task', 'n').unique().rows()).items() <= training.items()
+
+
+def test_terms_of_other_patients_are_not_counted(hospital, lift):
+    "A fact that only tuning and held-out patients have cannot be in a pair, nor can an answer of theirs."
+    targets = fit_and_training(hospital).select('task', target='label').explode('target')
+    assert lift.join(targets, on=['task', 'target'], how='anti').is_empty()
+
+
+def test_parts_of_a_shard_change_no_pair(hospital, lift, monkeypatch, tmp_path):
+    run, p = hospital
+    monkeypatch.setattr('ehr_r1.synthesis.graphs.some_patients', partial(some_patients, at_once=1_000))
+    for number, file in enumerate(shards(run)):
+        write_counted(number, file, run, tmp_path, 'k', p.only(*SAMPLING))
+    assert len(list((tmp_path/'history').iterdir())) > 20
+    again = task_lift(tmp_path, 'radiology')
+    assert again.equals(lift.filter(task='radiology').select(again.columns))
 
 
 def test_pairs_counted_by_hand(run, lift):
@@ -175,7 +242,38 @@ def totals(run, variant, *names):
 def test_verbaliser_passes(run, variant):
     kept, answers = totals(run, variant, 'kept', 'answers')
     assert answers > 300
-    assert kept >= .95*answers
+    assert kept >= .95*answers or variant == 'knowledge' and kept > .4*answers
+
+
+def test_what_falls_falls_for_want_of_an_argument(run):
+    faults = set(scan_chains(run).collect()['fault'])
+    assert faults <= {'', 'less than 50% of the answer argued for', 'a single line of evidence',
+                      'evidence that the record does not show'}
+
+
+@pytest.mark.parametrize('share, least', GOALS.items())
+@pytest.mark.parametrize('variant', ['knowledge', 'no_sections'])
+def test_kept_chains_stand_on_enough(run, variant, share, least):
+    shares = evidence_shares(of_chains(kept_chains(run, variant).collect()))
+    assert shares[share] is None or shares[share] >= least
+
+
+def test_ablations_are_written_for_the_samples_that_have_a_chain(run):
+    of_variant = {variant: set(kept_chains(run, variant).collect()['sample_id'])
+                  for variant in ('knowledge', 'no_knowledge', 'no_sections')}
+    assert of_variant['no_knowledge'] | of_variant['no_sections'] <= of_variant['knowledge']
+    assert len(of_variant['no_knowledge']) > .95*len(of_variant['knowledge'])
+
+
+def test_every_item_is_argued_for_or_counted(run):
+    for chain in kept_chains(run).collect()['chain']:
+        results = final_results(chain)
+        assert len(argued_for(chain, results)) + counted_items(chain) == len(set(results))
+
+
+@pytest.mark.parametrize('words', ['So a course like this', 'such a course', 'goes with'])
+def test_no_constant_sentence_stands_for_a_reason(run, words):
+    assert not scan_chains(run).collect()['chain'].str.contains(words, literal=True).any()
 
 
 @pytest.mark.parametrize('variant', ['knowledge', 'no_knowledge', 'no_sections'])
@@ -189,7 +287,7 @@ def test_official_style_passes_too(tmp_path):
     run, p = made(tmp_path, protocol='official', style='official')
     build_chains(run, p, 'hospital')
     kept, answers, supported_lines, lines = totals(run, 'knowledge', 'kept', 'answers', 'supported', 'lines')
-    assert kept >= .95*answers > 0
+    assert kept > .4*answers > 0
     assert supported_lines == lines > 0
 
 
@@ -221,7 +319,7 @@ def test_kept_chains_have_no_fault(some_chains):
 def test_what_is_not_in_the_record_is_refused(some_chains):
     refused = 0
     for chain, brief, events in some_chains:
-        first = chain.splitlines()[1]
+        first = next(line for line in chain.splitlines() if line.startswith('**') and any(map(str.isdigit, line)))
         for false in spoilt(first):
             assert not supported(false, events), false
             fault = fault_of(chain.replace(first, false), list(brief.answers), events, 'knowledge')
@@ -232,7 +330,7 @@ def test_what_is_not_in_the_record_is_refused(some_chains):
 
 def test_a_chain_that_knew_the_answer_is_refused(some_chains):
     for chain, brief, events in some_chains:
-        known = chain.replace(' follows.', ' is the ground truth.')
+        known = chain.replace('## Reasoning\n', '## Reasoning\nThe ground truth is plain.\n')
         if known != chain:
             assert fault_of(known, list(brief.answers), events, 'knowledge') == 'betrays that the answer was given'
 

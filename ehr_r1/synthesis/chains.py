@@ -17,7 +17,8 @@ from joblib import Parallel, delayed
 from tqdm import tqdm
 
 from ..config import Run, seed_of
-from ..data.serialize import RecordText, without_question
+from ..data.events import DISPLAY
+from ..data.serialize import TITLES, RecordText, estimate_tokens, record_text, without_question
 from ..data.tasks import split_question
 from ..inference.endpoints import InferenceError, allowed_endpoints, guard
 from ..inference.recorded import Recorded, Replay
@@ -28,7 +29,7 @@ from ..profiles import Profile, listed
 from ..stages import build, read_manifest, writing
 from .graphs import read_graphs, scan_graphs
 from .reasoning import Brief, Verbaliser, ask, fault_of
-from .support import read_record, support
+from .support import argued_for, event_heading, final_results, read_record, support
 
 # %% ../../nbs/05_synthesis/15_chains.ipynb #f1f916d3
 def required_setting(
@@ -70,12 +71,38 @@ def chosen_graphs(
         graphs = graphs.filter(pl.col('draw').rank('ordinal').over('task') <= s.chains_per_task)
     return graphs.select('sample_id')
 
+# %% ../../nbs/05_synthesis/15_chains.ipynb #3a0d692e
+ESTIMATED = 2                                            # estimated tokens for one of the context
+AROUND = 40                                              # tokens of the question and the marks of the conversation
+HEAD = ('patients', 'admissions', 'triage', 'edstays')  # tables whose events are never cut away
+
+def as_shown(
+    record:RecordText, # without its question
+    style:str,         # of the record
+    context:int        # longest prompt of the model, in tokens; 0: any length
+)->tuple: # the record as the model sees it, the numbers of its parts
+    "A record cut to a context: its head and the latest events."
+    parts = record.parts()
+    titles = {DISPLAY[table].title if style == 'official' else TITLES[table] for table in HEAD}
+    headings = [event_heading(style).match(part) for part in parts]
+    kept = {number for number, heading in enumerate(headings) if not number or heading and heading[1] in titles}
+    room = ESTIMATED*max(context - AROUND, 0) - sum(estimate_tokens(parts[number]) + 1 for number in kept)
+    for number in reversed(range(len(parts))):
+        if context and number not in kept:
+            room -= estimate_tokens(parts[number]) + 1
+            if room < 0:
+                break
+        kept.add(number)
+    numbers = tuple(sorted(kept))
+    return record_text([parts[number] for number in numbers]), numbers
+
 # %% ../../nbs/05_synthesis/15_chains.ipynb #f7ff57e5
 def briefs_of(
     run:Run,             # samples and graphs must stand
     graphs:pl.DataFrame, # `GRAPHS` rows of one shard
     file:str,            # its name
-    style:str            # of the prompts
+    style:str,           # of the prompts
+    context:int=0        # longest prompt of the model that learns from the chains; 0: any length
 )->list: # of `Brief`, in the order of the graphs
     "Samples of a shard, ready for a teacher."
     samples = pl.scan_parquet(run.samples/'ehr_ins'/file)
@@ -87,8 +114,8 @@ def briefs_of(
     for graph in read_graphs(run, graphs):
         text = prompts[graph.sample_id]
         _, question = split_question(text, graph.task)
-        record = without_question(text, question)
-        briefs.append(Brief(graph.sample_id, graph.task, record, graph.answers, graph, style))
+        record, numbers = as_shown(without_question(text, question), style, context)
+        briefs.append(Brief(graph.sample_id, graph.task, record, graph.answers, graph, style, numbers))
     return briefs
 
 # %% ../../nbs/05_synthesis/15_chains.ipynb #ea5a5d67
@@ -123,6 +150,8 @@ class Judged:
     fault: str     # '' if it is kept
     supported: int # lines of evidence that the record shows
     lines: int     # of evidence
+    argued: int    # items of its results that its reasoning arrives at
+    items: int     # of its results
 
 def rounds_of(
     teacher:Teacher # who writes
@@ -151,14 +180,17 @@ def write_chains(
             fault = fault_of(answer.text, brief.answers, events, variant)
             if not fault:
                 kept.add(brief.sample_id)
-            yield Judged(brief, attempt, answer, fault, *support(answer.text, events))
+            results = list(dict.fromkeys(final_results(answer.text)))
+            argued = len(argued_for(answer.text, results))
+            yield Judged(brief, attempt, answer, fault, *support(answer.text, events), argued, len(results))
         waiting = {sample_id: brief for sample_id, brief in waiting.items() if sample_id not in kept}
 
 # %% ../../nbs/05_synthesis/15_chains.ipynb #22b71c84
 CHAINS = pl.Schema(dict(
     sample_id=pl.String, subject_id=pl.Int64, task=pl.String, split=pl.String, teacher=pl.String, variant=pl.String,
-    attempt=pl.Int8, chain=pl.String, fault=pl.String, supported=pl.Int16, lines=pl.Int16, prompt_tokens=pl.Int32,
-    completion_tokens=pl.Int32))
+    attempt=pl.Int8, chain=pl.String, fault=pl.String, supported=pl.Int16, lines=pl.Int16, argued=pl.Int16,
+    items=pl.Int16,
+    prompt_tokens=pl.Int32, completion_tokens=pl.Int32))
 
 def chain_row(
     judged:Judged,
@@ -171,14 +203,15 @@ def chain_row(
     return dict(
         sample_id=brief.sample_id, subject_id=subject_id, task=brief.task, split=split, teacher=answer.teacher,
         variant=variant, attempt=judged.attempt, chain=answer.text, fault=judged.fault, supported=judged.supported,
-        lines=judged.lines, prompt_tokens=answer.prompt_tokens, completion_tokens=answer.completion_tokens)
+        lines=judged.lines, argued=judged.argued, items=judged.items,
+        prompt_tokens=answer.prompt_tokens, completion_tokens=answer.completion_tokens)
 
 # %% ../../nbs/05_synthesis/15_chains.ipynb #063f8b9a
 def write_shard_chains(
     file:Path,       # graphs of the shard
     run:Run,         # samples and graphs must stand
     out:Path,        # holds chosen.parquet, receives the chains
-    s,               # settings variants, seed, style
+    s,               # settings variants, seed, style, context
     teacher:Teacher  # who writes
 )->None:
     "The chains of one shard; nothing is done twice."
@@ -187,9 +220,13 @@ def write_shard_chains(
     chosen = pl.read_parquet(out/'chosen.parquet')
     graphs = pl.read_parquet(file).join(chosen, on='sample_id', how='semi', maintain_order='left')
     about = {row['sample_id']: (row['subject_id'], row['split']) for row in graphs.iter_rows(named=True)}
-    briefs = briefs_of(run, graphs, file.name, s.style)
-    rows = [chain_row(judged, variant, *about[judged.brief.sample_id]) for variant in listed(s.variants)
-            for judged in write_chains(briefs, teacher, variant, s.seed)]
+    briefs, rows = briefs_of(run, graphs, file.name, s.style, s.context), []
+    for number, variant in enumerate(listed(s.variants)):
+        judged = list(write_chains(briefs, teacher, variant, s.seed))
+        rows += [chain_row(one, variant, *about[one.brief.sample_id]) for one in judged]
+        if not number:  # ablations are written for the samples that have a chain, so that they differ in nothing else
+            kept = {one.brief.sample_id for one in judged if not one.fault}
+            briefs = [brief for brief in briefs if brief.sample_id in kept]
     chains = pl.DataFrame(rows, schema=CHAINS).sort('sample_id', 'variant', 'attempt')
     with writing(out/file.name) as f:
         chains.write_parquet(f, compression='zstd')
@@ -204,7 +241,8 @@ def count_chains(
     sample_id = pl.col('sample_id')
     tasks = chains.group_by('variant', 'task').agg(
         sample_id.n_unique().alias('cases'), pl.len().alias('answers'), kept.sum().alias('kept'),
-        sample_id.filter(kept).n_unique().alias('samples'), *sums)
+        sample_id.filter(kept).n_unique().alias('samples'), *sums,
+        *[pl.col(column).filter(kept).sum() for column in ('argued', 'items')])
     tasks = tasks.sort('variant', 'task').collect(engine='streaming')
     faults = chains.filter(~kept).group_by('variant', 'fault').len().sort('variant', 'fault')
     faults = faults.collect(engine='streaming')
@@ -230,11 +268,11 @@ def cost_of(
 # %% ../../nbs/05_synthesis/15_chains.ipynb #a62c8471
 def build_chains(
     run:Run,    # samples and graphs must stand
-    p:Profile,  # teacher, variants, chains_per_task, seed, style, workers
+    p:Profile,  # teacher, variants, chains_per_task, seed, style, context, workers
     dataset:str # name of the data set, for the guard
 )->bool: # False if it was up to date
     "Have the chains of a run written and judged; a Refused where the guard does not let the text out."
-    s = p.only('variants', 'chains_per_task', 'seed', 'style')
+    s = p.only('variants', 'chains_per_task', 'seed', 'style', 'context')
     access = read_manifest(run.samples)['counts']['access']
     teacher = open_teacher(p.teacher, run.folder/'teachers'/f'{p.teacher}.jsonl')
     guard(teacher, dataset, access, allowed_endpoints())

@@ -10,20 +10,25 @@ import os
 import shutil
 from functools import cache, partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import polars as pl
 from joblib import Parallel, delayed
 from tqdm import tqdm
 
 from ..config import Run
+from ..data.events import HIDDEN
 from ..data.samples import read_samples, shown_rows
+from ..data.sampling import SAMPLING, filtered, split_of
 from ..data.tables import Source
 from ..data.tasks import TASKS
 from ..data.trajectories import store_files
 from ..profiles import Profile
 from ..stages import build, read_manifest, writing
-from .cooccurrence import lift_pairs
-from .entities import entities
+from .arguments import argument_tables
+from .cooccurrence import lift_pairs, telling_terms
+from .evidence_links import FACTS, evidence_links
+from .facts import NO_EVIDENCE, place_facts, signed_terms
 from .knowledge import Knowledge
 from .linking import icd_codes, link_terms
 from .matching import Matcher, QuickUmls
@@ -64,22 +69,38 @@ def free_text_names(
     preferred = frame.filter('preferred').unique('cui', keep='first', maintain_order=True).select('cui', 'name')
     return QuickUmls(quickumls) if quickumls else Matcher(frame), preferred
 
-# %% ../../nbs/05_synthesis/12_graphs.ipynb #c1c6f8a9
-SAMPLE_TERMS = pl.Schema(dict(sample=pl.UInt32, task=pl.String, term=pl.String, surface=pl.String, row=pl.UInt32))
+# %% ../../nbs/05_synthesis/12_graphs.ipynb #5893dfa5
+AGAIN = 2  # events of a table in which the same term is looked at, the latest
+NEVER_CUT = ('patients', 'admissions', 'triage', 'edstays')  # tables whose parts of a record are always shown
+SAMPLE_TERMS = pl.Schema({name: kind for name, kind in FACTS.items() if name != 'cui'})
 
+def shown_places(
+    rows:pl.DataFrame,   # rows of a trajectory store, patients whole
+    samples:pl.DataFrame # `SAMPLES` rows of these patients
+)->pl.DataFrame: # sample, row, table, part of the record, rows shown after it
+    "Where the rows that the prompts show stand in them."
+    shown = shown_rows(rows, samples)
+    at_row = rows[shown['row']].select(pl.col('table').cast(pl.String), 'event')
+    shown = shown.hstack(at_row).filter(~pl.col('table').is_in(HIDDEN))
+    begins = pl.col('event') != pl.col('event').shift().over('sample')
+    part = begins.fill_null(False).cast(pl.Int32).cum_sum().over('sample')
+    after = pl.int_range(pl.len(), 0, -1, dtype=pl.UInt32).over('sample') - 1
+    back = pl.when(pl.col('table').is_in(NEVER_CUT)).then(0).otherwise(after)
+    return shown.select('sample', 'row', 'table', part=part, back=back.cast(pl.UInt32))
+
+# %% ../../nbs/05_synthesis/12_graphs.ipynb #5f69b660
 def sample_terms(
-    rows:pl.DataFrame,               # rows of a trajectory store, patients whole
-    samples:pl.DataFrame,            # `SAMPLES` rows of these patients
-    matcher:Matcher|None,            # finds names in free text; None: free text is not read
-    preferred:pl.DataFrame|None=None # cui, name: the preferred name of each concept
-)->pl.DataFrame: # `SAMPLE_TERMS`: a sample's place in `samples`, each term it shows and the last row that does
+    rows:pl.DataFrame,    # rows of a trajectory store, patients whole
+    samples:pl.DataFrame, # `SAMPLES` rows of these patients
+    named:pl.DataFrame    # `SIGNED` of the rows
+)->pl.DataFrame: # `SAMPLE_TERMS`: each term that a sample shows and the last rows that do
     "What the prompts of some samples show, as terms."
-    found = entities(rows, matcher).select('row', 'cui', 'term', surface='term').unique()
-    if preferred is not None:
-        found = found.join(preferred, on='cui', how='left').with_columns(term=pl.coalesce('name', 'term'))
-    shown = shown_rows(rows, samples).join(found.select('row', 'term', 'surface'), on='row')
-    in_order = shown.sort('sample', 'term', 'row', 'surface')
-    terms = in_order.unique(['sample', 'term'], keep='last', maintain_order=True)
+    given = named.filter(pl.col('sign') != 'not given')
+    shown = shown_places(rows, samples).join(given, on='row')
+    in_order = shown.sort('sample', 'term', 'row', 'sign', 'surface')
+    once = in_order.unique(['sample', 'term', 'table', 'part'], keep='last', maintain_order=True)
+    later = pl.len().over('sample', 'term', 'table') - pl.int_range(pl.len()).over('sample', 'term', 'table')
+    terms = once.filter(later <= AGAIN)
     return terms.with_columns(task=samples['task'].gather(terms['sample'])).select(list(SAMPLE_TERMS))
 
 # %% ../../nbs/05_synthesis/12_graphs.ipynb #cb55954a
@@ -89,48 +110,106 @@ def write_shard_terms(
     number:int,       # of the shard
     file:Path,        # the shard
     run:Run,          # samples and knowledge must stand
-    out:Path,         # receives terms/ and targets/
+    out:Path,         # receives terms/
     key:str,          # of the knowledge
     chosen:Path|None  # see `graph_samples`
 )->None:
-    "Terms and targets of one shard, on disk; nothing is done twice."
+    "Terms of the samples of one shard, on disk; nothing is done twice."
     if (out/'terms'/file.name).exists():
         return
     samples = graph_samples(run, file, chosen)
     terms = pl.DataFrame(schema=SAMPLE_TERMS)
     if samples.height:
         names = free_text_names(run.knowledge/'names.parquet', key)
-        terms = sample_terms(patient_rows(file, samples), samples, *names)
-    targets = samples.select('task', 'split', term='label').with_row_index('sample').explode('term')
-    for name, frame in (('targets', targets), ('terms', terms)):
+        rows = patient_rows(file, samples)
+        named = pl.concat([signed_terms(rows, *names), place_facts(rows)])
+        terms = sample_terms(rows, samples, named)
+    (out/'terms').mkdir(exist_ok=True)
+    with writing(out/'terms'/file.name) as f:
+        numbered = terms.with_columns(pl.col('sample') + number*SHARD)
+        numbered.write_parquet(f, compression='zstd', compression_level=1)
+
+# %% ../../nbs/05_synthesis/12_graphs.ipynb #132ef58e
+def counted_samples(
+    run:Run,          # index must stand
+    file:Path,        # a shard of the trajectory store
+    s:SimpleNamespace # `SAMPLING`
+)->pl.DataFrame: # `INDEX` rows
+    "The index rows of a shard that lift counts."
+    index = pl.read_parquet(run.index/file.name).filter(pl.col('task').is_in(list(GRAPHED)))
+    in_training = split_of(index['subject_id'].to_numpy(), s.seed) == 'train'
+    fit, _ = filtered(index.filter(pl.Series(in_training, dtype=pl.Boolean)), s)
+    return fit
+
+# %% ../../nbs/05_synthesis/12_graphs.ipynb #28662873
+AT_ONCE = 2**18  # events in the windows of samples that are looked at together
+
+def some_patients(
+    samples:pl.DataFrame, # index rows, by patient
+    at_once:int=AT_ONCE   # events at most, but for a patient who has more alone
+)->list: # of frames, patients whole
+    "Index rows in parts that fit in memory."
+    size = (pl.col('end') - pl.col('begin')).sum()
+    patients = samples.group_by('subject_id', maintain_order=True).agg(size=size)
+    patients = patients.select('subject_id', part=pl.col('size').cum_sum()//at_once)
+    placed = samples.join(patients, on='subject_id', maintain_order='left')
+    return placed.partition_by('part', include_key=False, maintain_order=True)
+
+# %% ../../nbs/05_synthesis/12_graphs.ipynb #10e52dad
+def write_counted(
+    number:int,       # of the shard
+    file:Path,        # the shard
+    run:Run,          # index and knowledge must stand
+    out:Path,         # receives history/ and targets/
+    key:str,          # of the knowledge
+    s:SimpleNamespace # `SAMPLING`
+)->None:
+    "Terms and targets of what lift counts in one shard, on disk; nothing is done twice."
+    samples, first = counted_samples(run, file, s), number*SHARD
+    for name in ('history', 'targets'):
         (out/name).mkdir(exist_ok=True)
-        with writing(out/name/file.name) as f:
-            numbered = frame.with_columns(pl.col('sample') + number*SHARD)
-            numbered.write_parquet(f, compression='zstd', compression_level=1)
+    for place, part in enumerate(some_patients(samples)):
+        stands = out/'targets'/f'{file.stem}-{place:05d}.parquet'
+        if not stands.exists():
+            part = part.with_columns(dropped_events=0)
+            rows = patient_rows(file, part)
+            named = signed_terms(rows, *free_text_names(run.knowledge/'names.parquet', key))
+            evidence = named.filter(~pl.col('sign').is_in(NO_EVIDENCE)).select('row', 'term').unique()
+            shown = shown_rows(rows, part).join(evidence, on='row').select('sample', 'term').unique()
+            shown = shown.with_columns(task=part['task'].gather(shown['sample'])).sort('sample', 'term')
+            targets = part.select('task', term='label').with_row_index('sample').explode('term')
+            # targets last: they say that the part is whole
+            for folder, frame in (('history', shown.select('sample', 'task', 'term')), ('targets', targets)):
+                with writing(out/folder/stands.name) as f:
+                    numbered = frame.with_columns(pl.col('sample') + first)
+                    numbered.write_parquet(f, compression='zstd', compression_level=1)
+        first += part.height
 
 # %% ../../nbs/05_synthesis/12_graphs.ipynb #0ec49177
 def coded_terms(
-    frame:pl.DataFrame, # number (of a sample), term
-    words:pl.Series     # all terms, distinct
-)->pl.DataFrame: # sample, term: numbers, as `lift_pairs` takes them
-    "Terms by their place among the words."
-    places = pl.DataFrame(dict(term=words)).with_row_index('word')
-    return frame.join(places, on='term').select(sample='number', term='word')
+    frame:pl.LazyFrame, # number (of a sample), term
+    words:pl.Series     # all terms that are wanted, distinct
+)->pl.LazyFrame: # sample, term: numbers, as `lift_pairs` takes them
+    "Terms by their place among the words; others fall away."
+    places = pl.LazyFrame(dict(term=words)).with_row_index('word')
+    return frame.join(places, on='term').select(sample=pl.col('number').cast(pl.UInt32), term='word')
 
 # %% ../../nbs/05_synthesis/12_graphs.ipynb #b3440860
 def task_lift(
-    folder:Path, # holds terms/ and targets/
+    folder:Path, # holds history/ and targets/
     task:str     # its name
 )->pl.DataFrame: # task, target, history (both as text), n_pair, n_target, n_history, n, lift
     "Which facts go with which answers in one task."
     def read(name):
         return pl.scan_parquet(sorted((folder/name).glob('*.parquet'))).filter(pl.col('task') == task)
-    targets = read('targets').filter(pl.col('split') == 'train').select('sample', 'term').collect(engine='streaming')
-    samples = targets.select('sample').unique().sort('sample').with_row_index('number')
-    history = read('terms').join(samples.lazy(), on='sample').select('number', 'term').collect(engine='streaming')
-    words = pl.concat([targets['term'], history['term']]).unique().sort()
-    numbered = targets.join(samples, on='sample')
-    pairs = lift_pairs(coded_terms(numbered, words), coded_terms(history, words), len(samples))
+    targets, history = read('targets').select('sample', 'term').unique(), read('history').select('sample', 'term')
+    samples = targets.select('sample').unique().sort('sample').with_row_index('number').collect(engine='streaming')
+    words = telling_terms(targets, history, len(samples))['term']
+
+    def coded(pairs):
+        numbered = pairs.join(samples.lazy(), on='sample').select('number', 'term')
+        return coded_terms(numbered, words).collect(engine='streaming')
+    pairs = lift_pairs(coded(targets), coded(history), len(samples))
     pairs = pairs.with_columns(words.gather(pairs[column]).alias(column) for column in ('target', 'history'))
     return pairs.select(pl.lit(task).alias('task'), 'target', 'history', 'n_pair', 'n_target', 'n_history', 'n', 'lift')
 
@@ -191,63 +270,101 @@ def with_concepts(
     return lift.with_columns(both).with_columns(known=known)
 
 # %% ../../nbs/05_synthesis/12_graphs.ipynb #ac96e1fa
-LINK_FIELDS = dict(target=pl.String, history=pl.String, surface=pl.String, table=pl.String, event=pl.Int32,
-                   time=pl.Datetime('us'), lift=pl.Float64)
+LINK_FIELDS = dict(
+    target=pl.String, history=pl.String, surface=pl.String, table=pl.String, event=pl.Int32, time=pl.Datetime('us'),
+    lift=pl.Float64, part=pl.Int32, sign=pl.String, role=pl.String, problem=pl.String, points=pl.String,
+    how=pl.String, via=pl.String, weight=pl.Float64, rank=pl.Int16, path=pl.List(pl.String))
 GRAPHS = pl.Schema(dict(sample_id=pl.String, subject_id=pl.Int64, task=pl.String, split=pl.String,
                         label=pl.List(pl.String), links=pl.List(pl.Struct(LINK_FIELDS))))
 
 def tied_facts(
     samples:pl.DataFrame, # of a shard
-    terms:pl.DataFrame,   # sample, surface, row, history: of the shard
+    terms:pl.DataFrame,   # sample, surface, row, history, and what `SAMPLE_TERMS` has beside: of the shard
     lift:pl.DataFrame     # of all tasks
-)->pl.DataFrame: # sample, task, target, history, lift, known, surface, row
+)->pl.DataFrame: # sample, task, target, history, lift, known, surface, row, table, part, sign
     "Facts of each sample that go with an item of its answer."
     targets = samples.select('task', target='label').with_row_index('sample').explode('target')
     lift = lift.select('task', 'target', 'history', 'lift', 'known')
-    return targets.join(lift, on=['task', 'target']).join(terms, on=['sample', 'history'])
+    evidence = terms.filter(~pl.col('sign').is_in(NO_EVIDENCE) & (pl.col('surface') != ''))
+    evidence = evidence.sort('sample', 'history', 'row').unique(['sample', 'history'], keep='last', maintain_order=True)
+    return targets.join(lift, on=['task', 'target']).join(evidence.drop('task', strict=False), on=['sample', 'history'])
 
 # %% ../../nbs/05_synthesis/12_graphs.ipynb #07680163
+def path_links(
+    tied:pl.DataFrame, # from `tied_facts`
+    paths:pl.DataFrame # history, target: the pairs that have a path
+)->pl.DataFrame: # sample, row and the columns of a link
+    "Of what is tied, what has a path."
+    links = tied.join(paths.select('history', 'target'), on=['history', 'target'], how='semi')
+    none = {name: pl.lit('') for name in ('problem', 'points', 'how', 'via')}
+    return links.with_columns(role=pl.lit('path'), **none, weight=pl.lit(0.), rank=pl.lit(0, pl.Int16),
+                              path=pl.lit([], pl.List(pl.String)))
+
 def shard_graphs(
     samples:pl.DataFrame, # of the shard
     rows:pl.DataFrame,    # of their patients
-    tied:pl.DataFrame,    # from `tied_facts`
-    paths:pl.DataFrame    # history, target: the pairs that have a path
+    links:pl.DataFrame    # sample, row and the columns of a link but event and time
 )->pl.DataFrame: # `GRAPHS`
-    "The graphs of one shard: of what is tied, what has a path."
-    links = tied.join(paths, on=['history', 'target'], how='semi')
-    links = links.sort('sample', 'lift', 'target', 'history', descending=[False, True, False, False])
-    events = rows[links['row']].select(pl.col('table').cast(pl.String), 'event', time='start')
-    links = links.hstack(events).group_by('sample', maintain_order=True).agg(links=pl.struct(list(LINK_FIELDS)))
+    "The graphs of one shard."
+    events = rows[links['row']].select('event', time='start')
+    links = links.drop('row').hstack(events).select('sample', *LINK_FIELDS)
+    order = ['sample', 'target', 'role', 'rank', 'problem', 'lift', 'weight', 'history', 'how', 'via']
+    links = links.sort(order, descending=[name in ('lift', 'weight') for name in order])
+    links = links.group_by('sample', maintain_order=True).agg(links=pl.struct(list(LINK_FIELDS)))
     graphs = samples.with_row_index('sample').join(links, on='sample', maintain_order='left')
     return graphs.select(list(GRAPHS)).cast(GRAPHS)
 
 # %% ../../nbs/05_synthesis/12_graphs.ipynb #b92ee96f
+def argued_links(
+    terms:pl.DataFrame,   # `SAMPLE_TERMS` of a shard
+    samples:pl.DataFrame, # of the shard
+    out:Path              # holds lift, concepts, points, sources and names
+)->pl.DataFrame: # sample, row and the columns of a link
+    "The arguments of medicine for the items of a shard; lift where it is above the limit."
+    def read(name):
+        return pl.read_parquet(out/f'{name}.parquet')
+    concepts = read('concepts').select('term', 'cui').drop_nulls()
+    facts = terms.join(concepts, on='term').select(list(FACTS))
+    targets = samples.select(target='label').with_row_index('sample').explode('target')
+    targets = targets.join(concepts, left_on='target', right_on='term').unique(maintain_order=True)
+    names = dict(read('named').rows())
+    links = evidence_links(facts, targets, read('points'), read('sources'), names)
+    lift = read('lift').select('task', 'target', 'lift', term='history')
+    links = links.join(lift, on=['task', 'target', 'term'], how='left', maintain_order='left')
+    return links.with_columns(pl.col('lift').fill_null(0.)).rename(dict(term='history'))
+
+# %% ../../nbs/05_synthesis/12_graphs.ipynb #4d80cd14
 def rows_by_task(
     frame:pl.DataFrame # with a column task
 )->list: # of (task, rows)
     "How many rows a task has."
     return frame.group_by('task').len().rows()
 
+# %% ../../nbs/05_synthesis/12_graphs.ipynb #51a94f19
 def write_graphs(
     number:int,       # of the shard
     file:Path,        # the shard
     run:Run,          # samples must stand
-    out:Path,         # holds terms/, lift.parquet and paths.parquet, receives the graphs
+    out:Path,         # holds terms/ and what `tie_terms` writes, receives the graphs
     chosen:Path|None  # see `graph_samples`
 )->dict: # what -> (task, how many)
     "Write the graphs of one shard."
     samples = graph_samples(run, file, chosen)
-    terms = pl.read_parquet(out/'terms'/file.name)
-    terms = terms.select(pl.col('sample') - number*SHARD, 'surface', 'row', history='term')
-    tied = tied_facts(samples, terms, pl.read_parquet(out/'lift.parquet'))
+    terms = pl.read_parquet(out/'terms'/file.name).with_columns(pl.col('sample') - number*SHARD)
+    tied = tied_facts(samples, terms.rename(dict(term='history')), pl.read_parquet(out/'lift.parquet'))
     paths = pl.read_parquet(out/'paths.parquet', columns=['history', 'target'])
-    graphs = shard_graphs(samples, patient_rows(file, samples), tied, paths)
+    columns = ['sample', 'row', *(name for name in LINK_FIELDS if name not in ('event', 'time'))]
+    links = [path_links(tied, paths), argued_links(terms, samples, out)]
+    graphs = shard_graphs(samples, patient_rows(file, samples), pl.concat(some.select(columns) for some in links))
     with writing(out/file.name) as f:
         graphs.write_parquet(f, compression='zstd')
     links = graphs.select('task', pl.col('links').list.len()).group_by('task').sum()
     known = tied.filter('known').unique('sample')
+    role, target = (pl.element().struct.field(name) for name in ('role', 'target'))
+    argued = graphs.filter(pl.col('links').list.eval((role != 'path') & (target != '')).list.any())
     return dict(samples=rows_by_task(samples), evidence=rows_by_task(tied.unique('sample')),
-                concepts=rows_by_task(known), graphs=rows_by_task(graphs), links=links.rows())
+                concepts=rows_by_task(known), argued=rows_by_task(argued), graphs=rows_by_task(graphs),
+                links=links.rows())
 
 # %% ../../nbs/05_synthesis/12_graphs.ipynb #883a03b8
 def summed(
@@ -273,35 +390,55 @@ def each_shard(
     return list(tqdm(jobs, desc=what, unit='shard', total=len(files)))
 
 # %% ../../nbs/05_synthesis/12_graphs.ipynb #222ad7b0
+def all_terms(
+    out:Path,         # holds terms/
+    run:Run,          # samples must stand
+    lift:pl.DataFrame # of all tasks
+)->tuple: # terms of facts, terms of answer items
+    "Every term that may be in a graph."
+    shown = pl.scan_parquet(sorted((out/'terms').glob('*.parquet'))).select('term').unique().collect(engine='streaming')
+    samples = pl.scan_parquet(sorted((run.samples/'ehr_ins').glob('*.parquet')))
+    asked = samples.filter(pl.col('task').is_in(list(GRAPHED))).select(pl.col('label').explode()).unique()
+    facts = pl.concat([shown['term'], lift['history']]).unique().sort()
+    return facts, pl.concat([asked.collect(engine='streaming')['label'], lift['target']]).unique().sort()
+
+# %% ../../nbs/05_synthesis/12_graphs.ipynb #ffa9e770
 def tie_terms(
-    out:Path,      # holds terms/ and targets/, receives lift, concepts and paths
+    out:Path,      # holds terms/, history/ and targets/, receives what `argued_links` reads, and paths
     run:Run,       # knowledge must stand
     source:Source, # the tables, for the codes behind titles
     workers:int    # processes
 )->dict: # counts
-    "Lift of all tasks, the concepts of its terms, and the paths between them."
+    "Lift of all tasks, the concepts of all terms, the paths between them, and what they argue for."
     lift = pl.concat([task_lift(out, task) for task in tqdm(GRAPHED, desc='lift', unit='task')])
-    terms = pl.concat([lift['target'], lift['history']]).unique().sort()
-    concepts = link_terms(terms, Knowledge(run.knowledge), icd_codes(source))
+    facts, items = all_terms(out, run, lift)
+    terms, knowledge = pl.concat([facts, items]).unique().sort(), Knowledge(run.knowledge)
+    concepts = link_terms(terms, knowledge, icd_codes(source))
     lift = with_concepts(lift, concepts)
     pairs = lift.select('history', 'target', 'history_cui', 'target_cui').drop_nulls().unique()
     paths = pair_paths(pairs, run.knowledge, workers)
     lengths = paths.select('history', 'target', 'length')
     lift = lift.join(lengths, on=['history', 'target'], how='left', maintain_order='left')
-    for name, frame in dict(lift=lift, concepts=concepts, paths=paths).items():
+    known = concepts.filter(pl.col('cui').is_not_null())
+    ends = [known.filter(pl.col('term').is_in(some.implode()))['cui'].unique().sort() for some in (facts, items)]
+    points, sources = argument_tables(*map(list, ends), knowledge)
+    named = pl.concat([points['problem'], sources['via']]).unique().sort()
+    named = pl.DataFrame([(cui, knowledge.name(cui)) for cui in named if cui], schema=['cui', 'name'], orient='row')
+    frames = dict(lift=lift, concepts=concepts, paths=paths, points=points, sources=sources, named=named)
+    for name, frame in frames.items():
         with writing(out/f'{name}.parquet') as f:
             frame.write_parquet(f, compression='zstd')
     return dict(pairs=len(lift), paths=len(paths), terms=len(terms), linked=int(concepts['cui'].is_not_null().sum()))
 
 # %% ../../nbs/05_synthesis/12_graphs.ipynb #1f8e8158
 def build_graphs(
-    run:Run,      # samples and knowledge must stand
-    p:Profile,    # caps, workers
+    run:Run,      # index, samples and knowledge must stand
+    p:Profile,    # what chooses samples, workers
     source:Source # the tables, for the codes behind titles
 )->bool: # False if it was up to date
     "Build the thinking graphs of a run."
-    s = p.only('caps')
-    inputs = dict(trajectories=run.trajectories, samples=run.samples, knowledge=run.knowledge)
+    s = p.only(*SAMPLING)
+    inputs = dict(trajectories=run.trajectories, index=run.index, samples=run.samples, knowledge=run.knowledge)
     params = vars(s) | dict(quickumls=Path(os.environ.get('EHR_R1_QUICKUMLS', '')).name)
 
     def make(out):
@@ -313,10 +450,11 @@ def build_graphs(
             with writing(chosen) as f:
                 read_samples(run, p).select('sample_id').write_parquet(f)
         each_shard(partial(write_shard_terms, run=run, out=out, key=key, chosen=chosen), files, 'terms', p.workers)
+        each_shard(partial(write_counted, run=run, out=out, key=key, s=s), files, 'counted', p.workers)
         counts = tie_terms(out, run, source, p.workers)
         counted = each_shard(partial(write_graphs, run=run, out=out, chosen=chosen), files, 'graphs', p.workers)
         tasks = summed(counted)
-        for name in ('terms', 'targets'):
+        for name in ('terms', 'history', 'targets'):
             shutil.rmtree(out/name)
         if chosen:
             chosen.unlink()
@@ -338,13 +476,15 @@ def read_graphs(
     rows:pl.DataFrame # some `GRAPHS` rows
 )->list: # a `ThinkingGraph` each
     "Graphs with their paths, whose ends stand under the record's names."
-    ends = rows.select(pl.col('links').explode()).unnest('links').select('history', 'target').unique()
+    links = rows.select(pl.col('links').explode()).unnest('links')
+    ends = links.filter(pl.col('role') == 'path').select('history', 'target').unique()
     found = pl.scan_parquet(run.graphs/'paths.parquet').join(ends.lazy(), on=['history', 'target']).collect()
     paths = {}
     for history, target, told in found.select('history', 'target', 'paths').iter_rows():
         paths[history, target] = tuple((history, *path[1:-1], target) for path in told)
-    graphs = []
-    for row in rows.iter_rows(named=True):
-        links = tuple(Link(**link, paths=paths[link['history'], link['target']]) for link in row['links'])
-        graphs.append(ThinkingGraph(row['sample_id'], row['task'], tuple(row['label']), links))
-    return graphs
+
+    def link_of(link):
+        path = tuple(link.pop('path'))
+        return Link(**link, paths=(path,) if path else paths[link['history'], link['target']])
+    return [ThinkingGraph(row['sample_id'], row['task'], tuple(row['label']), tuple(map(link_of, row['links'])))
+            for row in rows.iter_rows(named=True)]

@@ -54,7 +54,7 @@ def example_of(
     writer:Writer, # for the model
     sample:dict,   # with mode and chain
     variant:str    # of the chains
-)->tuple: # (a row of `EXAMPLES` or None, why it was left out, or 'bare')
+)->tuple: # (a row of `EXAMPLES` or None, why it was left out)
     "The example of a chosen sample."
     if sample['chain'] is None:
         return writer.example(sample, sample['mode'], None, variant)
@@ -70,7 +70,7 @@ def write_shard(
     chosen:Path,   # file of the chosen samples and their order
     writer:Writer, # for the model
     variant:str    # of the chains
-)->Counter: # reason -> samples left out; 'bare' -> bare chains; '' -> the others
+)->Counter: # reason -> samples left out; '' -> the others
     "Examples of the chosen samples of one file."
     text = pl.col('messages').list.get(1).struct.field('content').alias('text')
     samples = pl.scan_parquet(file).select('sample_id', 'task', 'family', 'label', text, 'starts').collect()
@@ -96,7 +96,7 @@ def write_examples(
     out:Path,                # folder of the examples
     variant:str='knowledge', # of the chains
     workers:int=2            # processes
-)->dict: # examples, bare (chains), tokens, cut (over-long records), dropped_events, left_out (reason -> samples)
+)->dict: # examples, tokens, cut (over-long records), dropped_events, left_out (reason -> samples)
     "Write the examples of a stage in the order of training, the same bytes with any number of workers."
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
@@ -111,6 +111,5 @@ def write_examples(
         noted += reasons
     gather(out)
     (out/'chosen.parquet').unlink()
-    bare = noted.pop('bare', 0)
     noted.pop('', None)
-    return count_examples(out) | dict(bare=bare, left_out=dict(noted))
+    return count_examples(out) | dict(left_out=dict(noted))

@@ -25,9 +25,8 @@ from ..data.serialize import TITLES, record_text, without_question
 from ..data.tasks import TASKS, split_question
 from ..foreign_text import html_text
 from ..inference.checkpoints import answer_text, as_text, chat_text, check_chat
-from ..synthesis.reasoning import Brief, fault_of, verbalise
+from ..synthesis.reasoning import fault_of
 from ..synthesis.support import read_record
-from ..synthesis.thinking_graph import ThinkingGraph
 
 # %% ../../nbs/06_training/03_examples.ipynb #7a8e07b6
 def headings(
@@ -35,9 +34,6 @@ def headings(
 )->tuple: # how its events begin, in either style
     "The headings of a table's events."
     return f'## {TITLES[table]} [', f'## {DISPLAY[table].title} ['
-
-
-ARRIVAL = headings('edstays') + headings('triage')  # with demographics and admission the head, which is never cut
 
 # %% ../../nbs/06_training/03_examples.ipynb #edefea37
 EVENT_START = re.compile(r'\n\n(?=' + '|'.join(sorted(re.escape(h) for table in TITLES for h in headings(table))) + ')')
@@ -53,6 +49,8 @@ def record_parts(
     return EVENT_START.split(without_question(text, question))
 
 # %% ../../nbs/06_training/03_examples.ipynb #8a62cb71
+NEVER_CUT = headings('triage') + headings('edstays')
+
 @dataclass(frozen=True)
 class Parts:
     "A sample's user message, taken apart."
@@ -60,6 +58,7 @@ class Parts:
     summary: str | None  # discharge summary of an earlier stay
     admission: str | None
     events: list         # of the window, oldest first
+    stays: list          # whether each is never cut away: triage and the stay in the emergency department
     question: str        # what is asked
 
 
@@ -72,7 +71,8 @@ def taken_apart(
     first, *events = record_parts(text, question)
     summary = events.pop(0) if events and events[0].startswith(headings('discharge')) else None
     admission = events.pop(0) if events and events[0].startswith(headings('admissions')) else None
-    return Parts(first, summary, admission, events, question)
+    stays = [event.startswith(NEVER_CUT) for event in events]
+    return Parts(first, summary, admission, events, stays, question)
 
 # %% ../../nbs/06_training/03_examples.ipynb #104ae9f3
 def latest(
@@ -96,28 +96,29 @@ def shorten(
     limit:int,     # tokens at most
     count:Callable # tokens of a text
 )->tuple: # (`RecordText`, tokens, events dropped); longer than the limit only if head and question alone are
-    "A sample's record and question, cut to a limit from the oldest event on."
+    "A sample's record and question, cut to a limit from the oldest event on; the head stays."
     parts = taken_apart(text, task)
-    summary = parts.summary
-    arrival = [event for event in parts.events if event.startswith(ARRIVAL)]
-    others = [event for event in parts.events if not event.startswith(ARRIVAL)]
+    events, summary = parts.events, parts.summary
 
     def cost(part):
         return 0 if part is None else count(part) + 1
 
-    fixed = sum(map(cost, [parts.first, parts.admission, *arrival])) + count(parts.question)
+    fixed = cost(parts.first) + cost(parts.admission) + count(parts.question)
+    fixed += sum(cost(event) for event, stays in zip(events, parts.stays) if stays)
+    others = [event for event, stays in zip(events, parts.stays) if not stays]
     room = limit - fixed
     kept, tokens = latest(others, room - cost(summary), count)
     crowds_out = summary is not None and kept < len(others) and cost(summary) > room/2
     if crowds_out:
         summary = None
         kept, tokens = latest(others, room, count)
-    late = set(range(len(others) - kept, len(others)))
-    places = iter(range(len(others)))
-    events = [event for event in parts.events if event.startswith(ARRIVAL) or next(places) in late]
-    shown = [parts.first, summary, parts.admission, *events]
+    begin = len(others) - kept  # of the others: the first that is shown
+    place = [sum(not stays for stays in parts.stays[:number]) for number in range(len(events))]
+    left = [event for event, stays, at in zip(events, parts.stays, place) if stays or at >= begin]
+    shown = [parts.first, summary, parts.admission, *left]
     text = record_text([part for part in shown if part is not None], parts.question)
-    return text, fixed + cost(summary) + tokens, len(others) - kept + crowds_out
+    dropped = begin + crowds_out
+    return text, fixed + cost(summary) + tokens, dropped
 
 # %% ../../nbs/06_training/03_examples.ipynb #7a90143f
 EXAMPLES = pl.Schema(dict(
@@ -207,22 +208,6 @@ def lost_evidence(
     "Whether a chain no longer fits the record that is shown."
     return bool(fault_of(chain, sample['label'], read_record(short, style), variant))
 
-# %% ../../nbs/06_training/03_examples.ipynb #6c55a2cc
-NO_GRAPH = ThinkingGraph('', '', (), ())
-
-
-def bare_chain(
-    sample:dict,            # sample_id, task, label
-    short:str,              # its user message as the model sees it
-    style:str,              # of the record
-    variant:str='knowledge' # of the chain
-)->str: # a chain
-    "A chain without knowledge."
-    _, question = split_question(short, sample['task'])
-    record = without_question(short, question)
-    case = Brief(sample['sample_id'], sample['task'], record, tuple(sample['label']), NO_GRAPH, style)
-    return verbalise(case, variant)
-
 # %% ../../nbs/06_training/03_examples.ipynb #2f355a40
 class Writer(Prompter):
     "Turns samples into examples for one model."
@@ -238,29 +223,21 @@ class Writer(Prompter):
         self,
         sample:dict,            # sample_id, task, family, label, text (its user message)
         mode:str,               # plain, think or no_think
-        chain:str|None=None,    # for think; '': a bare one
+        chain:str|None=None,    # for think
         variant:str='knowledge' # of the chain
-    )->tuple: # (a row of `EXAMPLES` or None, why it was left out, or 'bare')
+    )->tuple: # (a row of `EXAMPLES` or None, why it was left out)
         "A training example, unless the model could not learn from it."
         prompt, short, tokens, dropped = self.prompt(sample['text'], sample['task'], mode)
         if tokens > self.context:
             return None, 'head and question are longer than the context'
-        bare = chain == ''
-        if bare:
-            chain = bare_chain(sample, short, self.style, variant)
         answer = self.ended(answer_text(chain, sample['label'], self.tokenizer))
-        size, fault = self.count(answer) + 1, ''
-        changed = chain is not None and (dropped or bare)
+        size = self.count(answer) + 1
         if size > self.answer_tokens:
-            fault = 'answer is longer than a model may answer'
-        elif changed and lost_evidence(chain, sample, short, self.style, variant):
-            fault = 'evidence of the chain was cut away'
-        if fault and chain and self.scratch and not bare:
-            return self.example(sample, mode, '', variant)
-        if fault:
-            return None, fault
+            return None, 'answer is longer than a model may answer'
+        if chain is not None and dropped and lost_evidence(chain, sample, short, self.style, variant):
+            return None, 'evidence of the chain was cut away'
         about = (sample['sample_id'], sample['task'], sample['family'], mode)
-        return (*about, prompt, answer, sample['label'], tokens, size, dropped), 'bare' if bare else ''
+        return (*about, prompt, answer, sample['label'], tokens, size, dropped), ''
 
 # %% ../../nbs/06_training/03_examples.ipynb #30dff1e9
 def scan_examples(

@@ -226,9 +226,9 @@ def stage_examples(
     tokenizer = load_tokenizer(model_at(run, plan.start))
     check_chat(tokenizer, trained=True)
     writer = Writer(tokenizer, s.context, s.answer_tokens, s.style, scratch=scratch)
-    chosen = choose_examples(run, plan.stage, s.seed, plan.variant, s.curriculum, bare=scratch)
+    chosen = choose_examples(run, plan.stage, s.seed, plan.variant, s.curriculum)
     if plan.steps:
-        spare = 1 if scratch or plan.stage == 'adapt' else 3
+        spare = 1 if plan.stage == 'adapt' else 3
         chosen = chosen.head(plan.steps*getattr(s, _A_STEP[plan.stage])*spare)
     return write_examples(run, chosen, writer, out/'examples', plan.variant, workers)
 
