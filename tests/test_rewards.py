@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from ehr_r1.scoring import parse_answer, set_f1
 from ehr_r1.synthesis import reasoning
+from ehr_r1.synthesis.thinking_graph import ThinkingGraph
 from ehr_r1.training.rewards import (
     _BRACKETS,
     LONGEST,
@@ -172,17 +173,11 @@ def test_a_risk_is_lost_without_a_closed_block(gold, other):
     assert accuracy_reward(f'<think>{gold}', [gold], 'risk') == 0
 
 
-class Graph:
-    "A thinking graph that found nothing."
-
-    def best(self, n):
-        return []
-
-
 @pytest.fixture(scope='module')
 def case():
     record = '## Labs [2130-04-02 08:00]\n- Potassium 2.9 mmol/L\n- Sodium 138 mmol/L'
-    return reasoning.Brief('a', 'labevents', record, ('Potassium', 'Magnesium'), Graph())
+    return reasoning.Brief('a', 'labevents', record, ('Potassium', 'Magnesium'),
+                           ThinkingGraph('a', 'labevents', ('Potassium', 'Magnesium'), ()))
 
 
 def test_a_chain_of_the_teacher_passes_the_filters(case):

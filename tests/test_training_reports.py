@@ -208,10 +208,10 @@ def read_asked(folder):
 
 
 def thinking_example(writer, sample):
-    "An example that quotes one line of its record, or None."
+    "An example that quotes two lines of its record, or None."
     record = writer.prompt(sample['text'], sample['task'], 'think')[1]
-    evidence = quotes(record, 1)[:1]
-    chain = chain_text(evidence, 'So.', sample['label'])
+    evidence = quotes(record, 1)[:2]
+    chain = chain_text(evidence, f"So: {', '.join(sample['label'])}.", sample['label'])
     return writer.example(sample, 'think', chain, 'knowledge')[0]
 
 
