@@ -107,6 +107,7 @@ class RateSettings:
     reason_rate: float = 1e-3
     reinforce_rate: float = 1e-4
     batch: int = 16                 # sequences a step in stages 0 and 1 (EHR-R1: 8)
+    plain_share: float = .5         # of stage 2, answered without thinking (EHR-R1: about .2)
     reason_batch: int = 8           # the same in stage 2 (EHR-R1: 64)
     prompts: int = 4                # a step of stage 3 (EHR-R1: 4)
     completions: int = 8            # of each prompt (EHR-R1: 16)
@@ -182,8 +183,8 @@ PROFILES = {p.name: p for p in [
     Profile('paper', patients=300_000, style='official', chains_per_task=12_500, model='Qwen/Qwen3-1.7B',
             context=8_192, answer_tokens=4_096, base_steps=0, adapt_steps=0, reason_steps=0, reinforce_steps=0,
             warmup_steps=0, ehrmind_steps=0, record_loss=0., adapt_rate=2e-5, reason_rate=2e-5, reinforce_rate=2e-6,
-            batch=8, reason_batch=64, completions=16, micro_batch=1, ablations='no_knowledge,no_sections,plain',
-            lm_per_task=0),
+            batch=8, plain_share=.2, reason_batch=64, completions=16, micro_batch=1,
+            ablations='no_knowledge,no_sections,plain', lm_per_task=0),
 ]}
 
 # %% ../nbs/01_run/02_profiles.ipynb #7c61cbee

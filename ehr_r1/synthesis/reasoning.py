@@ -198,7 +198,7 @@ def part_of(
         parts = brief.record.parts()
         numbers = brief.numbers or range(len(parts))
         return dict(zip(numbers, parts)).get(link.part, '')
-    title = TITLES[link.table] if brief.style == 'compact' else DISPLAY[link.table].title
+    title = DISPLAY[link.table].title if brief.style == 'official' else TITLES[link.table]
     time = f' [{link.time:%Y-%m-%d %H:%M}' if link.time else ''
     places = [place for place in range(len(brief.record)) if brief.record.startswith(f'## {title}{time}', place)]
     return brief.record[places[0]:].split('\n\n## ')[0] if places else ''
@@ -253,7 +253,9 @@ def quoted_evidence(
     row = row_of(part[heading.end():].strip(), link.surface)
     if not row:
         return None
-    if title.lower() in NOTES:
+    if brief.style == 'binned':  # a row is short, and a note is rows like any other event
+        text = row.strip()
+    elif title.lower() in NOTES:
         place = row.casefold().find(link.surface.casefold())
         text = sentence_around(row, max(place, 0), len(link.surface))
     else:

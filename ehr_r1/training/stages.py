@@ -226,7 +226,8 @@ def stage_examples(
     tokenizer = load_tokenizer(model_at(run, plan.start))
     check_chat(tokenizer, trained=True)
     writer = Writer(tokenizer, s.context, s.answer_tokens, s.style, scratch=scratch)
-    chosen = choose_examples(run, plan.stage, s.seed, plan.variant, s.curriculum)
+    plain_share = getattr(s, 'plain_share', 0)  # of stage 2
+    chosen = choose_examples(run, plan.stage, s.seed, plan.variant, s.curriculum, plain_share)
     if plan.steps:
         spare = 1 if plan.stage == 'adapt' else 3
         chosen = chosen.head(plan.steps*getattr(s, _A_STEP[plan.stage])*spare)
