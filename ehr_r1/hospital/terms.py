@@ -207,7 +207,7 @@ def condition_concept(
 )->int: # its number
     "The concept of a condition: that of its ICD-10 code, with the library's name as one more."
     preferred, _ = next(iter(known.names[find(known, f"dx.{c['icd10']}")]))
-    return known.concept(preferred, 'disease', c['name'])
+    return known.concept(preferred, code_kind(c['icd10'], 'ICD10CM'), c['name'])
 
 # %% ../../nbs/03_hospital/30_terms.ipynb #bc23e897
 def link_illness(

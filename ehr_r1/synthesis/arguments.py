@@ -131,7 +131,9 @@ def sources_of(
         to_item = Edge(cui, edge.relation, not edge.forward).told()
         for far in edges_of(knowledge, edge.other)[:10*MOST_BETWEEN]:
             how = FOLLOWING.get((far.relation, far.forward))
-            if how and far.relation != 'isa' and far.other != cui:
+            # an order of radiology is not yet one of a certain image
+            loose = far.relation == 'isa' or far.relation == 'calls_for' and edge.relation == 'isa' and edge.forward
+            if how and not loose and far.other != cui:
                 back = Edge(edge.other, far.relation, not far.forward).told()
                 rows.setdefault(far.other, (cui, far.other, how, edge.other, [back, to_item]))
     return list(rows.values())

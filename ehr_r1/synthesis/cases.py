@@ -27,7 +27,7 @@ def marked_record(
     brief:Brief # one sample
 )->str: # HTML
     "The record with the names of the clearest evidence marked."
-    longest_first = sorted({link.surface for link in brief.graph.best()}, key=len, reverse=True)
+    longest_first = sorted({link.surface for link in brief.graph.best() if link.surface}, key=len, reverse=True)
     if not longest_first:
         return html_text(brief.record)
     pieces = re.split(f"({'|'.join(map(re.escape, longest_first))})", brief.record)

@@ -81,7 +81,7 @@ def text_signs(
     return pl.concat(pl.collect_all(parts)).unique()
 
 # %% ../../nbs/05_synthesis/10_facts.ipynb #b92ebbc1
-_EMERGENCY = ('edstays', 'triage', 'vitalsign', 'pyxis')
+_EMERGENCY = ('triage', 'vitalsign', 'pyxis')
 _INTENSIVE = ('icustays', 'chartevents', 'inputevents', 'outputevents', 'ingredientevents', 'procedureevents',
               'datetimeevents')
 PLACES = (dict.fromkeys(_EMERGENCY, 'Emergency Department') | dict.fromkeys(_INTENSIVE, 'Intensive care')
