@@ -5,14 +5,18 @@ import numpy as np
 import polars as pl
 import pytest
 
+from ehr_r1.evaluation.benchmark import score_run
 from ehr_r1.intervals import (
+    ENOUGH,
     compare,
     evaluate,
+    has_enough,
     interval,
     p_value,
     resample_patients,
     score_all,
     score_table,
+    tasks_in_mean,
 )
 from ehr_r1.scoring import score_risk, weighted_mean
 
@@ -108,6 +112,48 @@ def test_one_class_stays_out_of_the_mean(one_class):
     assert overall['tasks'] == 1
     assert 't2' in overall['note']
     assert overall['value'] == row_of(table, 't1')['value']
+
+
+@pytest.mark.parametrize(('samples', 'positives', 'enters'), [
+    (30, None, True), (29, None, False), (60, 30, True), (500, 29, False), (500, 471, False), (500, 0, False)])
+def test_thirty_samples_or_answers_of_each_kind_enter_a_mean(samples, positives, enters):
+    assert has_enough(samples, positives) == enters
+
+
+def rare(task, n, yes):
+    "Risk samples of a task, so many of them yes."
+    labels = [['yes']]*yes + [['no']]*(n - yes)
+    ids = [f'{task}/{i}' for i in range(n)]
+    return pl.DataFrame(dict(sample_id=ids, subject_id=range(n), task=task, family='risk', label=labels))
+
+
+@pytest.fixture(scope='module')
+def some_rare():
+    "Risks with enough answers of each kind, with one yes too few and with one no too few; a decision with too few."
+    decision = rare('few', ENOUGH - 1, 0).with_columns(family=pl.lit('decision'))
+    risks = [rare('often', 90, ENOUGH), rare('seldom', 90, ENOUGH - 1), rare('nearly all', 90, 91 - ENOUGH)]
+    return pl.concat([*risks, decision])
+
+
+def test_only_named_tasks_with_enough_answers_enter(some_rare):
+    assert tasks_in_mean(some_rare) == {'often'}
+    assert tasks_in_mean(some_rare, {'seldom', 'few'}) == set()
+    assert tasks_in_mean(some_rare.head(0)) == set()
+
+
+def test_both_sides_of_a_comparison_leave_out_the_same_tasks(some_rare, tmp_path):
+    half = some_rare.select('sample_id', 'task', risk=pl.lit(.5), answer=pl.lit(['no']))
+    knows = half.with_columns(risk=(some_rare['label'].list.first() == 'yes').cast(pl.Float64))
+    score_run(some_rare, dict(half=half, knows=knows), tmp_path, replicates=20)
+    scores = pl.read_parquet(tmp_path/'scores.parquet')
+    overall = scores.filter(task='overall')
+    assert set(overall['system']) == {'half', 'knows'}
+    assert set(overall['family']) == {'risk'}
+    assert overall['tasks'].unique().to_list() == [1]
+    assert overall['samples'].unique().to_list() == [90]
+    assert {'seldom', 'few'} < set(scores['task'])
+    paired = pl.read_parquet(tmp_path/'comparisons.parquet').filter(task='overall')
+    assert paired['tasks'].unique().to_list() == [1]
 
 
 def test_one_patient_has_no_interval():

@@ -15,7 +15,7 @@ from ..config import Run
 from ..data.samples import read_samples
 from ..data.tasks import TASKS
 from .predictions import read_predictions
-from ..intervals import COMPARISON, compare, evaluate, score_table
+from ..intervals import COMPARISON, compare, evaluate, score_table, tasks_in_mean
 from ..profiles import Profile
 from ..scoring import calibration, match_risk, score_decision
 from ..stages import build, writing
@@ -75,13 +75,14 @@ def score_run(
     samples:pl.DataFrame, # EHR-Bench rows
     predictions:dict,     # system -> its predictions
     folder:str|Path,      # scores/
-    tasks=None,           # tasks that enter the overall rows (the 42); None: all
+    tasks=None,           # tasks that may enter the overall rows (the 42); None: all
     seed:int=0,           # of the run
     replicates:int=1000,  # of the bootstrap
     prefix:str=''         # of the tables' names
 )->dict: # table -> rows
     "Score all systems of a run, compare them in pairs and write the tables."
     scores = evaluate(samples, predictions, seed, replicates)
+    tasks = tasks_in_mean(samples, tasks)
     pairs = [compare(scores, first, second, tasks) for first, second in combinations(predictions, 2)]
     tables = dict(
         scores=score_table(scores, tasks),
