@@ -1,4 +1,6 @@
 """Baselines: what they may look at, what they fall back to, and that they find a signal that is there."""
+from datetime import datetime
+
 import numpy as np
 import polars as pl
 import pytest
@@ -6,6 +8,8 @@ import pytest
 from ehr_r1.config import Run
 from ehr_r1.data.events import DISPLAY
 from ehr_r1.data.samples import SAMPLES, read_samples
+from ehr_r1.data.serialize import record_text
+from ehr_r1.data.tasks import TASKS
 from ehr_r1.evaluation.baselines import SYSTEMS, best_cut, f1_at_k, fit_task, run_baselines
 from ehr_r1.evaluation.benchmark import score_run
 from ehr_r1.evaluation.features import (
@@ -15,13 +19,17 @@ from ehr_r1.evaluation.features import (
     count_matrix,
     dense_features,
     learn_vocabulary,
+    line_matrix,
     observations,
+    of_last_hours,
     unit_rows,
 )
-from ehr_r1.evaluation.predictions import predict_baselines, predict_ceiling, read_predictions
+from ehr_r1.evaluation.predictions import given_lines, predict_baselines, predict_ceiling, read_predictions
 from ehr_r1.evaluation.published import published
 from ehr_r1.intervals import score_all
 from ehr_r1.profiles import profile
+from ehr_r1.training.examples import Prompter
+from ehr_r1.training.models import LINES, train_tokenizer
 
 PLANTED = ['sample_id', 'subject_id', 'task', 'family', 'split', 'label']
 FACTS = ['sample_id', 'table', 'cells']
@@ -86,9 +94,15 @@ def data():
     return planted()
 
 
+def as_lines(facts):
+    "Facts as a language model might be given them: the cells of a row a line."
+    return facts.group_by('sample_id', maintain_order=True).agg(lines='cells')
+
+
 def baselines(samples, facts, seed=1, workers=1):
     "The baselines without a bar."
-    return run_baselines(samples, facts, seed=seed, workers=workers, progress=False)
+    lines = (lambda part: as_lines(facts(part))) if callable(facts) else as_lines(facts)
+    return run_baselines(samples, facts, seed=seed, workers=workers, progress=False, lines=lines)
 
 
 @pytest.fixture(scope='module')
@@ -134,7 +148,26 @@ def test_every_held_out_sample_is_answered_without_fallback(made):
     for predictions in made.values():
         assert predictions['fallback'].null_count() == predictions.height
     heights = {system: predictions.height for system, predictions in made.items()}
-    assert heights == dict(majority=320, frequency=320, logistic=320, boosting=160)
+    assert heights == dict(majority=320, frequency=320, logistic=320, logistic_seen=320, boosting=160)
+
+
+def test_lines_of_a_text_tell_the_planted_answers(overall):
+    assert overall['logistic_seen', 'auroc'] > .65
+    assert overall['logistic_seen', 'f1'] > overall['frequency', 'f1'] + .2
+
+
+def test_without_texts_no_system_says_what_a_model_saw(data):
+    made = run_baselines(*data, progress=False, workers=1)
+    assert set(made) == set(SYSTEMS) - {'logistic_seen'}
+
+
+def test_rows_that_no_text_shows_tell_logistic_seen_nothing(data):
+    samples, facts = data
+    shown = as_lines(facts.filter(pl.col('table') == 'patients'))
+    blind = run_baselines(samples.filter(RISK), facts, progress=False, workers=1, lines=shown)
+    scores = score_all(samples.filter(RISK & HELD_OUT), blind, replicates=20).filter(task='overall', metric='auroc')
+    value = dict(scores.select('system', 'value').rows())
+    assert value['logistic_seen'] < .6 < .75 < value['logistic']
 
 
 # ---- what is looked at
@@ -358,6 +391,36 @@ def test_the_best_cut_by_hand_is_a_number():
     assert best_cut(chance, gold, np.full(4, 2)).k == 2
 
 
+# ---- what a language model is given
+
+OLD, NEW = '## Lab Results [+1 h]\nLactate p95', '## Lab Results [+4 h]\nSodium p50'
+STAY = record_text(['## Patient Demographics\nF', OLD, *[NEW]*20], TASKS['Inpatient_Mortality'].instruction)
+
+
+@pytest.mark.parametrize(('context', 'is_shown'), [(150, False), (1000, True)])
+def test_only_lines_that_are_left_of_a_cut_record_are_seen(context, is_shown):
+    tokenizer = train_tokenizer([STAY]*50, 600, LINES)
+    lines = given_lines(STAY, 'Inpatient_Mortality', Prompter(tokenizer, context, 0, 'binned', True))
+    assert ('## Lab Results: Lactate p95' in lines) == is_shown
+    assert '## Lab Results: Sodium p50' in lines
+    assert not any(TASKS['Inpatient_Mortality'].instruction in line for line in lines)
+
+
+def test_lines_that_few_training_samples_have_are_no_columns():
+    lines = [['common', f'own {i}'] for i in range(6)]
+    training = np.arange(6) < 5
+    assert line_matrix(lines, training).toarray().tolist() == [[1]]*6
+    assert line_matrix(lines, np.arange(6) < 4).nnz == 0
+
+
+def test_last_hours_are_counted_from_the_latest_row():
+    hours = [0, 3, 9, None]
+    times = [hour if hour is None else datetime(2180, 1, 1, hour) for hour in hours]
+    rows = pl.DataFrame(dict(sample_id='s', time=times), schema_overrides=dict(time=pl.Datetime('us')))
+    assert of_last_hours(rows, 6)['time'].to_list() == times[2:3]
+    assert of_last_hours(rows, 7)['time'].to_list() == times[1:3]
+
+
 # ---- files
 
 def as_samples(planted_rows):
@@ -401,7 +464,7 @@ def contents(folder):
 def predicted(read, data, truth, tmp_path_factory):
     "The folder of predictions."
     folder = tmp_path_factory.mktemp('made')/'predictions'
-    predict_baselines(read, data[1], folder, truth, workers=1, progress=False)
+    predict_baselines(read, data[1], folder, truth, workers=1, progress=False, lines=as_lines(data[1]))
     return folder
 
 
@@ -417,7 +480,7 @@ def test_every_system_has_a_file(predicted):
 
 def test_predictions_made_again_are_the_same_bytes(predicted, read, data, truth):
     first = contents(predicted)
-    predict_baselines(read, data[1], predicted, truth, workers=1, progress=False)
+    predict_baselines(read, data[1], predicted, truth, workers=1, progress=False, lines=as_lines(data[1]))
     assert first == contents(predicted)
 
 

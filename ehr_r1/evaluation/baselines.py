@@ -27,7 +27,9 @@ from ehr_r1.evaluation.features import (
     count_matrix,
     dense_features,
     learn_vocabulary,
+    line_matrix,
     observations,
+    of_last_hours,
     unit_rows,
 )
 from ..scoring import auroc
@@ -78,40 +80,29 @@ def best_cut(
     return max(tried, key=lambda cut: cut[0])[1]
 
 # %% ../../nbs/07_evaluation/02_baselines.ipynb #f8575958
-class TaskData:
-    "The samples of one task, split, with features made on demand."
+class TaskRows:
+    "The samples of one task, split, with what is known of them on demand."
     def __init__(
         self,
         samples:pl.DataFrame, # of one task, sorted: sample_id, subject_id, task, split, label (null if held out)
-        facts                 # their window facts, or a function to them from the samples without labels
+        facts,                # their window facts, or a function to them from the samples without labels
+        lines=None            # likewise their sample_id, lines (of `record_lines`); None: no texts are at hand
     ):
-        self.samples, self.facts = samples, facts
+        self.samples, self.facts, self.lines = samples, facts, lines
         self.split = samples['split'].to_numpy()
         self.train, self.tune, self.test = (np.flatnonzero(self.split == s) for s in ('train', 'tuning', 'held_out'))
 
     @cached_property
-    def seen(self)->pl.DataFrame: # see `observations`
-        "Codes and measurements in the windows."
-        if callable(self.facts):
-            return observations(self.facts(self.samples.drop('label')))
-        return observations(facts_of(self.facts, self.samples))
+    def rows(self)->pl.DataFrame: # sample_id, table, time, cells
+        "The rows of the windows."
+        return self.facts(self.samples.drop('label')) if callable(self.facts) else facts_of(self.facts, self.samples)
 
     @cached_property
-    def counts(self): # sparse matrix, samples x codes
-        "Counts of codes, of the columns that training samples give."
-        training = self.samples.filter(self.split == 'train').select(pl.col('sample_id').cast(pl.Categorical))
-        vocabulary = learn_vocabulary(self.seen.join(training, on='sample_id', how='semi'))
-        return count_matrix(self.seen, self.samples['sample_id'], vocabulary)
-
-    @cached_property
-    def scaled(self): # sparse matrix, samples x codes
-        "What linear models see."
-        return unit_rows(self.counts)
-
-    @cached_property
-    def dense(self)->np.ndarray: # samples x features
-        "What trees see."
-        return dense_features(self.seen, self.samples['sample_id'], self.counts, self.split == 'train')
+    def texts(self)->list: # lists of lines, one a sample
+        "What a language model is given, by lines."
+        given = self.lines(self.samples.drop('label')) if callable(self.lines) else self.lines
+        found = self.samples.select('sample_id').join(given, on='sample_id', how='left', maintain_order='left')
+        return [lines or [] for lines in found['lines'].to_list()]
 
 def facts_of(
     facts:pl.DataFrame,  # of many samples
@@ -120,8 +111,43 @@ def facts_of(
     "The window facts of some samples."
     return facts.join(samples.select('sample_id'), on='sample_id', how='semi', maintain_order='left')
 
+# %% ../../nbs/07_evaluation/02_baselines.ipynb #79077a07
+LAST_HOURS = (24, 6) # of a window, that trees can see apart
+
+class TaskData(TaskRows):
+    "The same with features made on demand."
+    def counted(
+        self,
+        seen:pl.DataFrame # see `observations`
+    ): # sparse matrix, samples x codes
+        "Counts of codes, of the columns that training samples give."
+        training = self.samples.filter(self.split == 'train').select(pl.col('sample_id').cast(pl.Categorical))
+        vocabulary = learn_vocabulary(seen.join(training, on='sample_id', how='semi'))
+        return count_matrix(seen, self.samples['sample_id'], vocabulary)
+
+    @cached_property
+    def scaled(self): # sparse matrix, samples x codes
+        "What a regression sees of the windows."
+        return unit_rows(self.counted(observations(self.rows)))
+
+    @cached_property
+    def linear(self)->dict: # system -> sparse matrix
+        "What each regression sees."
+        if self.lines is None:
+            return dict(logistic=self.scaled)
+        return dict(logistic=self.scaled, logistic_seen=unit_rows(line_matrix(self.texts, self.split == 'train')))
+
+    @cached_property
+    def dense(self)->dict: # hours back, 0 for the whole window -> samples x features
+        "What trees see."
+        parts = {}
+        for hours in (0, *LAST_HOURS):
+            seen = observations(of_last_hours(self.rows, hours) if hours else self.rows)
+            parts[hours] = dense_features(seen, self.samples['sample_id'], self.counted(seen), self.split == 'train')
+        return parts
+
 # %% ../../nbs/07_evaluation/02_baselines.ipynb #bdf2748b
-SYSTEMS = ('majority', 'frequency', 'logistic', 'boosting')  # the last for risk tasks only
+SYSTEMS = ('majority', 'frequency', 'logistic', 'logistic_seen', 'boosting')  # the last for risk tasks only
 TRAINING, TUNING = 40, 20     # training samples a fit needs; tuning samples a choice needs
 LABELS = 100                  # labels of a decision task that are fitted at most
 STRENGTHS = (.1, 1., 10.)     # inverse penalties tried for risk
@@ -132,6 +158,15 @@ class Said:
     "What a system says about the held-out samples."
     values: object          # an answer or a risk a sample
     fallback: str|None=None # why it is not the system's own
+
+# %% ../../nbs/07_evaluation/02_baselines.ipynb #9ebe9a53
+def answering(
+    data:TaskData,
+    family:str # decision or risk
+)->tuple: # of `SYSTEMS`
+    "The systems that answer a task."
+    able = dict(boosting=family == 'risk', logistic_seen=data.lines is not None)
+    return tuple(system for system in SYSTEMS if able.get(system, True))
 
 # %% ../../nbs/07_evaluation/02_baselines.ipynb #c9e63729
 CERTAIN = 20  # log odds of a label that all or none have
@@ -177,14 +212,30 @@ def label_matrix(
     return has
 
 # %% ../../nbs/07_evaluation/02_baselines.ipynb #edebea13
+def cut_regressions(
+    features,        # samples x codes, sparse
+    data:TaskData,   # of a decision task
+    labels:list,     # that can be answered
+    has:np.ndarray,  # samples x labels: 1 where the sample has the label
+    size:np.ndarray, # labels of each sample
+    choose:np.ndarray # samples to choose the cut on
+)->Said: # an answer a held-out sample
+    "One regression a label, cut where it is best."
+    asked = np.r_[choose, data.test]
+    chance = one_vs_rest(features[data.train], has[data.train], features[asked])
+    cut = best_cut(chance[:len(choose)], has[choose], size[choose])
+    return Said([cut.answer(row, labels) for row in chance[len(choose):]])
+
+# %% ../../nbs/07_evaluation/02_baselines.ipynb #4e21a87d
 def decide(
     data:TaskData # of a decision task
 )->dict: # system -> `Said`
-    "majority, frequency and logistic answers of one decision task."
+    "majority, frequency and regressions' answers of one decision task."
     gold = [list(dict.fromkeys(labels or [])) for labels in data.samples['label'].to_list()]
     labels = ranked_labels([gold[i] for i in data.train])
     if not labels:
-        return {system: Said([[] for _ in data.test], 'no training samples') for system in SYSTEMS[:3]}
+        nothing = Said([[] for _ in data.test], 'no training samples')
+        return {system: nothing for system in answering(data, 'decision')}
     choose = data.tune if len(data.tune) >= TUNING else data.train
     has = label_matrix(gold, labels, [*data.train, *data.tune])
     size = np.array([len(labels) for labels in gold])
@@ -192,14 +243,14 @@ def decide(
     frequent = [labels[:k] for _ in data.test]
     said = dict(majority=Said([labels[:1] for _ in data.test]), frequency=Said(frequent))
     if len(data.train) < TRAINING:
-        return said | dict(logistic=Said(frequent, f'{len(data.train)} training samples'))
-    asked = np.r_[choose, data.test]
-    chance = one_vs_rest(data.scaled[data.train], has[data.train], data.scaled[asked])
-    cut = best_cut(chance[:len(choose)], has[choose], size[choose])
-    return said | dict(logistic=Said([cut.answer(row, labels) for row in chance[len(choose):]]))
+        few = Said(frequent, f'{len(data.train)} training samples')
+        return {system: said.get(system, few) for system in answering(data, 'decision')}
+    return said | {system: cut_regressions(features, data, labels, has, size, choose)
+                   for system, features in data.linear.items()}
 
 # %% ../../nbs/07_evaluation/02_baselines.ipynb #b7e89bfa
 def fitted_logistic(
+    features,        # samples x codes, sparse
     data:TaskData,
     gold:np.ndarray, # 1 for yes, 0 for no; of held-out samples unknown
     can_tune:bool    # whether tuning samples can choose the penalty
@@ -208,27 +259,51 @@ def fitted_logistic(
     models = []
     for strength in STRENGTHS if can_tune else [STRENGTH]:
         model = LogisticRegression(C=strength, solver='liblinear', tol=1e-2)
-        models.append(model.fit(data.scaled[data.train], gold[data.train]))
+        models.append(model.fit(features[data.train], gold[data.train]))
     if not can_tune:
         return models[0]
-    tuning = data.scaled[data.tune]
+    tuning = features[data.tune]
     return max(models, key=lambda model: auroc(gold[data.tune], model.predict_proba(tuning)[:, 1]))
 
 # %% ../../nbs/07_evaluation/02_baselines.ipynb #06499fbc
-def boosted_risks(
+def fitted_trees(
+    features:np.ndarray, # samples x features
     data:TaskData,
     gold:np.ndarray, # 1 for yes, 0 for no; of held-out samples unknown
     can_tune:bool,   # whether tuning samples can say when to stop
+    leaves:int,      # of a tree, at most
+    seed:int         # of the task
+)->tuple: # (its log likelihood of the tuning samples, risk of each held-out sample)
+    "Boosted trees, as many as are best on tuning samples."
+    trees = HistGradientBoostingClassifier(
+        max_iter=300 if can_tune else 75, learning_rate=.05, max_leaf_nodes=leaves, min_samples_leaf=10,
+        l2_regularization=5., max_features=.1, early_stopping=can_tune, n_iter_no_change=30, random_state=seed % 2**32)
+    tuning = dict(X_val=features[data.tune], y_val=gold[data.tune]) if can_tune else {}
+    with threadpool_limits(1, 'openmp'):  # sums in one order, whatever the number of cores
+        trees.fit(features[data.train], gold[data.train], **tuning)
+        grown = [said[:, 1] for said in trees.staged_predict_proba(features[data.test])]
+    if not can_tune:
+        return 0., grown[-1]
+    best = int(np.argmax(trees.validation_score_[1:]))
+    return float(trees.validation_score_[1 + best]), grown[best]
+
+# %% ../../nbs/07_evaluation/02_baselines.ipynb #3333077b
+LOOK_BACKS = ((0,), (0, 24), (0, 24, 6)) # hours of the windows, the whole beside the last hours
+LEAVES = (4, 8)
+
+def boosted_risks(
+    data:TaskData,
+    gold:np.ndarray, # 1 for yes, 0 for no; of held-out samples unknown
+    can_tune:bool,   # whether tuning samples can choose
     seed:int         # of the task
 )->np.ndarray: # risk of each held-out sample
-    "Risks by boosted trees."
-    trees = HistGradientBoostingClassifier(
-        max_iter=200 if can_tune else 60, learning_rate=.1, max_leaf_nodes=8, min_samples_leaf=10,
-        l2_regularization=1., early_stopping=can_tune, random_state=seed % 2**32)
-    tuning = dict(X_val=data.dense[data.tune], y_val=gold[data.tune]) if can_tune else {}
-    with threadpool_limits(1, 'openmp'):  # sums in one order, whatever the number of cores
-        trees.fit(data.dense[data.train], gold[data.train], **tuning)
-        return trees.predict_proba(data.dense[data.test])[:, 1]
+    "Risks by boosted trees, of the look-back windows and the size that are best on tuning samples."
+    tried = []
+    for hours in LOOK_BACKS if can_tune else LOOK_BACKS[1:2]:
+        features = np.hstack([data.dense[back] for back in hours])
+        for leaves in LEAVES if can_tune else LEAVES[-1:]:
+            tried.append(fitted_trees(features, data, gold, can_tune, leaves, seed))
+    return max(tried, key=lambda fit: fit[0])[1]
 
 # %% ../../nbs/07_evaluation/02_baselines.ipynb #46ae4189
 def too_few(
@@ -245,18 +320,19 @@ def foresee(
     data:TaskData, # of a risk task
     seed:int       # of the task
 )->dict: # system -> `Said`
-    "majority, frequency, logistic and boosting risks of one risk task."
+    "majority, frequency, regressions' and boosting risks of one risk task."
     gold = (data.samples['label'].list.first() == 'yes').fill_null(False).to_numpy().astype(int)
     known = gold[data.train]
     constant = np.full(len(data.test), known.mean() if len(known) else .5)
     blind = Said(constant, None if len(known) else 'no training samples')
     said = dict(majority=blind, frequency=blind)
     if why := too_few(known):
-        return said | {system: Said(constant, why) for system in ('logistic', 'boosting')}
+        return {system: said.get(system, Said(constant, why)) for system in answering(data, 'risk')}
     can_tune = len(data.tune) >= TUNING and 0 < gold[data.tune].sum() < len(data.tune)
-    model = fitted_logistic(data, gold, can_tune)
-    return said | dict(logistic=Said(model.predict_proba(data.scaled[data.test])[:, 1]),
-                       boosting=Said(boosted_risks(data, gold, can_tune, seed)))
+    for system, features in data.linear.items():
+        model = fitted_logistic(features, data, gold, can_tune)
+        said[system] = Said(model.predict_proba(features[data.test])[:, 1])
+    return said | dict(boosting=Said(boosted_risks(data, gold, can_tune, seed)))
 
 # %% ../../nbs/07_evaluation/02_baselines.ipynb #bb1d759d
 def check_task(
@@ -277,17 +353,17 @@ PREDICTIONS = dict(sample_id=pl.String, task=pl.String, answer=pl.List(pl.String
 def fit_task(
     samples:pl.DataFrame, # of one task: sample_id, subject_id, task, family, split, label
     facts,                # their sample_id, table, time, cells, or a function to them from the samples without labels
-    seed:int=0            # of the run
+    seed:int=0,           # of the run
+    lines=None            # their sample_id, lines, or a function likewise; None: without `logistic_seen`
 )->dict: # system -> `PREDICTIONS` rows for the held-out samples
     "Fit the baselines of one task on train, choose on tuning, answer for held_out; see `check_task` for errors."
     check_task(samples)
     samples = samples.sort('sample_id').with_columns(label=pl.when(pl.col('split') != 'held_out').then('label'))
     task, family = samples['task'][0], samples['family'][0]
     held_out = samples.filter(pl.col('split') == 'held_out')
+    data = TaskData(samples, facts, lines)
     if not held_out.height:
-        systems = SYSTEMS if family == 'risk' else SYSTEMS[:3]
-        return {system: pl.DataFrame(schema=PREDICTIONS) for system in systems}
-    data = TaskData(samples, facts)
+        return {system: pl.DataFrame(schema=PREDICTIONS) for system in answering(data, family)}
     said = foresee(data, seed_of(seed, 'baselines', task)) if family == 'risk' else decide(data)
     value = 'risk' if family == 'risk' else 'answer'
     columns = dict(sample_id=held_out['sample_id'], task=[task]*held_out.height,
@@ -301,13 +377,15 @@ def run_baselines(
     facts,                # their window facts, or a function to them from a task's samples without labels
     seed:int=0,           # of the run
     workers:int=2,        # tasks at a time
-    progress:bool=True    # show a bar
+    progress:bool=True,   # show a bar
+    lines=None            # sample_id and lines of the texts, or a function likewise; None: without `logistic_seen`
 )->dict: # system -> predictions for the held-out samples of all tasks
-    "Predictions of the four baselines."
+    "Predictions of the baselines."
     tasks = [part for _, part in sorted(samples.partition_by('task', as_dict=True).items())]
-    jobs = (delayed(fit_task)(part, facts if callable(facts) else facts_of(facts, part), seed) for part in tasks)
+    jobs = (delayed(fit_task)(part, facts if callable(facts) else facts_of(facts, part), seed, lines) for part in tasks)
     pool = Parallel(n_jobs=min(workers, len(tasks)) or 1, return_as='generator', pre_dispatch='n_jobs')
     made = list(tqdm(pool(jobs), total=len(tasks), desc='baselines', disable=not progress))
-    found = {system: [of_task[system] for of_task in made if system in of_task] for system in SYSTEMS}
+    there = [system for system in SYSTEMS if lines is not None or system != 'logistic_seen']
+    found = {system: [of_task[system] for of_task in made if system in of_task] for system in there}
     empty = pl.DataFrame(schema=PREDICTIONS)
     return {system: pl.concat([empty, *frames]) for system, frames in found.items()}

@@ -15,10 +15,17 @@ from joblib import Parallel, delayed
 from tqdm import tqdm
 
 from ..config import Run
-from ..data.samples import read_samples, window_facts
+from ..data.samples import SETS, read_samples, scan_samples, window_facts
+from ..data.serialize import RecordText
+from ..data.tasks import split_question
 from .baselines import PREDICTIONS, run_baselines
+from .features import record_lines
+from ..inference.checkpoints import load_tokenizer
 from ..profiles import Profile
 from ..stages import build, read_manifest, writing
+from ..training.examples import Prompter, record_parts
+from ..training.models import SIZES
+from ..training.stages import own_tokenizer
 
 # %% ../../nbs/07_evaluation/03_predictions.ipynb #0fffae23
 def write_predictions(
@@ -116,6 +123,71 @@ def task_facts(
     found = sorted((folder/samples['task'][0]).glob('*.parquet'))
     return pl.read_parquet(found) if found else pl.DataFrame(schema=FACTS_BY_TASK)
 
+# %% ../../nbs/07_evaluation/03_predictions.ipynb #c9e5031c
+def prompter_of(
+    run:Run, # its samples must stand
+    s        # model, context, style, seed
+)->Prompter|None: # None: the run has no model
+    "What cuts records to the context of the run's model."
+    if s.model == 'none':
+        return None
+    tokenizer = own_tokenizer(run, s) if s.model in SIZES else load_tokenizer(s.model)
+    return Prompter(tokenizer, s.context, 0, s.style, s.model in SIZES)
+
+# %% ../../nbs/07_evaluation/03_predictions.ipynb #4fa70ddc
+def given_lines(
+    text:RecordText,  # user message of a sample
+    task:str,         # its task
+    prompter:Prompter # of the model
+)->list: # from `record_lines`
+    "The lines of a sample's record that the model sees."
+    _, short, _, _ = prompter.prompt(text, task, 'plain')
+    _, question = split_question(short, task)
+    return record_lines(record_parts(short, question))
+
+# %% ../../nbs/07_evaluation/03_predictions.ipynb #65277373
+def write_shard_lines(
+    samples:pl.DataFrame, # sample_id of those to read
+    name:str,             # ehr_ins or ehr_bench
+    file:Path,            # shard of this set
+    folder:Path,          # where the lines go, a folder a task
+    prompter:Prompter     # of the model
+)->None:
+    "Lines of the samples of one shard."
+    rows = pl.read_parquet(file, columns=['sample_id', 'task', 'messages', 'starts'])
+    rows = rows.join(samples, on='sample_id', how='semi', maintain_order='left')
+    for (task,), part in rows.partition_by('task', as_dict=True, maintain_order=True).items():
+        texts = zip(part['messages'].list.get(1).struct.field('content'), part['starts'].to_list())
+        lines = [given_lines(RecordText(text, starts), task, prompter) for text, starts in texts]
+        (folder/task).mkdir(exist_ok=True)
+        said = part.select('sample_id', lines=pl.Series(lines, dtype=pl.List(pl.String)))
+        said.write_parquet(folder/task/f'{name}-{file.name}')
+
+def write_lines(
+    run:Run,              # its samples must stand
+    samples:pl.DataFrame, # all splits and tasks
+    folder:Path,          # where the lines go, a folder a task
+    prompter:Prompter,    # of the model
+    workers:int=2         # shards at a time
+)->None:
+    "What a language model is given of all samples, by lines."
+    folder.mkdir(parents=True, exist_ok=True)
+    files = [(name, file) for name in SETS for file in sorted((run.samples/name).glob('shard-*.parquet'))]
+    wanted = samples.select('sample_id')
+    jobs = (delayed(write_shard_lines)(wanted, name, file, folder, prompter) for name, file in files)
+    wrote = Parallel(workers, return_as='generator_unordered')(jobs)
+    for _ in tqdm(wrote, desc='lines', unit='shard', total=len(files)):
+        pass
+
+# %% ../../nbs/07_evaluation/03_predictions.ipynb #6efd8d34
+def task_lines(
+    samples:pl.DataFrame, # of one task
+    folder:Path           # written by `write_lines`
+)->pl.DataFrame: # sample_id, lines
+    "The lines of one task."
+    found = sorted((folder/samples['task'][0]).glob('*.parquet'))
+    return pl.read_parquet(found) if found else pl.DataFrame(schema=dict(sample_id=pl.String, lines=pl.List(pl.String)))
+
 # %% ../../nbs/07_evaluation/03_predictions.ipynb #afbf6df9
 def predict_baselines(
     samples:pl.DataFrame,         # all splits, from `read_samples`
@@ -124,10 +196,11 @@ def predict_baselines(
     truth:pl.DataFrame|None=None, # of the synthetic hospital
     seed:int=0,                   # of the run
     workers:int=2,                # tasks at a time
-    progress:bool=True            # show a bar
+    progress:bool=True,           # show a bar
+    lines=None                    # sample_id and lines, or a function likewise; None: without `logistic_seen`
 )->dict: # system -> rows
     "Fit the baselines and write what they and the ceiling answer for EHR-Bench."
-    made = run_baselines(samples, facts, seed, workers, progress)
+    made = run_baselines(samples, facts, seed, workers, progress, lines)
     if truth is not None:
         made['ceiling'] = predict_ceiling(samples.filter(pl.col('split') == 'held_out'), truth)
     return write_predictions(folder, {system: frame for system, frame in made.items() if frame.height})
@@ -135,22 +208,29 @@ def predict_baselines(
 # %% ../../nbs/07_evaluation/03_predictions.ipynb #b18b8cef
 def build_predictions(
     run:Run,                 # its trajectories and samples must stand
-    p:Profile,               # seed, caps, workers
+    p:Profile,               # seed, caps, model, style, context, workers
     truth:str|Path|None=None # truth.parquet of the synthetic hospital; None with real tables
 )->bool: # False if it was up to date
     "The predictions stage."
-    s = p.only('seed', 'caps')
+    s = p.only('seed', 'caps', 'model', 'style', 'context')
     inputs = dict(trajectories=run.trajectories, samples=run.samples)
+    if s.model in SIZES and (run.chains/'manifest.json').exists():  # the tokenizer is learnt from them too
+        inputs['chains'] = run.chains
     if truth:
         inputs['truth'] = Path(truth)
 
     def make(out):
-        samples, facts = read_samples(run, p), out/'facts'
-        shutil.rmtree(facts, ignore_errors=True)
-        write_facts(run, samples, facts, p.workers)
+        samples, beside = read_samples(run, p), out/'beside'
+        shutil.rmtree(beside, ignore_errors=True)
+        write_facts(run, samples, beside/'facts', p.workers)
+        prompter = prompter_of(run, s)
+        if prompter:
+            write_lines(run, samples, beside/'lines', prompter, p.workers)
         known = pl.read_parquet(truth) if truth else None
-        counts = predict_baselines(samples, partial(task_facts, folder=facts), out, known, s.seed, p.workers)
-        shutil.rmtree(facts)
+        facts = partial(task_facts, folder=beside/'facts')
+        lines = partial(task_lines, folder=beside/'lines') if prompter else None
+        counts = predict_baselines(samples, facts, out, known, s.seed, p.workers, lines=lines)
+        shutil.rmtree(beside)
         return counts
 
     return build(run.predictions, make, inputs, vars(s), 'evaluation.predictions')
