@@ -21,7 +21,7 @@ from ..data.tasks import split_question
 from .baselines import PREDICTIONS, run_baselines
 from .features import record_lines
 from ..inference.checkpoints import load_tokenizer
-from ..profiles import Profile
+from ..profiles import KEPT, Profile
 from ..stages import build, read_manifest, writing
 from ..training.examples import Prompter, record_parts
 from ..training.models import SIZES
@@ -131,7 +131,8 @@ def prompter_of(
     "What cuts records to the context of the run's model."
     if s.model == 'none':
         return None
-    tokenizer = own_tokenizer(run, s) if s.model in SIZES else load_tokenizer(s.model)
+    kept = KEPT if s.model == 'kept' else s.model
+    tokenizer = own_tokenizer(run, s) if s.model in SIZES else load_tokenizer(kept)
     return Prompter(tokenizer, s.context, 0, s.style, s.model in SIZES)
 
 # %% ../../nbs/07_evaluation/03_predictions.ipynb #4fa70ddc

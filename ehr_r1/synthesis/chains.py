@@ -86,10 +86,14 @@ def as_shown(
     titles = {DISPLAY[table].title if style == 'official' else TITLES[table] for table in HEAD}
     headings = [event_heading(style).match(part) for part in parts]
     kept = {number for number, heading in enumerate(headings) if not number or heading and heading[1] in titles}
-    room = ESTIMATED*max(context - AROUND, 0) - sum(estimate_tokens(parts[number]) + 1 for number in kept)
+
+    def size(part): # in tokens of the model, about
+        return part.count('\n') + 1 if style == 'binned' else (estimate_tokens(part) + 1)/ESTIMATED
+
+    room = max(context - AROUND, 0) - sum(size(parts[number]) for number in kept)
     for number in reversed(range(len(parts))):
         if context and number not in kept:
-            room -= estimate_tokens(parts[number]) + 1
+            room -= size(parts[number])
             if room < 0:
                 break
         kept.add(number)

@@ -182,8 +182,8 @@ class Prompter:
         self,
         text:str # of a record
     )->int: # its tokens in a prompt
-        "How long a part of a record is."
-        return tokens_as_text(self.tokenizer, text)
+        "How long a part of a record is between two others, less the line that divides them."
+        return tokens_as_text(self.tokenizer, f'\n{text}\n') - 1
 
     def prompt(
         self,
