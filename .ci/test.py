@@ -31,9 +31,9 @@ def steps_of(folder):
     "Name and command of each step, in the order in which they are taken."
     python = sys.executable
     files = sorted(str(file.relative_to(ROOT)) for file in ROOT.glob('tests/test_*.py'))
+    pytest = [python, '-m', 'pytest', '-q', '--continue-on-collection-errors']
     tests = {f'tests, part {part + 1} of {PARTS}': [
-        python, '-m', 'pytest', '-q', f'--junitxml={folder}/tests-{part}.xml', *files[part::PARTS]]
-        for part in range(PARTS)}
+        *pytest, f'--junitxml={folder}/tests-{part}.xml', *files[part::PARTS]] for part in range(PARTS)}
     return {
         'style (ruff)': [BIN/'ruff', 'check', '.'],
         'library, notebooks and README in step': [python, '.ci/in_step.py'],

@@ -397,7 +397,7 @@ OLD, NEW = '## Lab Results [+1 h]\nLactate p95', '## Lab Results [+4 h]\nSodium 
 STAY = record_text(['## Patient Demographics\nF', OLD, *[NEW]*20], TASKS['Inpatient_Mortality'].instruction)
 
 
-@pytest.mark.parametrize(('context', 'is_shown'), [(150, False), (1000, True)])
+@pytest.mark.parametrize(('context', 'is_shown'), [(90, False), (1000, True)])
 def test_only_lines_that_are_left_of_a_cut_record_are_seen(context, is_shown):
     tokenizer = train_tokenizer([STAY]*50, 600, LINES)
     lines = given_lines(STAY, 'Inpatient_Mortality', Prompter(tokenizer, context, 0, 'binned', True))

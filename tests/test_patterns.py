@@ -20,7 +20,8 @@ LONGEST = 20_000  # a pattern of second degree takes seconds for it
 MADE = {
     ('synthesis.support', "f'[^\\\\W\\\\d_]{{{least},}}'"): lambda names: [r'[^\W\d_]{3,}', r'[^\W\d_]{5,}'],
     ('synthesis.support', "f'^## ({titles})(?: \\\\[([^\\\\]\\\\n]*)\\\\])?$'"):
-        lambda names: [names['_event_heading'](style).pattern for style in ('official', 'compact')],
+        lambda names: [names['event_heading'](style).pattern for style in ('official', 'compact')],
+    ('synthesis.support', "f'(?<!\\\\w){re.escape(item.strip())}(?!\\\\w)'"): lambda names: [r'(?<!\w)item(?!\w)'],
     ('synthesis.cases', 'f"({\'|\'.join(map(re.escape, longest_first))})"'): lambda names: ['(ab|a|b)'],
     ('transfer.medcalc.values', 'form'): lambda names: names['WEEK_FORMS'],
     ('transfer.mimic_cdm.baselines', 'DISEASE_SIGNS[disease]'): lambda names: names['DISEASE_SIGNS'].values(),

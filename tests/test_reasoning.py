@@ -325,7 +325,7 @@ def test_what_is_not_in_the_record_is_refused(some_chains):
             fault = fault_of(chain.replace(first, false), list(brief.answers), events, 'knowledge')
             assert fault == 'evidence that the record does not show'
             refused += 1
-    assert refused > 60
+    assert refused > 40
 
 
 def test_a_chain_that_knew_the_answer_is_refused(some_chains):

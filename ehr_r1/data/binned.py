@@ -134,8 +134,8 @@ def column_lines(
     return lines
 
 # %% ../../nbs/02_data/21_binned.ipynb #76e377e7
-_SECTION = re.compile(r'[ \t]*([A-Za-z][A-Za-z /&()-]{2,40}):[ \t]*(.*)')
-_BULLET = re.compile(r'(?:\d{1,2}[.)]|[-*#•]+)\s+')
+_SECTION = re.compile(r'[ \t]{0,20}([A-Za-z][A-Za-z /&()-]{2,40}):[ \t]{0,20}(.*)')
+_BULLET = re.compile(r'(?:\d{1,2}[.)]|[-*#•]{1,9})\s{1,20}')
 PROBLEMS = ('past medical history', 'discharge diagnosis', 'discharge diagnoses', 'primary', 'primary diagnosis',
             'primary diagnoses', 'secondary', 'secondary diagnosis', 'secondary diagnoses')
 IMPRESSION = ('impression',)
@@ -309,7 +309,7 @@ def fit_cuts(
     return cuts_of_rows(pl.concat(parts).with_columns(pl.col('table').cast(pl.String))) if parts else {}
 
 # %% ../../nbs/02_data/21_binned.ipynb #15803d86
-_RANKED = re.compile(r'(.+) p(\d{1,2})(?: .*)?')
+_RANKED = re.compile(r'(.{1,120}) p(\d{1,2})(?: .*)?')
 _TITLED = {title: table for table, title in TITLES.items()}
 
 def range_in_words(

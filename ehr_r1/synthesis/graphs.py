@@ -195,13 +195,17 @@ def coded_terms(
     return frame.join(places, on='term').select(sample=pl.col('number').cast(pl.UInt32), term='word')
 
 # %% ../../nbs/05_synthesis/15_graphs.ipynb #b3440860
+COUNTED = pl.Schema(dict(sample=pl.UInt32, task=pl.String, term=pl.String))
+
 def task_lift(
     folder:Path, # holds history/ and targets/
     task:str     # its name
 )->pl.DataFrame: # task, target, history (both as text), n_pair, n_target, n_history, n, lift
     "Which facts go with which answers in one task."
     def read(name):
-        return pl.scan_parquet(sorted((folder/name).glob('*.parquet'))).filter(pl.col('task') == task)
+        files = sorted((folder/name).glob('*.parquet'))
+        pairs = pl.scan_parquet(files) if files else pl.LazyFrame(schema=COUNTED)  # no training patient: no file
+        return pairs.filter(pl.col('task') == task)
     targets, history = read('targets').select('sample', 'term').unique(), read('history').select('sample', 'term')
     samples = targets.select('sample').unique().sort('sample').with_row_index('number').collect(engine='streaming')
     words = telling_terms(targets, history, len(samples))['term']

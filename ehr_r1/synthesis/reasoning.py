@@ -214,7 +214,7 @@ def short_finding(
     cells = [cell.strip() for cell in row.split('|')]
     text = ' '.join(cell for cell in cells if cell not in ('', 'nan', 'None')).removeprefix('- ').strip()
     pairs = [pair.strip() for pair in text.split(', ') if surface and surface.casefold() in pair.casefold()]
-    if surface and re.match(r'[a-z][a-z0-9_]* ', text) and pairs:
+    if surface and re.match(r'[a-z][a-z0-9_]{0,30} ', text) and pairs:
         text = pairs[0]
     place = text.casefold().find(surface.casefold())
     after = place + len(surface)

@@ -86,7 +86,7 @@ def final_results(
 
 # %% ../../nbs/05_synthesis/16_support.ipynb #16fef5c4
 NOT_ARGUED = 'Not argued for'
-_COUNTED = re.compile(rf'^\W*(?:\d+[.)]\s*)?\W*{NOT_ARGUED}\W+(\d+)', re.M)
+_COUNTED = re.compile(rf'^\W{{0,9}}(?:\d{{1,3}}[.)]\s{{0,9}})?\W{{0,9}}{NOT_ARGUED}\W{{1,9}}(\d{{1,4}})', re.M)
 
 def reasoning_of(
     chain:str # with sections or without
@@ -145,7 +145,7 @@ def words_in(
     return set(re.findall(rf'[^\W\d_]{{{least},}}', text.casefold()))
 
 # %% ../../nbs/05_synthesis/16_support.ipynb #f05499e3
-_PAIRS = re.compile(r'[a-z][a-z0-9_]* [^,\n]+,')  # temperature 98.6, heartrate 80
+_PAIRS = re.compile(r'[a-z][a-z0-9_]{0,30} [^,\n]{1,60},')  # temperature 98.6, heartrate 80
 
 @lru_cache(4_096)
 def entry_words(
