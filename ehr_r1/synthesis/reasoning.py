@@ -307,6 +307,8 @@ class Shown:
         return self.link.table == 'discharge'
 
 # %% ../../nbs/05_synthesis/18_reasoning.ipynb #4894941a
+_PERCENTILE = re.compile(r' p\d{1,2}(?: [a-z]{1,20})?$') # of a binned row
+
 def shown_links(
     brief:Brief, # one sample with a graph
     events:dict  # of its record
@@ -322,7 +324,8 @@ def shown_links(
         if lines[fact]:
             says = link.surface or link.history
             if link.sign:
-                says = f'{lines[fact].split("**: ", 1)[1].removesuffix(f" {link.sign}")} {link.sign}'
+                found = _PERCENTILE.sub('', lines[fact].split('**: ', 1)[1])
+                says = f'{found.removesuffix(f" {link.sign}")} {link.sign}'
             shown.append(Shown(link, lines[fact], says))
     return shown
 
