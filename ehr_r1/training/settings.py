@@ -128,6 +128,7 @@ def adapt_config(
         **divided(s.batch, s.micro_batch),          # EHR-R1: 8 sequences a step
         learning_rate=s.adapt_rate,         # EHR-R1: 2e-5
         completion_only_loss=not s.record_loss, # the released program of EHR-R1: False; its paper: True
+        include_num_input_tokens_seen='non_padding' if s.record_loss else 'no',
         max_length=None)                    # records are cut before (EHR-R1: 8,192 tokens)
 
 # %% ../../nbs/06_training/08_settings.ipynb #67a7f232

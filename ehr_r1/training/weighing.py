@@ -48,14 +48,17 @@ def answer_places(
 
 # %% ../../nbs/06_training/13_weighing.ipynb #6a01048c
 def record_and_answer(
-    outputs,        # of the model: log_probs (0 where there is no loss) and label_mask, a token or none shorter than
-    tokens,         # the sequences
+    model,          # a causal language model
+    inputs:dict,    # input_ids, attention_mask
     weights:Weights # record, opener
 ): # a tensor with one number
     "Mean loss of all tokens of a step, those before the answer with less weight."
-    places = answer_places(tokens, weights.opener)[:, -outputs.log_probs.shape[1]:]
-    each = torch.where(places, 1., weights.record)*outputs.label_mask
-    return -(outputs.log_probs*each).sum()/each.sum()
+    tokens, there = inputs['input_ids'], inputs['attention_mask'].bool()
+    logits = model(input_ids=tokens, attention_mask=there.long(), use_cache=False).logits[:, :-1]
+    foretold = there[:, 1:]
+    losses = torch.nn.functional.cross_entropy(logits[foretold].float(), tokens[:, 1:][foretold], reduction='none')
+    each = torch.where(answer_places(tokens, weights.opener)[:, 1:][foretold], 1., weights.record)
+    return (losses*each).sum()/each.sum()
 
 # %% ../../nbs/06_training/13_weighing.ipynb #78301a0d
 def weigh_samples(
@@ -66,16 +69,18 @@ def weigh_samples(
 
     class Weighing(trainer):
         def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            if weights.record and not return_outputs:
+                mean = record_and_answer(model, inputs, weights)
+                if num_items_in_batch is not None:  # else the trainer divides
+                    mean = mean/self.current_gradient_accumulation_steps
+                return mean
             seen = []
             with model.register_forward_hook(lambda module, given, returned: seen.append(returned)):
                 super().compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
             outputs, = seen
-            if weights.record:
-                mean = record_and_answer(outputs, inputs['input_ids'], weights)
-            else:
-                tokens = outputs.label_mask.sum(1).clamp(min=1)
-                losses = -outputs.log_probs.sum(1)/tokens  # log_probs: 0 where there is no loss
-                mean = weights.weighted(losses, tokens).mean()
+            tokens = outputs.label_mask.sum(1).clamp(min=1)
+            losses = -outputs.log_probs.sum(1)/tokens  # log_probs: 0 where there is no loss
+            mean = weights.weighted(losses, tokens).mean()
             if num_items_in_batch is not None:  # else the trainer divides
                 mean = mean/self.current_gradient_accumulation_steps
             return (mean, outputs) if return_outputs else mean
