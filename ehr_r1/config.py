@@ -48,7 +48,7 @@ def uniform(
 # %% ../nbs/01_run/01_config.ipynb #b3590b13
 LONGEST_NAME = 200  # bytes; file systems allow 255, and stages add an ending to theirs
 FOLDERS = ('hospital', 'trajectories', 'index', 'samples', 'knowledge', 'graphs', 'chains', 'predictions',
-           'checkpoints', 'answers', 'scores')
+           'checkpoints', 'headroom', 'answers', 'scores')
 
 # %% ../nbs/01_run/01_config.ipynb #768e1292
 class Run:

@@ -30,7 +30,7 @@ from .evaluation.reporting import run_reports
 from .hospital.hospital import build_hospital
 from .inference.endpoints import InferenceError, Refused
 from .machine import BYTES, check_room, say_why, stopped_by_signals
-from .profiles import PROFILES, listed, profile
+from .profiles import PROFILES, Profile, listed, profile
 from .stages import build
 from .synthesis.chains import build_chains
 from .synthesis.graphs import build_graphs
@@ -68,6 +68,17 @@ def check_data(
     if profile_name == 'paper' and not data:
         raise ValueError('profile paper is for real tables: give DATA=<folder of MIMIC-IV>')
 
+# %% ../nbs/10_pipeline/01_pipeline.ipynb #13c1112e
+def profile_for(
+    data:str|None,    # folder of tables; None: the synthetic hospital
+    profile_name:str, # one of `PROFILES`
+    **overrides       # profile fields
+)->Profile:
+    "A profile as it is for these tables."
+    if data and PROFILES.get(profile_name, PROFILES['demo']).model == 'kept':
+        overrides.setdefault('model', 'small')
+    return profile(profile_name, **overrides)
+
 # %% ../nbs/10_pipeline/01_pipeline.ipynb #e497f56f
 class Reproduction:
     "One profile on one data set."
@@ -81,8 +92,8 @@ class Reproduction:
         home:str|Path|None=None,  # holds runs/ and reports/
         **overrides               # profile fields
     ):
-        self.profile = profile(profile_name, **overrides)
         check_data(profile_name, data)
+        self.profile = profile_for(data, profile_name, **overrides)
         self.data, self.codes, self.knowledge, self.at = data, codes, knowledge, ''  # at: the stage at work
         self.dataset = Path(data).resolve().name if data else 'hospital'
         settings = vars(self.profile.only(*overrides))
@@ -273,6 +284,8 @@ def lacking(
         return 'none of their files is here (EHR_R1_EHRSHOT, EHR_R1_MEDCALC, ...)'
     if not r.trains and ORDER.index(stage) > ORDER.index('baselines'):
         return 'MODEL=none'
+    if stage == 'reinforce' and r.reasons:
+        return 'nothing to gain, see above'
     return 'no medical knowledge beside the tables (KNOWLEDGE=folder)'
 
 # %% ../nbs/10_pipeline/01_pipeline.ipynb #87e522db

@@ -91,6 +91,7 @@ class StepSettings:
     adapt_steps: int = 500          # stage 1; 0: one epoch, as EHR-R1
     reason_steps: int = 250         # stage 2; 0: five epochs, as EHR-R1
     reinforce_steps: int = 6        # stage 3; 0: one epoch, as EHR-R1
+    least_headroom: float = .02     # best of 8 answers minus their mean F1 from which stage 3 is run; 0: not measured
     warmup_steps: int = 60          # EHRMind's warm-up on another benchmark; 0: its epochs, as EHRMind
     ehrmind_steps: int = 2          # its GRPO there; 0: one epoch
     curriculum: bool = False        # short answers first, instead of a drawn order
@@ -174,15 +175,16 @@ PROFILES = {p.name: p for p in [
     Profile('smoke', patients=300, ins_per_task=300, bench_per_task=100, replicates=200, shard_patients=50,
             model='tiny', answer_tokens=160, base_steps=6, adapt_steps=6, reason_steps=6,
             reinforce_steps=2, prompts=1, completions=4, ablations='plain', scaling='0.5', warmup_steps=2,
-            ehrmind_steps=1, lm_per_task=2),
-    Profile('pretraining', patients=20_000, seed=2_042, ins_per_task=300, base_steps=4_000),
-    Profile('demo', ins_per_task=600, shard_patients=50),
-    Profile('study', patients=20_000, ins_per_task=3_000, base_steps=1_000, adapt_steps=8_000, reason_steps=3_000,
+            ehrmind_steps=1, lm_per_task=2, least_headroom=0.),
+    Profile('pretraining', patients=20_000, seed=2_042, ins_per_task=300, base_steps=1_400),
+    Profile('demo', model='kept', ins_per_task=600, shard_patients=50),
+    Profile('study', patients=20_000, model='kept', ins_per_task=3_000, adapt_steps=8_000, reason_steps=3_000,
             reinforce_steps=40, reinforce_rate=5e-5, prompts=16, ablations='no_knowledge,no_sections,plain',
             scaling='0.05,0.2', warmup_steps=100, ehrmind_steps=5, lm_per_task=60),
     Profile('paper', patients=300_000, style='official', chains_per_task=12_500, model='Qwen/Qwen3-1.7B',
             context=8_192, answer_tokens=4_096, base_steps=0, adapt_steps=0, reason_steps=0, reinforce_steps=0,
-            warmup_steps=0, ehrmind_steps=0, record_loss=0., adapt_rate=2e-5, reason_rate=2e-5, reinforce_rate=2e-6,
+            warmup_steps=0, ehrmind_steps=0, least_headroom=0., record_loss=0.,
+            adapt_rate=2e-5, reason_rate=2e-5, reinforce_rate=2e-6,
             batch=8, plain_share=.2, reason_batch=64, completions=16, micro_batch=1,
             ablations='no_knowledge,no_sections,plain', lm_per_task=0),
 ]}

@@ -151,11 +151,20 @@ class Proxy:
             handler.wfile.write(content[:len(content)//2])
             handler.wfile.flush()
             return reset(handler)
-        handler.wfile.write(content)
-        handler.wfile.flush()
-        if posted and status == 200:
-            with self._lock:
-                self.delivered[body] += 1
+        whole = posted and status == 200
+        if whole:  # counted first: who has read the last byte may look at once
+            self._count(body, 1)
+        try:
+            handler.wfile.write(content)
+            handler.wfile.flush()
+        except OSError:
+            if whole:
+                self._count(body, -1)
+            raise
+
+    def _count(self, body, change):
+        with self._lock:
+            self.delivered[body] += change
 
     def _note(self, body, headers):
         "Keep what came, and say what goes wrong with it."

@@ -27,10 +27,12 @@ def made(tmp_path):
     def base(out):
         model.save_pretrained(out/'model')
         tokenizer.save_pretrained(out/'model')
+        (out/'metrics.jsonl').write_text('{"step": 3}\n')
         return dict(parameters=model.num_parameters(), steps=3)
 
     def run(access):
         made = Run(access, tmp_path)
+        build(made.hospital, lambda out: {}, {}, dict(patients=20, seed=5), 'hospital.hospital')
         finished(made.checkpoints/'base', base, access)
         finished(made.samples, lambda out: dict(cuts=CUTS, access=access), access)
         return made
@@ -62,9 +64,11 @@ def test_who_can_read_is_given_text(model, style):
 
 
 def test_nothing_but_weights_words_and_percentiles_is_kept(kept):
-    assert not [file.name for file in kept.iterdir() if file.suffix not in ('.json', '.jinja', '.safetensors')]
+    assert not [file.name for file in kept.iterdir() if file.suffix not in ('.json', '.jsonl', '.jinja', '.safetensors')]
     assert json.loads((kept/'cuts.json').read_text()) == CUTS
-    assert json.loads((kept/'manifest.json').read_text())['counts']['steps'] == 3
+    about = json.loads((kept/'manifest.json').read_text())
+    assert about['counts']['steps'] == 3
+    assert about['hospital'] == dict(patients=20, seed=5)
 
 
 def test_a_run_begins_with_what_is_kept(kept, tmp_path):
@@ -72,6 +76,9 @@ def test_a_run_begins_with_what_is_kept(kept, tmp_path):
     assert stages.build_base(run, profile('demo', model='kept'))
     assert not stages.build_base(run, profile('demo', model='kept'))
     model, _ = load_model(stages.model_at(run, 'base'), device='cpu')
+    made = read_manifest(run.checkpoints/'base')
+    assert made['counts']['kept'] and made['counts']['hospital']['patients'] == 20
+    assert (run.checkpoints/'base'/'metrics.jsonl').exists()
     assert model.num_parameters() == read_manifest(run.checkpoints/'base')['counts']['parameters']
     assert cuts_of(profile('demo', model='kept').only('style', 'seed', 'model'), []) == CUTS
 

@@ -35,7 +35,7 @@ FIGURES = (
     'training_loss', 'training_copying', 'training_rewards', 'stages', 'stages_chains', 'stages_decisions',
     'stages_risks', 'reasoning_grid', 'reasoning_chains', 'reasoning_scaling')
 SETTINGS = dict(profile='smoke', run='r', seed=42)
-CONTEXT, ANSWER = 200, 120
+CONTEXT, ANSWER = 300, 160
 LOCAL_PATH = re.compile(r'(?<![\w.:/-])/(?:home|root|Users|tmp|work|mnt|opt)/\w+')
 COUNTING = {
     'samples', 'patients', 'positives', 'negatives', 'examples', 'cut', 'dropped_events', 'chains', 'records_cut',

@@ -21,7 +21,7 @@ from ..data.tasks import split_question
 from .baselines import PREDICTIONS, run_baselines
 from .features import record_lines
 from ..inference.checkpoints import load_tokenizer
-from ..profiles import KEPT, Profile
+from ..profiles import KEPT, Profile, is_ours
 from ..stages import build, read_manifest, writing
 from ..training.examples import Prompter, record_parts
 from ..training.models import SIZES
@@ -133,7 +133,7 @@ def prompter_of(
         return None
     kept = KEPT if s.model == 'kept' else s.model
     tokenizer = own_tokenizer(run, s) if s.model in SIZES else load_tokenizer(kept)
-    return Prompter(tokenizer, s.context, 0, s.style, s.model in SIZES)
+    return Prompter(tokenizer, s.context, 0, s.style, is_ours(s.model))
 
 # %% ../../nbs/07_evaluation/03_predictions.ipynb #4fa70ddc
 def given_lines(

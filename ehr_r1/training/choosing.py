@@ -14,12 +14,13 @@ from ..synthesis.chains import kept_chains
 _NO_CHAIN = pl.lit(None, pl.String)
 
 # %% ../../nbs/06_training/04_choosing.ipynb #ed9d0885
-def training_samples(
-    run:Run # samples must stand
+def samples_of(
+    run:Run,  # samples must stand
+    split:str # of the patients: train or tuning
 )->pl.DataFrame: # sample_id, task, family, length (characters of the answer)
-    "The samples of EHR-Ins that may be trained on."
+    "The samples of EHR-Ins of some patients."
     files = sorted((run.samples/'ehr_ins').glob('*.parquet'))
-    rows = pl.scan_parquet(files).filter(pl.col('split') == 'train')
+    rows = pl.scan_parquet(files).filter(pl.col('split') == split)
     answer = pl.col('label').list.join('\n')
     return rows.select('sample_id', 'task', 'family', length=answer.str.len_chars()).collect(engine='streaming')
 
@@ -35,7 +36,7 @@ def drawn(
 
 # %% ../../nbs/06_training/04_choosing.ipynb #88e3bfd0
 def with_chain(
-    samples:pl.DataFrame, # from `training_samples`
+    samples:pl.DataFrame, # from `samples_of`
     chains:pl.DataFrame   # sample_id, task, chain
 )->tuple: # (samples with their chain, samples without one)
     "What a model thinks about, and what it may answer plainly."
@@ -63,7 +64,7 @@ def mixed(
 
 # %% ../../nbs/06_training/04_choosing.ipynb #c59cae12
 def fresh(
-    samples:pl.DataFrame, # from `training_samples`
+    samples:pl.DataFrame, # from `samples_of`
     chains:pl.DataFrame,  # sample_id, task, chain
     seed:int              # of the run
 )->pl.DataFrame: # with mode; as many risks as decisions, as far as there are
@@ -81,10 +82,11 @@ def choose_examples(
     seed:int,                # of the run
     variant:str='knowledge', # of the chains: one of `VARIANTS`, or plain (the same samples, answers only)
     curriculum:bool=False,   # easy ones first
-    plain_share:float=.2     # of the examples of stage 2 that do not think
+    plain_share:float=.2,    # of the examples of stage 2 that do not think
+    split:str='train'        # of the patients; tuning: for what is measured before a training
 )->pl.DataFrame: # sample_id, mode, chain (null: none; with no_think: left out where its chain would be)
     "Which samples a stage trains on, and how each is asked."
-    samples = training_samples(run)
+    samples = samples_of(run, split)
     if stage == 'adapt':
         chosen = drawn(samples.with_columns(chain=_NO_CHAIN, mode=pl.lit('plain')), seed, 'adapt')
     else:

@@ -159,6 +159,8 @@ def vllm_arguments(
                 vllm_enable_sleep_mode=wide > 1)
 
 # %% ../../nbs/06_training/08_settings.ipynb #ed85c9d1
+SAMPLING = dict(temperature=.7, top_p=.95, top_k=20) # how stage 3 draws its answers: EHR-R1
+
 def policy_arguments()->dict: # arguments of TRL
     "How rewards become gradients; EHR-R1 leaves these to its private version of TRL, so we set them by name."
     return dict(
@@ -183,7 +185,7 @@ def reinforce_config(
         learning_rate=s.reinforce_rate,                    # EHR-R1: 2e-6
         num_generations=s.completions,                     # EHR-R1: 16, for 4 prompts a step
         max_completion_length=min(s.answer_tokens, 2_048), # EHR-R1: 2,048
-        temperature=.7, top_p=.95, top_k=20,               # EHR-R1
+        **SAMPLING,
         beta=0.,                                           # EHR-R1: no KL term (TRL's default)
         **policy_arguments(),
         **vllm_arguments(s))

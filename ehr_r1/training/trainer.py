@@ -137,10 +137,11 @@ def stream_of(
     job:Job,    # what to train
     tokenizer,  # of the model
     masked:bool, # whether only the assistant's tokens bear loss
-    each:int    # sequences a step that are of like length; 0: as they are drawn
+    config      # of TRL
 ): # datasets.IterableDataset
-    "The sequences of a training, as long as it wants them."
+    "The sequences of a training, as long as it wants them; a small model's steps hold sequences of like length."
     import datasets
+    each = sequences_a_step(config) if job.small else 0
     stream = partial(streamed, job.folder/'examples', job.settings.seed, tokenizer, masked, each)
     return datasets.IterableDataset.from_generator(stream)
 
@@ -154,7 +155,7 @@ def pretraining(
     import transformers
     arguments = {name: value for name, value in shared.items() if name != 'peft_config'}
     padded = transformers.DataCollatorForLanguageModeling(tokenizer, mlm=False)
-    dataset = stream_of(job, tokenizer, masked=False, each=0)
+    dataset = stream_of(job, tokenizer, False, shared['args'])
     return transformers.Trainer(data_collator=padded, train_dataset=dataset, **arguments)
 
 # %% ../../nbs/06_training/14_trainer.ipynb #2781ba87
@@ -180,7 +181,7 @@ def fine_tuning(
     if job.small and job.stage in ('adapt', 'reason'):
         trainer = weigh_samples(SFTTrainer, sample_weights(job, tokenizer))
     masked = shared['args'].completion_only_loss
-    dataset = stream_of(job, tokenizer, masked, each=sequences_a_step(shared['args']) if job.small else 0)
+    dataset = stream_of(job, tokenizer, masked, shared['args'])
     return trainer(train_dataset=dataset, **shared)
 
 # %% ../../nbs/06_training/14_trainer.ipynb #5f0670de
