@@ -64,7 +64,8 @@ def test_who_can_read_is_given_text(model, style):
 
 
 def test_nothing_but_weights_words_and_percentiles_is_kept(kept):
-    assert not [file.name for file in kept.iterdir() if file.suffix not in ('.json', '.jsonl', '.jinja', '.safetensors')]
+    kinds = ('.json', '.jsonl', '.jinja', '.safetensors')
+    assert not [file.name for file in kept.iterdir() if file.suffix not in kinds]
     assert json.loads((kept/'cuts.json').read_text()) == CUTS
     about = json.loads((kept/'manifest.json').read_text())
     assert about['counts']['steps'] == 3

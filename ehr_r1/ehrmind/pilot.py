@@ -17,17 +17,11 @@ from ..config import Run
 from .calculators import CALCULATORS
 from .course_examples import course_examples, course_rewards
 from .passing import ATTEMPTS, pass_table
-from ehr_r1.ehrmind.pilot_model import (
-    HELD_ANSWERS,
-    build_pilot_base,
-    pilot_course,
-    pilot_profile,
-    pilot_size,
-    sample_answers,
-)
+from .pilot_model import HELD_ANSWERS, build_pilot_base, pilot_course, pilot_profile, pilot_size
 from .recipe import train_questions
 from .stages import build_rewarded, build_warmed, named, trained
 from ..inference.checkpoints import load_model
+from ..inference.drawn_answers import sample_answers
 from ..profiles import Profile
 from ..stages import build, writing
 from ..training.examples import Writer

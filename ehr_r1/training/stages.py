@@ -27,7 +27,7 @@ from .choosing import choose_examples
 from .copying import GATE
 from .example_files import write_examples
 from .examples import Writer, scan_examples
-from .headroom import MEASURED, SAMPLES, headroom_by_task, mean_headroom, measure_headroom
+from .headroom import BEST_OF, HEADROOM, headroom_by_task, mean_headroom, measure_headroom
 from .metrics import read_metrics
 from .models import LINES, SIZES, WORDS, new_model, train_tokenizer
 from .record_texts import write_texts
@@ -334,7 +334,7 @@ def headroom_of(
     out:Path,          # folder of the stage
     split:str,         # of the patients
     wanted:int         # prompts: of tuning patients all that are asked, of training patients those whose answers differ
-)->list: # of `MEASURED` rows, worker by worker
+)->list: # of `HEADROOM` rows, worker by worker
     "Measure one kind of prompts."
     folder, ours = model_at(run, 'reasoned'), is_ours(s.model)
     writer = Writer(load_tokenizer(folder), s.context, s.answer_tokens, s.style, scratch=ours)
@@ -378,7 +378,7 @@ def build_reinforced(
         build_headroom(run, p)
         headroom = read_manifest(run.headroom)['counts']['headroom']
         if not headroom >= p.least_headroom:
-            print(f'reinforce: not run; the best of {SAMPLES} answers is only {headroom:.3f} better than their mean')
+            print(f'reinforce: not run; the best of {BEST_OF} answers is only {headroom:.3f} better than their mean')
             return None
     measured = bool(p.least_headroom and p.reinforce_steps)
     return build_plan(run, p, Plan('reinforce', 'reinforced', 'reasoned', p.reinforce_steps, 'knowledge', measured))
