@@ -18,7 +18,7 @@ from cells import directives, label_of, page, quiet
 from nbformat.v4 import new_markdown_cell
 
 ROOT = Path(__file__).resolve().parent.parent
-RUNS = ('demo', 'study')  # whose reports are kept
+RUNS = ('demo',)  # whose reports are kept
 
 
 def name_of(path):

@@ -25,7 +25,7 @@ from ehr_r1.data.tables import open_source
 from ehr_r1.data.trajectories import build_trajectories
 from ehr_r1.hospital.hospital import build_hospital
 from ehr_r1.inference.endpoints import InferenceError, Refused
-from ehr_r1.profiles import profile
+from ehr_r1.profiles import DESIGNS, VARIANTS, profile
 from ehr_r1.stages import read_manifest
 from ehr_r1.synthesis.chains import briefs_of, build_chains, kept_chains, scan_chains
 from ehr_r1.synthesis.graphs import (
@@ -40,7 +40,7 @@ from ehr_r1.synthesis.graphs import (
 )
 from ehr_r1.synthesis.measures import GOALS, evidence_shares, of_chains
 from ehr_r1.synthesis.open_knowledge import build_knowledge
-from ehr_r1.synthesis.reasoning import fault_of
+from ehr_r1.synthesis.reasoning import FORMS, fault_of
 from ehr_r1.synthesis.support import (
     argued_for,
     counted_items,
@@ -55,10 +55,10 @@ from ehr_r1.synthesis.thinking_graph import draw_graph
 
 def made(home, **fields):
     "A small hospital as far as its graphs."
-    run, p = Run('r', home), profile('smoke', patients=200, shard_patients=100, **fields)
+    run, p = Run('r', home), profile('smoke', patients=150, shard_patients=75, **fields)
     tables = home/'tables'
     if not tables.exists():
-        build_hospital(tables, 200, 42, progress=False)
+        build_hospital(tables, 150, 42, progress=False)
     source = open_source(tables)
     build_trajectories(source, run, p)
     build_index(run, p)
@@ -70,7 +70,7 @@ def made(home, **fields):
 
 @pytest.fixture(scope='module')
 def hospital(tmp_path_factory):
-    run, p = made(tmp_path_factory.mktemp('graphs'))
+    run, p = made(tmp_path_factory.mktemp('graphs'), variants=','.join(FORMS))
     build_chains(run, p, 'hospital')
     return run, p
 
@@ -238,7 +238,7 @@ def totals(run, variant, *names):
     return [sum(task[name] for task in tasks) for name in names]
 
 
-@pytest.mark.parametrize('variant', ['knowledge', 'no_knowledge', 'no_sections'])
+@pytest.mark.parametrize('variant', FORMS)
 def test_verbaliser_passes(run, variant):
     kept, answers = totals(run, variant, 'kept', 'answers')
     assert answers > 300
@@ -260,8 +260,9 @@ def test_kept_chains_stand_on_enough(run, variant, share, least):
 
 def test_ablations_are_written_for_the_samples_that_have_a_chain(run):
     of_variant = {variant: set(kept_chains(run, variant).collect()['sample_id'])
-                  for variant in ('knowledge', 'no_knowledge', 'no_sections')}
-    assert of_variant['no_knowledge'] | of_variant['no_sections'] <= of_variant['knowledge']
+                  for variant in FORMS}
+    assert all(of_variant[variant] <= of_variant['knowledge'] for variant in FORMS)
+    assert of_variant['short'] == of_variant['problems'] == of_variant['knowledge']
     assert len(of_variant['no_knowledge']) > .95*len(of_variant['knowledge'])
 
 
@@ -276,7 +277,21 @@ def test_no_constant_sentence_stands_for_a_reason(run, words):
     assert not scan_chains(run).collect()['chain'].str.contains(words, literal=True).any()
 
 
-@pytest.mark.parametrize('variant', ['knowledge', 'no_knowledge', 'no_sections'])
+def test_every_variant_has_its_form():
+    assert tuple(FORMS) == (*VARIANTS, *DESIGNS)
+
+
+def test_a_design_says_less_and_nothing_else(run):
+    chains = {variant: dict(kept_chains(run, variant).select('sample_id', 'chain').collect().rows())
+              for variant in ('knowledge', 'short', 'problems')}
+    for sample_id, whole in chains['knowledge'].items():
+        short, problems = (read_chain(chains[design][sample_id]) for design in DESIGNS)
+        assert read_chain(whole) == dict(Extraction=read_chain(whole)['Extraction']) | short
+        assert problems['Final Results'] == short['Final Results']
+        assert len(problems['Reasoning']) < len(short['Reasoning'])
+
+
+@pytest.mark.parametrize('variant', VARIANTS)
 def test_all_that_the_verbaliser_quotes_is_in_the_record(run, variant):
     supported_lines, lines = totals(run, variant, 'supported', 'lines')
     assert supported_lines == lines
@@ -433,7 +448,7 @@ def model():
 ASK = '''
 import sys
 from ehr_r1.config import Run
-from ehr_r1.profiles import profile
+from ehr_r1.profiles import DESIGNS, VARIANTS, profile
 from ehr_r1.synthesis.chains import build_chains
 p = profile('smoke', patients=200, shard_patients=100, teacher='server', chains_per_task=2, variants='knowledge')
 build_chains(Run('r', sys.argv[1]), p, 'hospital')

@@ -16,6 +16,7 @@ from ..data.serialize import RecordText
 from .results import model_of
 from ..foreign_text import restored
 from ..inference.checkpoints import load_tokenizer
+from ..profiles import DESIGNS
 from ..stages import read_manifest
 from ..synthesis.measures import STANDS_ON, measured
 from ..synthesis.support import read_record, support
@@ -95,7 +96,7 @@ def judge_answers(
 )->pl.DataFrame: # columns of `JUDGED`
     "What is right about the answers of a system that was asked to think."
     style = read_manifest(run.answers/system)['params']['style']
-    sections = 'no_sections' not in system
+    sections = not system.endswith(('no_sections', *DESIGNS))
     rows = []
     for line in read_decisions(run, system):
         subject_id, gold, record = records[line['sample_id']]
