@@ -21,6 +21,8 @@ from functools import cache
 from pathlib import Path, PurePosixPath
 
 LARGEST = 1024  # KiB; the largest executed report is far smaller
+KEPT_MODEL = PurePosixPath('ehr_r1/training/kept')
+LARGEST_WEIGHTS = 9_000  # KiB, of the base that is kept
 KEPT_REPORTS = ('demo', 'study')
 ALLOWED = '.ci/allowed.txt'
 PLACES = [re.compile(place) for place in (
@@ -29,6 +31,7 @@ PLACES = [re.compile(place) for place in (
     r'\.ci/(\w+\.py|run|allowed\.txt)',
     r'docs/([\w-]+/)*[\w-]+\.(py|css|svg)',
     r'ehr_r1/(\w+/)*\w+\.(py|csv|toml|yaml)',
+    r'ehr_r1/training/kept/\w+\.(json|jsonl|jinja|safetensors)',
     r'nbs/(index\.ipynb|\d\d_\w+/(\d\d_\w+\.ipynb|\.notest))',
     r'tests/\w+\.py',
     r'reports/(demo|study)/[\w.-]+\.(ipynb|csv|png|svg|html|json)')]
@@ -141,9 +144,12 @@ def refused_by_name(name, root):
 
 def refused_by_content(name, file, root):
     "Why an existing file is refused for what it is; None if it is not."
-    parts = PurePosixPath(name).parts
-    if file.stat().st_size > LARGEST*1024:
-        return f'{file.stat().st_size//1024} KiB is more than {LARGEST}'
+    parts, is_kept = PurePosixPath(name).parts, PurePosixPath(name).parent == KEPT_MODEL
+    most = LARGEST_WEIGHTS if is_kept else LARGEST
+    if file.stat().st_size > most*1024:
+        return f'{file.stat().st_size//1024} KiB is more than {most}'
+    if is_kept and json.loads((root/KEPT_MODEL/'manifest.json').read_text()).get('access') != 'open':
+        return 'what a model read must be open: its manifest does not say so'
     if parts[0] == 'reports' and not reports_vouched_for(root/'reports'/parts[1]):
         return 'no report beside it says `access: open`, or one says credentialed'
     if file.suffix == '.ipynb':

@@ -69,6 +69,16 @@ def test_big_file_is_refused(refusal):
     big = bytes(1025*1024)
     assert 'KiB' in refusal('docs/_static/figure.svg', big)
 
+KEPT = 'ehr_r1/training/kept'
+
+@pytest.mark.parametrize('access, passes', [('open', True), ('credentialed', False), ('', False)])
+def test_the_base_that_is_kept_must_have_read_open_records(refusal, tmp_path, access, passes):
+    (tmp_path/KEPT).mkdir(parents=True)
+    (tmp_path/KEPT/'manifest.json').write_text(json.dumps(dict(access=access)))
+    assert (refusal(f'{KEPT}/model.safetensors', bytes(8_000*1024)) is None) == passes
+    assert 'KiB' in refusal(f'{KEPT}/model.safetensors', bytes(9_001*1024))
+    assert refusal(f'{KEPT}/more/model.safetensors', b'x')
+
 REPORTS = [
     ('access: open\n', True),
     ('access: credentialed\n', False),
@@ -183,7 +193,8 @@ def test_private_reports_and_runs_are_ignored_by_git(is_ignored, name):
     assert is_ignored(name)
 
 PUBLIC_FILES = [
-    'reports/demo/a.ipynb', 'reports/demo/a.png', 'reports/study/a.csv', 'nbs/a.ipynb', 'ehr_r1/data/a.csv']
+    'reports/demo/a.ipynb', 'reports/demo/a.png', 'reports/study/a.csv', 'nbs/a.ipynb', 'ehr_r1/data/a.csv',
+    f'{KEPT}/metrics.jsonl', f'{KEPT}/model.safetensors']
 
 @pytest.mark.parametrize('name', PUBLIC_FILES)
 def test_open_reports_and_code_are_not_ignored_by_git(is_ignored, name):
