@@ -178,9 +178,12 @@ PROFILES = {p.name: p for p in [
             reinforce_steps=2, prompts=1, completions=4, ablations='plain', scaling='0.5', warmup_steps=2,
             ehrmind_steps=1, lm_per_task=2, least_headroom=0.),
     Profile('pretraining', patients=20_000, seed=2_042, ins_per_task=300, base_steps=1_400),
-    Profile('demo', model='kept', ins_per_task=600, shard_patients=50),
-    Profile('study', patients=20_000, model='kept', ins_per_task=3_000, adapt_steps=8_000, reason_steps=3_000,
-            reinforce_steps=40, reinforce_rate=5e-5, prompts=16, ablations='no_knowledge,no_sections,plain',
+    Profile('demo', model='kept', ins_per_task=600, shard_patients=50, adapt_steps=800, adapt_rate=1e-3, record_loss=0.,
+            warmup_steps=20),
+    Profile('study', patients=20_000, model='kept', ins_per_task=3_000, adapt_steps=8_000, adapt_rate=1e-3,
+            record_loss=0.,
+            reason_steps=3_000, reinforce_steps=40, reinforce_rate=5e-5, prompts=16,
+            ablations='no_knowledge,no_sections,plain',
             scaling='0.05,0.2', warmup_steps=100, ehrmind_steps=5, lm_per_task=60),
     Profile('paper', patients=300_000, style='official', chains_per_task=12_500, model='Qwen/Qwen3-1.7B',
             context=8_192, answer_tokens=4_096, base_steps=0, adapt_steps=0, reason_steps=0, reinforce_steps=0,
@@ -210,7 +213,8 @@ def profile(
 )->Profile: # the profile with these fields replaced
     """A profile by name, with fields overridden by name; a ValueError where there is no such profile, field or value.
 
-    A model that can read, or none, gets `compact` records where the profile's are `binned` and no style is asked for.
+    A model that can read, or none, gets `compact` records where the profile's are `binned` and no style is asked
+    for. One that begins from nothing, where the profile's has read, learns from records too, in larger steps.
     """
     if name not in PROFILES:
         raise ValueError(f"no profile {name!r}; there are {', '.join(PROFILES)}")
@@ -222,6 +226,8 @@ def profile(
         settings = {key: converted(kinds[key], value) for key, value in overrides.items()}
         if not is_ours(settings.get('model', base.model)) and base.style == 'binned':
             settings.setdefault('style', 'compact')
+        if base.model == 'kept' and settings.get('model') in SIZED:
+            settings = dict(adapt_rate=Profile.adapt_rate, record_loss=Profile.record_loss) | settings
         return replace(base, **settings)
     except ValueError as e:
         raise ValueError(f'profile {name}: {e}') from None

@@ -63,6 +63,13 @@ def test_who_can_read_is_given_text(model, style):
     assert profile('demo', model=model, style='official').style == 'official'
 
 
+def test_who_begins_from_nothing_learns_from_records_too():
+    assert profile('demo').record_loss == 0
+    small = profile('demo', model='small')
+    assert (small.record_loss, small.adapt_rate) == (.5, 3e-3)
+    assert profile('demo', model='small', record_loss=0, adapt_rate=1e-4).adapt_rate == 1e-4
+
+
 def test_nothing_but_weights_words_and_percentiles_is_kept(kept):
     kinds = ('.json', '.jsonl', '.jinja', '.safetensors')
     assert not [file.name for file in kept.iterdir() if file.suffix not in kinds]

@@ -44,7 +44,7 @@ class _PilotSize:
 
 _PILOT_SIZES = dict(
     smoke=_PilotSize('tiny', 12, 2, 2, 4, 1, 4, 4),
-    demo=_PilotSize('tiny', 200, 15, 30, 800, 12, 12),
+    demo=_PilotSize('tiny', 200, 8, 20, 400, 6, 8),
     study=_PilotSize('tiny', 200, 40, 100, 800, 40, 12))
 
 # %% ../../nbs/09_ehrmind/07_pilot_model.ipynb #b8d711a9

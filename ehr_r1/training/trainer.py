@@ -27,7 +27,7 @@ from .examples import scan_examples
 from .metrics import metrics_callback, read_metrics
 from .on_cpu import compile_blocks, compiles, score_answers_alone, tune_allocator
 from .rewards import grpo_rewards
-from .settings import CONFIGS, TARGETS, processes, training_settings
+from .settings import CONFIGS, TARGETS, padded_to, processes, training_settings
 from .streaming import streamed
 from .weighing import Weights, weigh_samples, weights_of
 
@@ -154,7 +154,8 @@ def pretraining(
     "A trainer of stage 0."
     import transformers
     arguments = {name: value for name, value in shared.items() if name != 'peft_config'}
-    padded = transformers.DataCollatorForLanguageModeling(tokenizer, mlm=False)
+    multiple = padded_to(job.settings)
+    padded = transformers.DataCollatorForLanguageModeling(tokenizer, mlm=False, pad_to_multiple_of=multiple)
     dataset = stream_of(job, tokenizer, False, shared['args'])
     return transformers.Trainer(data_collator=padded, train_dataset=dataset, **arguments)
 
