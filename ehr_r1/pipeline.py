@@ -36,7 +36,8 @@ from .synthesis.chains import build_chains
 from .synthesis.graphs import build_graphs
 from .synthesis.open_knowledge import build_knowledge, find_knowledge
 from .training.models import SIZES
-from .training.stages import build_adapted, build_base, build_reasoned, build_reinforced, keep_base, side_by_side
+from .training.reinforcing import build_reinforced
+from .training.stages import build_adapted, build_base, build_reasoned, keep_base, side_by_side
 from .transfer.benchmark_files import find_benchmark
 from .transfer.benchmark_stage import build_benchmark
 from .transfer.ehrshot import tasks as ehrshot

@@ -9,7 +9,7 @@ from ehr_r1.config import Run
 from ehr_r1.pipeline import Reproduction, lacking
 from ehr_r1.profiles import PROFILES, profile
 from ehr_r1.stages import build
-from ehr_r1.training import headroom, stages
+from ehr_r1.training import headroom, reinforcing
 from ehr_r1.training.examples import EXAMPLES
 from ehr_r1.training.headroom import BEST_OF, HEADROOM, headroom_by_task, mean_headroom, measure_headroom
 from ehr_r1.training.models import new_model, train_tokenizer
@@ -103,23 +103,23 @@ def test_the_mean_is_over_tasks_of_decisions_of_tuning_patients():
 @pytest.mark.parametrize('gain', [0., .019, math.nan])
 def test_without_headroom_stage_3_is_not_run(tmp_path, monkeypatch, capsys, gain):
     run = Run('r', tmp_path)
-    monkeypatch.setattr(stages, 'build_plan', lambda *_: pytest.fail('it was trained'))
-    monkeypatch.setattr(stages, 'build_headroom', lambda run, p: build(
-        run.headroom, lambda out: dict(headroom=gain), {}, {}, 'training.stages'))
-    assert stages.build_reinforced(run, profile('study')) is None
+    monkeypatch.setattr(reinforcing, 'build_plan', lambda *_: pytest.fail('it was trained'))
+    monkeypatch.setattr(reinforcing, 'build_headroom', lambda run, p: build(
+        run.headroom, lambda out: dict(headroom=gain), {}, {}, 'training.reinforcing'))
+    assert reinforcing.build_reinforced(run, profile('study')) is None
     assert 'not run' in capsys.readouterr().out
     assert 'nothing to gain' in lacking(SimpleNamespace(trains=True, reasons=True), 'reinforce')
 
 
 def test_with_headroom_the_prompts_that_teach_are_asked(tmp_path, monkeypatch):
     run, plans = Run('r', tmp_path), []
-    monkeypatch.setattr(stages, 'build_plan', lambda run, p, plan: plans.append(plan))
-    monkeypatch.setattr(stages, 'build_headroom', lambda run, p: build(
-        run.headroom, lambda out: dict(headroom=.1), {}, {}, 'training.stages'))
-    stages.build_reinforced(run, profile('study'))
+    monkeypatch.setattr(reinforcing, 'build_plan', lambda run, p, plan: plans.append(plan))
+    monkeypatch.setattr(reinforcing, 'build_headroom', lambda run, p: build(
+        run.headroom, lambda out: dict(headroom=.1), {}, {}, 'training.reinforcing'))
+    reinforcing.build_reinforced(run, profile('study'))
     assert plans[0].measured
     plans.clear()
-    stages.build_reinforced(run, profile('smoke'))
+    reinforcing.build_reinforced(run, profile('smoke'))
     assert not plans[0].measured
 
 

@@ -19,13 +19,12 @@ def drawn_tokens(
     top_p:float,
     top_k:int=0      # 0: all tokens
 ): # tensor, rows x 1: the token of each row
-    "The token that a uniform number picks among the `top_k` likeliest and those that together have `top_p`."
+    "The token that a uniform number picks: of the `top_k` likeliest those that together have `top_p` among them."
     import torch
-    chance, token = (scores.float()/temperature).softmax(-1).sort(-1, descending=True)
+    scores, token = scores.float().topk(top_k) if top_k else scores.float().sort(-1, descending=True)
+    chance = (scores/temperature).softmax(-1)
     likelier = chance.cumsum(-1) - chance  # of the likelier tokens together
     chance = chance.masked_fill(likelier >= top_p, 0.)
-    if top_k:
-        chance[:, top_k:] = 0.
     place = torch.from_numpy(numbers).to(chance)[:, None]*chance.sum(-1, keepdim=True)
     last = (chance > 0).sum(-1, keepdim=True) - 1
     pick = (chance.cumsum(-1) <= place).sum(-1, keepdim=True).clamp(max=last)
