@@ -381,7 +381,7 @@ def test_a_huge_chain_is_judged_in_time(text):
 @pytest.fixture(scope='module')
 def with_one_worker(tmp_path_factory):
     home = tmp_path_factory.mktemp('one')
-    run, p = made(home, workers=1)
+    run, p = made(home, workers=1, variants=','.join(FORMS))
     build_chains(run, p, 'hospital')
     return run, p, home
 
