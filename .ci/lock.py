@@ -99,6 +99,7 @@ include = ["{lib_path}*"]
 
 [tool.setuptools.package-data]
 "*" = ["*.toml", "*.csv", "*.yaml"]
+"ehr_r1.training" = ["kept/*"]
 
 # nbdev 3 looks here, nbdev 2.4 in settings.ini
 [tool.nbdev]

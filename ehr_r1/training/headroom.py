@@ -37,7 +37,7 @@ def earned(
     return dict(mean=sum(accuracy)/number, best=max(accuracy), spread=spread)
 
 # %% ../../nbs/06_training/15_headroom.ipynb #c7e06d27
-ASKED_TOGETHER = 64 # prompts asked before it is seen whether there are enough
+ASKED_TOGETHER = 16 # prompts asked before it is seen whether there are enough
 
 
 def measure_headroom(
