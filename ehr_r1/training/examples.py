@@ -206,7 +206,8 @@ def lost_evidence(
     variant:str  # of the chain
 )->bool: # whether a filter drops it
     "Whether a chain no longer fits the record that is shown."
-    return bool(fault_of(chain, sample['label'], read_record(short, style), variant))
+    form = 'knowledge' if variant == 'plain' else variant  # the control has the chains that it does not show
+    return bool(fault_of(chain, sample['label'], read_record(short, style), form))
 
 # %% ../../nbs/06_training/03_examples.ipynb #2f355a40
 class Writer(Prompter):
