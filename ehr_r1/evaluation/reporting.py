@@ -8,6 +8,7 @@ __all__ = ['STYLE', 'RELEASES', 'SMALLEST', 'suppress', 'Report', 'readable', 'r
 # %% ../../nbs/07_evaluation/09_reporting.ipynb #2a579a41
 import hashlib
 import os
+import tempfile
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -307,12 +308,15 @@ def run_report(
     "Execute one report; raises if a cell fails or a parameter does not arrive."
     import nbformat
     import papermill
+    from traitlets.config import Config
     check_parameters(template, parameters)
     quiet = ['--IPKernelApp.log_level=CRITICAL']  # not that it was closed; errors of cells are outputs
-    with home_is(home):
+    with home_is(home), tempfile.TemporaryDirectory() as sockets:
+        # sockets that are files: reports run side by side, and two could draw the same port
+        by_file = Config(KernelManager=dict(transport='ipc', ip=f'{sockets}/kernel'))
         notebook = papermill.execute_notebook(
             str(template), None, parameters=parameters, cwd=str(folder), kernel_name='python3',
-            progress_bar=False, log_output=False, extra_arguments=quiet)
+            progress_bar=False, log_output=False, extra_arguments=quiet, config=by_file)
     if not any('injected-parameters' in cell.metadata.get('tags', []) for cell in notebook.cells):
         raise RuntimeError(f'{template.name}: the parameters did not arrive')
     with writing(folder/template.name) as f:
