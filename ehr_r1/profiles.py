@@ -82,6 +82,7 @@ class ModelSettings:
     context: int = 640              # longest prompt in the model's tokens (EHR-R1: 8,192, reasoning 10,000 to 12,288)
     answer_tokens: int = 192        # longest answer, reasoning included (EHR-R1: 2,048 in training, 4,096 when asked)
     lm_per_task: int = 30           # samples a decision task that models answer, of risks four times that; 0: all
+    other_per_task: int = 30        # the same of EHRSHOT and the other benchmarks
     replicates: int = 1000          # bootstrap replicates of the intervals
 
 # %% ../nbs/01_run/02_profiles.ipynb #f0a19611
@@ -176,10 +177,10 @@ PROFILES = {p.name: p for p in [
     Profile('smoke', patients=300, ins_per_task=300, bench_per_task=100, replicates=200, shard_patients=50,
             model='tiny', answer_tokens=160, base_steps=6, adapt_steps=6, reason_steps=6,
             reinforce_steps=2, prompts=1, completions=4, ablations='plain', scaling='0.5', warmup_steps=2,
-            ehrmind_steps=1, lm_per_task=2, least_headroom=0.),
+            ehrmind_steps=1, lm_per_task=2, other_per_task=2, least_headroom=0.),
     Profile('pretraining', patients=20_000, seed=2_042, ins_per_task=300, base_steps=1_400),
     Profile('demo', model='kept', ins_per_task=600, shard_patients=50, adapt_steps=600, adapt_rate=1e-3, record_loss=0.,
-            reason_steps=400, warmup_steps=20),
+            reason_steps=400, warmup_steps=20, other_per_task=8),
     Profile('study', patients=20_000, model='kept', ins_per_task=3_000, adapt_steps=8_000, adapt_rate=1e-3,
             record_loss=0.,
             reason_steps=3_000, reinforce_steps=40, reinforce_rate=5e-5, prompts=16,
@@ -190,7 +191,7 @@ PROFILES = {p.name: p for p in [
             warmup_steps=0, ehrmind_steps=0, least_headroom=0., record_loss=0.,
             adapt_rate=2e-5, reason_rate=2e-5, reinforce_rate=2e-6,
             batch=8, plain_share=.2, reason_batch=64, completions=16, micro_batch=1,
-            ablations='no_knowledge,no_sections,plain', lm_per_task=0),
+            ablations='no_knowledge,no_sections,plain', lm_per_task=0, other_per_task=0),
 ]}
 
 # %% ../nbs/01_run/02_profiles.ipynb #7c61cbee

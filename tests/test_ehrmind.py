@@ -671,7 +671,7 @@ def test_each_model_is_asked_each_benchmark(recipe):
         ('colours', 'others', 'malformed')]
     accuracy = table.filter(tested='others', metric='accuracy')['value']
     assert accuracy.to_list() == [0, 0]
-    assert (table['samples'] == SMALL.lm_per_task).all()
+    assert (table['samples'] == SMALL.other_per_task).all()
 
 def test_launcher_knows_its_benchmarks_only(tmp_path):
     job = dict(benchmark='os')

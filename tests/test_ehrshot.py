@@ -36,7 +36,7 @@ from ehr_r1.transfer.ehrshot.synthetic import DISEASES, as_meds, write_synthetic
 from ehr_r1.transfer.ehrshot.tasks import BENCHMARK, ehrshot_right, ehrshot_score
 from ehr_r1.transfer.question_sets import ANSWERS, QUESTIONS, RESULTS, asked_questions
 
-P = profile('smoke', lm_per_task=0, replicates=10, workers=1, style='compact')
+P = profile('smoke', other_per_task=0, replicates=10, workers=1, style='compact')
 
 # a small release by hand
 
@@ -517,7 +517,7 @@ def test_the_judge_of_answers_never_fails(a, b, gold):
 def hospital(tmp_path_factory):
     root = tmp_path_factory.mktemp('ehrshot')
     build_hospital(root/'tables', 30, 7, workers=1, progress=False)
-    run, p = Run('thirty', root), profile('smoke', workers=1, lm_per_task=3, replicates=20)
+    run, p = Run('thirty', root), profile('smoke', workers=1, other_per_task=3, replicates=20)
     build_trajectories(open_source(root/'tables'), run, p)
     folder = run.folder/'transfer'/'ehrshot_files'
     with pytest.MonkeyPatch.context() as patch:  # two sizes and replicates are enough here

@@ -43,7 +43,7 @@ from ehr_r1.transfer.mimic_cdm.files import (
 from ehr_r1.transfer.mimic_cdm.synthetic import build_cdm_files, write_cdm_files
 from ehr_r1.transfer.question_sets import ANSWERS, QUESTIONS, asked_questions
 
-SMOKE = profile('smoke', lm_per_task=0, replicates=50)
+SMOKE = profile('smoke', other_per_task=0, replicates=50)
 quick = settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 # -- records

@@ -1083,7 +1083,7 @@ def home(tmp_path_factory):
     files.mkdir()
     written(files)
     run, bare = Run('r', root), Run('bare', root)
-    everything = replace(SMOKE, lm_per_task=0)
+    everything = replace(SMOKE, other_per_task=0)
     assert build_benchmark(run, everything, TRIALS, files)
     assert not build_benchmark(run, everything, TRIALS, files)  # up to date
     params = dict(seed=42, protocol='strict', style='compact', caps='paper')

@@ -98,11 +98,11 @@ def models_of(
 # %% ../../nbs/09_ehrmind/05_cross.ipynb #a4d97ee1
 def build_cross(
     run:Run,     # models are asked where they stand
-    p:Profile,   # lm_per_task, seed, replicates; see `recipe_of`
+    p:Profile,   # other_per_task, seed, replicates; see `recipe_of`
     courses:list # of (`Course`, folder)
 )->bool: # False if it was up to date
     "The cross-task table: runs/<run>/transfer/cross/."
-    s = p.only('model', 'lm_per_task', 'context', 'answer_tokens', 'seed', 'replicates')
+    s = p.only('model', 'other_per_task', 'context', 'answer_tokens', 'seed', 'replicates')
     names = [course.benchmark.name for course, _ in courses]
     models = models_of(run, names)
     inputs = dict(models)

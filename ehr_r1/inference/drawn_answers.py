@@ -10,6 +10,8 @@ import numpy as np
 from tqdm import tqdm
 
 from ..config import seed_of, uniform
+from .local import Transformers, batches, prefill, write_answers
+from .prefixes import Group
 
 # %% ../../nbs/04_inference/12_drawn_answers.ipynb #fe0f1a0e
 def drawn_tokens(
@@ -32,25 +34,18 @@ def drawn_tokens(
 
 # %% ../../nbs/04_inference/12_drawn_answers.ipynb #db07f7ca
 def drawing(
-    items:np.ndarray, # seeds of the prompts of a batch
-    k:int,            # answers to each
-    start:int,        # tokens of a prompt, padded
-    seed:int,         # of the run
-    how:dict          # temperature, top_p, top_k
-): # a transformers.LogitsProcessor
-    "Leaves one token of each row, drawn by the identity of prompt, answer and place."
-    import torch
-    from transformers import LogitsProcessor
-    rows, numbers = np.repeat(items, k), np.tile(np.arange(k), len(items))
+    items:np.ndarray,   # seed of the prompt of each row of a batch
+    numbers:np.ndarray, # which of its answers it is
+    seed:int,           # of the run
+    how:dict            # temperature, top_p, top_k
+): # a function that chooses tokens, see `write_answers`
+    "Draws the next token of each row by the identity of prompt, answer and place."
+    def choose(logits, rows, place):
+        places = np.full(len(rows), place)
+        draws = uniform(seed_of(seed, 'answer'), items[rows], numbers[rows], places)
+        return drawn_tokens(logits, draws, **how).ravel()
 
-    class Drawing(LogitsProcessor):
-        def __call__(self, input_ids, scores):
-            place = np.full(len(rows), input_ids.shape[1] - start)
-            draws = uniform(seed_of(seed, 'answer'), rows, numbers, place)
-            token = drawn_tokens(scores, draws, **how)
-            return torch.full_like(scores, -torch.inf).scatter(-1, token, 0.)
-
-    return Drawing()
+    return choose
 
 # %% ../../nbs/04_inference/12_drawn_answers.ipynb #c7b7bd17
 def sample_answers(
@@ -63,26 +58,25 @@ def sample_answers(
     temperature:float=.6, # EHRMind
     top_p:float=.95,      # EHRMind
     top_k:int=0,          # tokens to draw among; 0: all
-    rows:int=512          # answers at a time
+    slots:int|None=None   # see `Transformers`
 )->dict: # sample_id -> k texts
     "Drawn answers, the same in any order of the prompts."
     import torch
     model.eval()
-    answers = {}
-    shortest_first = sorted(prompts, key=lambda sample_id: (len(prompts[sample_id]), sample_id))
-    each = max(1, rows//k)
-    for begin in tqdm(range(0, len(shortest_first), each), desc='answers', unit='batch'):
-        some = shortest_first[begin:begin + each]
-        batch = tokenizer([prompts[sample_id] for sample_id in some], add_special_tokens=False, padding=True,
-                          padding_side='left', return_tensors='pt').to(model.device)
-        ids, mask = (tensor.repeat_interleave(k, 0) for tensor in (batch.input_ids, batch.attention_mask))
-        items = np.array([seed_of(seed, sample_id) for sample_id in some], np.uint64)
-        draw = drawing(items, k, ids.shape[1], seed, dict(temperature=temperature, top_p=top_p, top_k=top_k))
+    engine = Transformers(model, tokenizer, slots)
+    names = sorted(prompts)
+    asked = tokenizer([prompts[name] for name in names], add_special_tokens=False).input_ids
+    rows = [row for row in asked for _ in range(k)]
+    groups = [Group(len(row) - 1, list(range(n*k, (n + 1)*k))) for n, row in enumerate(asked)]
+    items = np.repeat(np.array([seed_of(seed, name) for name in names], np.uint64), k)
+    numbers = np.tile(np.arange(k), len(names))
+    how = dict(temperature=temperature, top_p=top_p, top_k=top_k)
+    texts = {}
+    for places in tqdm(batches(groups, rows, engine.slots, longest), desc='answers', unit='batch'):
+        together = [groups[place//k] for place in places[::k]]
         with torch.inference_mode():
-            made = model.generate(
-                input_ids=ids, attention_mask=mask, max_new_tokens=longest, do_sample=False, logits_processor=[draw],
-                eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
-        texts = tokenizer.batch_decode(made[:, ids.shape[1]:], skip_special_tokens=True)
-        for place, sample_id in enumerate(some):
-            answers[sample_id] = texts[place*k:(place + 1)*k]
-    return answers
+            batch = prefill(model, rows, together, keep=True)
+            choose = drawing(items[batch.order], numbers[batch.order], seed, how)
+            written = write_answers(model, batch, engine.ends, longest, choose)
+        texts |= zip(batch.order, tokenizer.batch_decode(written, skip_special_tokens=True))
+    return {name: [texts[n*k + number] for number in range(k)] for n, name in enumerate(names)}

@@ -103,20 +103,30 @@ def yes_no_mass(
     return torch.stack(masses, 1).tolist()
 
 # %% ../../nbs/04_inference/09_local.ipynb #0a07919b
-def write_greedily(
+def likeliest(
+    logits, # tensor: rows × vocabulary
+    rows,   # places of these rows in their batch
+    place   # of the token in the answer
+): # tensor: the token of each row
+    "How a greedy answer goes on."
+    return logits.argmax(-1)
+
+
+def write_answers(
     model,             # of transformers
     batch:Prefilled,   # with its cache, which is used up
     ends:set,          # ids of the tokens that end an answer
-    max_tokens:int     # longest answer
+    max_tokens:int,    # longest answer
+    choose=likeliest   # the next token of each row
 )->list: # ids of each row, up to and with the end token
-    "Write the likeliest token of each row until it ends."
+    "Write each row token by token until it ends."
     import torch
 
     ends = torch.tensor(sorted(ends), device=batch.mask.device)
     logits, mask, cache = batch.logits, batch.mask, batch.cache
     words, alive = [[] for _ in mask], list(range(len(mask)))
     for written in range(1, max_tokens + 1):
-        new = logits.argmax(-1)
+        new = choose(logits, alive, written)
         for row, token in zip(alive, new.tolist()):
             words[row].append(token)
         going = (~torch.isin(new, ends)).nonzero()[:, 0]
@@ -229,7 +239,7 @@ def ask_transformers(
     with torch.inference_mode():
         batch = prefill(engine.model, rows, groups, keep=bool(max_tokens))
         if max_tokens:
-            made = write_greedily(engine.model, batch, engine.ends, max_tokens)
+            made = write_answers(engine.model, batch, engine.ends, max_tokens)
         else:
             made = yes_no_mass(batch.logits, engine.tokens)
     for place, found in zip(batch.order, made):

@@ -57,13 +57,13 @@ ASKED = ('base', 'adapted', 'reasoned', 'reinforced')  # systems, as far as they
 
 def build_benchmark(
     run:Run,             # checkpoints are asked where they stand
-    p:Profile,           # lm_per_task, context, answer_tokens, seed, replicates, style
+    p:Profile,           # other_per_task, context, answer_tokens, seed, replicates, style
     benchmark:Benchmark, # which
     folder:str|Path,     # of its files
     asked:tuple=ASKED    # systems
 )->bool: # False if it was up to date
     "Questions, answers and scores of one benchmark: runs/<run>/transfer/<name>/."
-    s = p.only('lm_per_task', 'context', 'answer_tokens', 'seed', 'replicates', 'style')
+    s = p.only('other_per_task', 'context', 'answer_tokens', 'seed', 'replicates', 'style')
     folder = Path(folder)
     models = [system for system in systems(run) if system.name in asked]
     inputs = benchmark.files(folder) | {system.name: run.checkpoints/system.model for system in models}

@@ -138,16 +138,16 @@ class Benchmark:
 # %% ../../nbs/08_transfer/02_question_sets.ipynb #5cb15f59
 def asked_questions(
     questions:pl.DataFrame,    # `QUESTIONS` rows
-    p,                         # settings lm_per_task, seed
+    p,                         # settings other_per_task, seed
     risks:int=RISKS_A_DECISION # times as many of a risk task
 )->pl.DataFrame: # of held_out
     "The questions that language models answer: of each task a seeded draw, of risks as many yes as no."
     rows = questions.filter(pl.col('split') == 'held_out')
-    if not p.lm_per_task:
+    if not p.other_per_task:
         return rows
     draws = [seed_of(p.seed, 'asked', sample_id) for sample_id in rows['sample_id']]
     is_risk = pl.col('kind') == 'risk'
     answer = pl.when(is_risk).then(pl.col('gold').list.first()).otherwise(pl.lit(''))
-    most = pl.when(is_risk).then(max(1, p.lm_per_task*risks//2)).otherwise(p.lm_per_task)
+    most = pl.when(is_risk).then(max(1, p.other_per_task*risks//2)).otherwise(p.other_per_task)
     place = pl.col('draw').rank('ordinal').over('task', answer)
     return rows.with_columns(draw=pl.Series(draws, dtype=pl.UInt64)).filter(place <= most).drop('draw')

@@ -62,7 +62,7 @@ def _with_records(rows, records, p):
 
 # %% ../../../nbs/08_transfer/07_ehrshot.ipynb #3778692c
 def ehrshot_questions(folder:str|Path, # of a release
-                      p:Profile        # lm_per_task, context, style, seed
+                      p:Profile        # other_per_task, context, style, seed
 )->tuple: # (`QUESTIONS` rows, counts)
     "Questions of a release."
     files = release_files(folder)
