@@ -422,18 +422,28 @@ MOST_PROBLEMS, MOST_ARGUMENTS, MOST_LINES = 3, 4, 6 # of a chain: problems, argu
 def facts_of(
     argument:Argument,
     items:set # those that are argued for by it
-)->list: # of `Shown`, one a line of evidence; those with an item of their own first
+)->list: # of `Shown`, each about another thing; those with an item of their own first
     "The facts that an argument is quoted with."
     order = sorted(argument.found, key=lambda found: (found.link.target not in items, -found.link.weight))
     if argument.role != 'problem':
-        lines = {found.line: found for found in reversed(order) if found.link.target in items}
-        return list(lines.values())[::-1][:1 if argument.role == 'routine' else MOST_FACTS]
+        order = [found for found in order if found.link.target in items]
+    if argument.role == 'routine':
+        return order[:1]
     things = {found.thing: found for found in reversed(order)}
-    facts = [found for found in order if things[found.thing] is found]
-    again = {found.line: found for found in order if found.thing in things}
-    if len(facts) < 2:
-        facts += [found for line, found in again.items() if line != facts[0].line][:1]
-    return facts[:MOST_FACTS]
+    return [found for found in order if things[found.thing] is found][:MOST_FACTS]
+
+def seen_again(
+    chosen:list, # of (argument, items, facts)
+    lines:set    # of evidence that are quoted
+)->list: # the same, with one more fact where there is one
+    "Arguments that rest on one line: the same thing seen a second time."
+    for number, (argument, items, facts) in enumerate(chosen):
+        others = [found for found in argument.found if found.line not in lines]
+        if argument.role != 'problem':
+            others = [found for found in others if found.link.target in items]
+        if others:
+            return [*chosen[:number], (argument, items, [*facts, others[0]]), *chosen[number + 1:]]
+    return chosen
 
 # %% ../../nbs/05_synthesis/18_reasoning.ipynb #0e05e488
 def first_problem(
@@ -475,6 +485,9 @@ def chosen_arguments(
             lines |= {found.line for found in facts}
     if chosen and len(lines) < MOST_LINES and not any(argument.role == 'problem' for argument, *_ in chosen):
         chosen = first_problem(arguments, lines) + chosen[:MOST_ARGUMENTS - 1]
+    quoted = {found.line for *_, facts in chosen for found in facts}
+    if len(quoted) < LEAST_LINES:
+        chosen = seen_again(chosen, quoted)
     return sorted(chosen, key=lambda one: one[0].role != 'problem')
 
 # %% ../../nbs/05_synthesis/18_reasoning.ipynb #13beb97b
