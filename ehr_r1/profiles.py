@@ -110,7 +110,7 @@ class RateSettings:
     reason_rate: float = 1e-3
     reinforce_rate: float = 1e-4
     batch: int = 16                 # sequences a step in stages 0 and 1 (EHR-R1: 8)
-    plain_share: float = .5         # of stage 2, answered without thinking (EHR-R1: about .2)
+    plain_share: float = .6         # of stage 2, answered without thinking (EHR-R1: about .2)
     reason_batch: int = 8           # the same in stage 2 (EHR-R1: 64)
     prompts: int = 4                # a step of stage 3 (EHR-R1: 4)
     completions: int = 8            # of each prompt (EHR-R1: 16)
@@ -178,7 +178,7 @@ PROFILES = {p.name: p for p in [
             model='tiny', answer_tokens=160, base_steps=6, adapt_steps=6, reason_steps=6,
             reinforce_steps=2, prompts=1, completions=4, ablations='plain', scaling='0.5', warmup_steps=2,
             ehrmind_steps=1, lm_per_task=2, other_per_task=2, least_headroom=0.),
-    Profile('pretraining', patients=20_000, seed=2_042, ins_per_task=300, base_steps=1_400),
+    Profile('pretraining', patients=20_000, seed=2_042, ins_per_task=1_000, variants='knowledge', base_steps=1_400),
     Profile('demo', model='kept', ins_per_task=600, shard_patients=50, adapt_steps=600, adapt_rate=1e-3, record_loss=0.,
             reason_steps=400, warmup_steps=20, other_per_task=8),
     Profile('study', patients=20_000, model='kept', ins_per_task=3_000, adapt_steps=8_000, adapt_rate=1e-3,

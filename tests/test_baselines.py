@@ -29,7 +29,7 @@ from ehr_r1.evaluation.published import published
 from ehr_r1.intervals import score_all
 from ehr_r1.profiles import profile
 from ehr_r1.training.examples import Prompter
-from ehr_r1.training.models import LINES, train_tokenizer
+from ehr_r1.training.models import train_tokenizer
 
 PLANTED = ['sample_id', 'subject_id', 'task', 'family', 'split', 'label']
 FACTS = ['sample_id', 'table', 'cells']
@@ -399,7 +399,7 @@ STAY = record_text(['## Patient Demographics\nF', OLD, *[NEW]*20], TASKS['Inpati
 
 @pytest.mark.parametrize(('context', 'is_shown'), [(90, False), (1000, True)])
 def test_only_lines_that_are_left_of_a_cut_record_are_seen(context, is_shown):
-    tokenizer = train_tokenizer([STAY]*50, 600, LINES)
+    tokenizer = train_tokenizer([STAY]*50, 600, by_line=True)
     lines = given_lines(STAY, 'Inpatient_Mortality', Prompter(tokenizer, context, 0, 'binned', True))
     assert ('## Lab Results: Lactate p95' in lines) == is_shown
     assert '## Lab Results: Sodium p50' in lines

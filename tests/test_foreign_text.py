@@ -31,7 +31,8 @@ from ehr_r1.inference.teachers import Request
 from ehr_r1.profiles import profile
 from ehr_r1.scoring import parse_answer, set_f1
 from ehr_r1.synthesis.cases import case_page
-from ehr_r1.synthesis.reasoning import Brief, fault_of
+from ehr_r1.synthesis.filters import fault_of
+from ehr_r1.synthesis.reasoning import Brief
 from ehr_r1.synthesis.support import final_results, read_chain, read_record, support
 from ehr_r1.synthesis.thinking_graph import Link, ThinkingGraph
 from ehr_r1.training.examples import EXAMPLES, Writer, encode, shorten, show_example

@@ -9,7 +9,7 @@ from ehr_r1.inference.checkpoints import ModelError, load_model
 from ehr_r1.profiles import PROFILES, SIZED, is_ours, profile
 from ehr_r1.stages import build, read_manifest
 from ehr_r1.training import stages
-from ehr_r1.training.models import LINES, SIZES, new_model, train_tokenizer
+from ehr_r1.training.models import SIZES, new_model, train_tokenizer
 
 CUTS = dict(labevents={'Sodium': [120., 125, 130, 135, 138, 141, 144, 147, 150]})
 
@@ -21,7 +21,7 @@ def finished(folder, make, access):
 @pytest.fixture
 def made(tmp_path):
     "A function that makes a run with a base, of samples that are open or not."
-    tokenizer = train_tokenizer(['Sodium p50\nyes\nno\n']*3, 320, LINES)
+    tokenizer = train_tokenizer(['Sodium p50\nyes\nno\n']*3, 320, by_line=True)
     model = new_model('tiny', tokenizer, 1, 64)
 
     def base(out):

@@ -28,6 +28,7 @@ from ehr_r1.inference.endpoints import InferenceError, Refused
 from ehr_r1.profiles import DESIGNS, VARIANTS, profile
 from ehr_r1.stages import read_manifest
 from ehr_r1.synthesis.chains import briefs_of, build_chains, kept_chains, scan_chains
+from ehr_r1.synthesis.filters import FORMS, fault_of
 from ehr_r1.synthesis.graphs import (
     GRAPHED,
     build_graphs,
@@ -40,7 +41,6 @@ from ehr_r1.synthesis.graphs import (
 )
 from ehr_r1.synthesis.measures import GOALS, evidence_shares, of_chains
 from ehr_r1.synthesis.open_knowledge import build_knowledge
-from ehr_r1.synthesis.reasoning import FORMS, fault_of
 from ehr_r1.synthesis.support import (
     argued_for,
     counted_items,
@@ -54,8 +54,8 @@ from ehr_r1.synthesis.thinking_graph import draw_graph
 
 
 def made(home, **fields):
-    "A small hospital as far as its graphs."
-    run, p = Run('r', home), profile('smoke', patients=150, shard_patients=75, **fields)
+    "A small hospital as far as its graphs, and a profile that asks for some chains of each task."
+    run, p = Run('r', home), profile('smoke', patients=150, shard_patients=75, chains_per_task=30, **fields)
     tables = home/'tables'
     if not tables.exists():
         build_hospital(tables, 150, 42, progress=False)

@@ -724,25 +724,35 @@ def scarce(tmp_path):
 VARIANTS_OF_STAGE_2 = pytest.mark.parametrize('variant', ['knowledge', 'plain'])
 
 
-def thought_and_rest(scarce, variant):
+def thought_and_rest(scarce, variant, plain_share=.5):
     "What a model thinks about in stage 2, and what it answers without, in order."
     run, rows = scarce
-    chosen = choose_examples(run, 'reason', 7, variant).with_row_index('place')
+    chosen = choose_examples(run, 'reason', 7, variant, plain_share=plain_share).with_row_index('place')
     chosen = chosen.join(rows, on='sample_id', maintain_order='left')
     thinks = pl.col('chain').is_not_null()
     return chosen.filter(thinks), chosen.filter(~thinks)
 
 
 @VARIANTS_OF_STAGE_2
-def test_samples_answered_without_thinking_are_others(scarce, variant):
-    thought, rest = thought_and_rest(scarce, variant)
-    assert rest['sample_id'].n_unique() == len(rest) == len(THOUGHT)/4
+@pytest.mark.parametrize('plain_share', [.2, .5, .7])
+def test_so_many_are_answered_without_thinking_and_two_of_three_are_risks(scarce, variant, plain_share):
+    thought, rest = thought_and_rest(scarce, variant, plain_share)
+    assert abs(len(rest)/(len(rest) + len(thought)) - plain_share) < .1
+    assert rest['sample_id'].n_unique() == len(rest)
     assert not set(rest['sample_id']) & set(thought['sample_id'])
+    decisions = rest.filter(pl.col('family') == 'decision')
+    assert len(rest) == 3*len(decisions) > 0
 
 
 @VARIANTS_OF_STAGE_2
 def test_stage_2_thinks_about_the_teachers_chains_alone(scarce, variant):
-    run, _ = scarce
-    chosen = choose_examples(run, 'reason', 7, variant)
-    thought = chosen.filter(pl.col('chain').is_not_null())
+    thought, rest = thought_and_rest(scarce, variant)
+    left = set(THOUGHT) - set(rest['sample_id'])
+    assert set(thought['sample_id']) == left
+    assert len(left) > len(THOUGHT)/2
+
+
+def test_without_plain_ones_all_chains_are_thought_about(scarce):
+    thought, rest = thought_and_rest(scarce, 'knowledge', 0)
     assert sorted(thought['sample_id']) == sorted(THOUGHT)
+    assert rest.is_empty()

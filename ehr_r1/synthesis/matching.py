@@ -14,7 +14,6 @@ from operator import itemgetter
 import ahocorasick_rs
 import numpy as np
 import polars as pl
-from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS
 from tqdm import tqdm
 
 # %% ../../nbs/05_synthesis/07_matching.ipynb #e62fb97f
@@ -53,6 +52,7 @@ def name_keys(
     numbers:dict     # word -> number from 1, filled
 )->pl.Series: # `word_bytes` of each name, empty where it is not searched for
     "Names as the automaton reads them."
+    from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS
     codes, ends = array('I'), []
     for name in tqdm(names, desc='dictionary', unit='name', disable=len(names) < 100_000):
         words = WORD.findall(lower_case(name))

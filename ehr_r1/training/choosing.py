@@ -35,31 +35,34 @@ def drawn(
     return rows.with_columns(draw=pl.Series(draws, dtype=pl.UInt64)).sort('draw').drop('draw')
 
 # %% ../../nbs/06_training/04_choosing.ipynb #88e3bfd0
-def with_chain(
-    samples:pl.DataFrame, # from `samples_of`
-    chains:pl.DataFrame   # sample_id, task, chain
-)->tuple: # (samples with their chain, samples without one)
-    "What a model thinks about, and what it may answer plainly."
-    thought = samples.join(chains.drop('task'), on='sample_id', maintain_order='left')
-    rest = samples.join(chains, on='sample_id', how='anti', maintain_order='left')
-    return thought, rest.with_columns(chain=_NO_CHAIN)
+RISKS_A_PLAIN_DECISION = 2 # of stage 2; our own choice
+
+
+def plain_decisions(
+    decisions:int,    # samples of decision tasks
+    thought:int,      # of them with a chain
+    plain_share:float # of the examples that shall not think
+)->int: # decisions that are answered without thinking, whether they have a chain or not
+    "How many are left to think so that the share comes out."
+    each = 1 + RISKS_A_PLAIN_DECISION
+    return int(plain_share*thought/(each*(1 - plain_share) + plain_share*thought/max(decisions, 1)))
 
 # %% ../../nbs/06_training/04_choosing.ipynb #9e292298
 def mixed(
-    thought:pl.DataFrame, # samples to think about, with chain
-    rest:pl.DataFrame,    # samples that may be answered plainly
+    samples:pl.DataFrame, # from `samples_of`, with chain: null where there is none
     seed:int,             # of the run
     control:bool,         # whether the chains are left away, for the ablation `plain`
     plain_share:float     # of the examples that do not think
-)->pl.DataFrame: # both, with mode and the length of chain and answer
-    "The examples of stage 2: some think, the others do not, risks first; none does both."
-    wanted = int(len(thought)*plain_share/(1 - plain_share))
-    rest = drawn(rest, seed, 'no_think').sort(pl.col('family') == 'decision', maintain_order=True).head(wanted)
-    thought = thought.join(rest, on='sample_id', how='anti', maintain_order='left')
-    plain = pl.col('chain').is_null() | control
-    mode = pl.when(plain).then(pl.lit('no_think')).otherwise(pl.lit('think'))
+)->pl.DataFrame: # some of them, with mode and the length of chain and answer
+    "The examples of stage 2: some think, the others are decisions and twice as many risks; none does both."
+    shuffled = drawn(samples, seed, 'no_think')
+    decisions, risks = (shuffled.filter(pl.col('family') == family) for family in ('decision', 'risk'))
+    number = plain_decisions(len(decisions), decisions['chain'].count(), plain_share)
+    plain = decisions.head(number).with_columns(chain=_NO_CHAIN)
+    thought = decisions.slice(number).filter(pl.col('chain').is_not_null())
+    both = pl.concat([thought, plain, risks.head(RISKS_A_PLAIN_DECISION*number)])
+    mode = pl.when(pl.col('chain').is_null() | control).then(pl.lit('no_think')).otherwise(pl.lit('think'))
     longer = pl.col('chain').str.len_chars().fill_null(0)
-    both = pl.concat([thought, rest], how='diagonal')
     return both.with_columns(mode=mode, length=pl.col('length') + longer)
 
 # %% ../../nbs/06_training/04_choosing.ipynb #c59cae12
@@ -96,8 +99,8 @@ def choose_examples(
             asked = fresh(samples, chains, seed).with_columns(chain=_NO_CHAIN)
             chosen = drawn(asked, seed, 'reason').reverse()
         else:
-            thought, rest = with_chain(samples, chains)
-            chosen = drawn(mixed(thought, rest, seed, variant == 'plain', plain_share), seed, 'reason')
+            may_think = samples.join(chains.drop('task'), on='sample_id', how='left', maintain_order='left')
+            chosen = drawn(mixed(may_think, seed, variant == 'plain', plain_share), seed, 'reason')
     if curriculum:
         chosen = chosen.sort('length', maintain_order=True)
     return chosen.select('sample_id', 'mode', 'chain')

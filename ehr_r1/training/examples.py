@@ -25,7 +25,7 @@ from ..data.serialize import TITLES, record_text, without_question
 from ..data.tasks import TASKS, split_question
 from ..foreign_text import html_text
 from ..inference.checkpoints import answer_text, as_text, chat_text, check_chat
-from ..synthesis.reasoning import fault_of
+from ..synthesis.filters import fault_of
 from ..synthesis.support import read_record
 
 # %% ../../nbs/06_training/03_examples.ipynb #7a8e07b6

@@ -27,7 +27,7 @@ from .copying import GATE
 from .example_files import write_examples
 from .examples import Writer, scan_examples
 from .metrics import read_metrics
-from .models import LINES, SIZES, WORDS, new_model, train_tokenizer
+from .models import SIZES, new_model, train_tokenizer
 from .record_texts import write_texts
 from .settings import STAGE_EPOCHS, stage_settings
 from .trainer import run_training
@@ -102,8 +102,7 @@ def own_tokenizer(
     s:SimpleNamespace # model (a size), seed, style
 ): # transformers' PreTrainedTokenizerFast
     "The tokenizer of a model from scratch, learnt from the run: the same whenever the same samples and chains stand."
-    pieces = LINES if s.style == 'binned' else WORDS
-    return train_tokenizer(vocabulary(run, s.seed), SIZES[s.model].vocab, pieces)
+    return train_tokenizer(vocabulary(run, s.seed), SIZES[s.model].vocab, by_line=s.style == 'binned')
 
 # %% ../../nbs/06_training/16_stages.ipynb #fc5ae2be
 def random_start(

@@ -8,8 +8,6 @@ __all__ = ['weights_of', 'weigh_samples']
 # %% ../../nbs/06_training/13_weighing.ipynb #9bfbed96
 from dataclasses import dataclass
 
-import torch
-
 
 @dataclass(frozen=True)
 class Weights:
@@ -53,6 +51,7 @@ def record_and_answer(
     weights:Weights # record, opener
 ): # a tensor with one number
     "Mean loss of all tokens of a step, those before the answer with less weight."
+    import torch
     tokens, there = inputs['input_ids'], inputs['attention_mask'].bool()
     logits = model(input_ids=tokens, attention_mask=there.long(), use_cache=False).logits[:, :-1]
     foretold = there[:, 1:]
