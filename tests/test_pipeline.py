@@ -231,16 +231,14 @@ def test_workers_are_not_in_the_name_of_a_run():
 # -- interrupted -------------------------------------------------------------------------------------------------------
 
 RUN_MAIN = 'import sys; from ehr_r1.pipeline import main; sys.exit(main())'
-STAGES = ('hospital', 'trajectories', 'index', 'samples', 'knowledge', 'graphs', 'chains', 'baselines', 'scores')
-SMALL = ('profile=smoke', 'patients=60', 'shard_patients=20', 'replicates=20', 'run=k')
+STAGES = ('hospital', 'trajectories', 'index', 'samples', 'knowledge', 'graphs', 'chains')
+SMALL = ('profile=smoke', 'patients=45', 'shard_patients=15', 'chains_per_task=10', 'run=k')
 MOMENTS = (
     'hospital.partial/key',
     'trajectories.partial/shard-00001.parquet',
     'samples.partial/shard-00000.done',
     'graphs.partial/terms/shard-00001.parquet',
-    'graphs.partial/shard-00000.parquet',
     'chains.partial/shard-00000.parquet',
-    'scores.partial/key',
 )
 
 
@@ -268,7 +266,7 @@ def test_killed_at_many_moments_it_ends_with_the_same_bytes(tmp_path):
     calm, rough = tmp_path/'calm', tmp_path/'rough'
     assert start(calm).wait() == 0
     killed = [moment for moment in MOMENTS if killed_at(rough/'runs'/'k'/moment, rough)]
-    assert len(killed) >= 4, killed  # some moments are too short to hit every time
+    assert len(killed) >= 3, killed  # some moments are too short to hit every time
     assert start(rough).wait() == 0
     assert digests(rough/'runs'/'k') == digests(calm/'runs'/'k')
     assert not list((rough/'runs').rglob('*.partial'))

@@ -15,9 +15,6 @@ import numpy as np
 import polars as pl
 from joblib import Parallel, delayed
 from scipy.special import expit
-from sklearn import config_context
-from sklearn.ensemble import HistGradientBoostingClassifier
-from sklearn.linear_model import LogisticRegression
 from threadpoolctl import threadpool_limits
 from tqdm import tqdm
 
@@ -177,6 +174,8 @@ def one_vs_rest(
     asked           # features of the samples to answer for
 )->np.ndarray: # samples asked x labels: probabilities
     "A regression a label."
+    from sklearn import config_context
+    from sklearn.linear_model import LogisticRegression
     weight, offset = np.zeros((features.shape[1], has.shape[1])), np.zeros(has.shape[1])
     with config_context(assume_finite=True):  # features are finite by construction; saves a third of the time
         for label, gold in enumerate(has.T):
@@ -256,6 +255,7 @@ def fitted_logistic(
     can_tune:bool    # whether tuning samples can choose the penalty
 ): # a LogisticRegression
     "One regression, of the strength that is best on tuning samples."
+    from sklearn.linear_model import LogisticRegression
     models = []
     for strength in STRENGTHS if can_tune else [STRENGTH]:
         model = LogisticRegression(C=strength, solver='liblinear', tol=1e-2)
@@ -275,6 +275,7 @@ def fitted_trees(
     seed:int         # of the task
 )->tuple: # (its log likelihood of the tuning samples, risk of each held-out sample)
     "Boosted trees, as many as are best on tuning samples."
+    from sklearn.ensemble import HistGradientBoostingClassifier
     trees = HistGradientBoostingClassifier(
         max_iter=300 if can_tune else 75, learning_rate=.05, max_leaf_nodes=leaves, min_samples_leaf=10,
         l2_regularization=5., max_features=.1, early_stopping=can_tune, n_iter_no_change=30, random_state=seed % 2**32)

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 import numpy as np
 import polars as pl
 from scipy import sparse
-from sklearn.feature_extraction.text import CountVectorizer
 
 from ..data.events import DISPLAY
 
@@ -256,6 +255,7 @@ def line_matrix(
     training:np.ndarray # which of them are training samples
 )->sparse.csr_matrix: # samples x lines: how often each line stands there, of lines with support
     "Counts of lines."
+    from sklearn.feature_extraction.text import CountVectorizer
     found = Counter(line for i in np.flatnonzero(training) for line in set(lines[i]))
     columns = sorted(line for line, n in found.items() if n >= SUPPORT)
     return CountVectorizer(analyzer=list, vocabulary=columns or ['']).transform(lines).astype(float)

@@ -11,9 +11,6 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 from scipy.special import expit
-from sklearn import config_context
-from sklearn.ensemble import HistGradientBoostingClassifier
-from sklearn.linear_model import LogisticRegression
 from threadpoolctl import threadpool_limits
 from tqdm import tqdm
 
@@ -130,6 +127,8 @@ def fit_counts(x,                # labels x counts, rows of length 1
                test:np.ndarray   # rows to answer
 )->tuple: # (probability of yes of each test row, status)
     "Logistic regression with a chosen penalty."
+    from sklearn import config_context
+    from sklearn.linear_model import LogisticRegression
     if len(set(y[train])) < 2 or not x.shape[1]:
         return _constant(y[train], len(test))
     rows, choose = x[train], x[tune]
@@ -153,6 +152,7 @@ def fit_trees(x,                # labels x counts
               seed:int          # of the fit
 )->tuple: # (probability of yes of each test row, status)
     "Gradient boosting on the commonest counts."
+    from sklearn.ensemble import HistGradientBoostingClassifier
     if len(set(y[train])) < 2 or not x.shape[1]:
         return _constant(y[train], len(test))
     seen = np.diff(x[train].tocsc().indptr)

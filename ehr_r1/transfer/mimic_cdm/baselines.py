@@ -11,8 +11,6 @@ from collections import Counter
 
 import numpy as np
 import polars as pl
-from sklearn.feature_extraction.text import TfidfVectorizer
-from sklearn.linear_model import LogisticRegression
 
 from ehr_r1.config import seed_of
 from ehr_r1.evaluation.baselines import f1_at_k
@@ -60,6 +58,8 @@ def diseases_by_words(
     asked:list     # records
 )->list: # a disease each
     "Logistic regression on words."
+    from sklearn.feature_extraction.text import TfidfVectorizer
+    from sklearn.linear_model import LogisticRegression
     if len(set(diseases)) < 2:
         return diseases[:1]*len(asked)
     words = TfidfVectorizer(token_pattern='[a-z]{3,}', sublinear_tf=True, max_features=20_000)

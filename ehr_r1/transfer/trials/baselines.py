@@ -13,8 +13,6 @@ from typing import NamedTuple
 
 import numpy as np
 import polars as pl
-from sklearn.feature_extraction.text import TfidfVectorizer
-from sklearn.linear_model import LogisticRegression
 
 from ehr_r1.profiles import Profile
 from ehr_r1.transfer.question_sets import ANSWERS
@@ -112,6 +110,8 @@ def regression_labels(
     asked:pl.DataFrame  # pairs
 )->np.ndarray: # places in `TRIAL_CLASSES`
     "The classes of pairs by a logistic regression on `pair_features`."
+    from sklearn.feature_extraction.text import TfidfVectorizer
+    from sklearn.linear_model import LogisticRegression
     words = TfidfVectorizer(sublinear_tf=True, stop_words='english')
     words.fit([text for column in ('note', *FIELDS) for text in train[column].unique(maintain_order=True)])
     regression = LogisticRegression(C=100, class_weight='balanced', max_iter=1_000)
