@@ -174,10 +174,10 @@ class Profile(RateSettings, StepSettings, ModelSettings, ChainSettings, SampleSe
 
 # %% ../nbs/01_run/02_profiles.ipynb #d06d76ae
 PROFILES = {p.name: p for p in [
-    Profile('smoke', patients=300, ins_per_task=300, bench_per_task=100, replicates=200, shard_patients=50,
+    Profile('smoke', patients=300, ins_per_task=120, bench_per_task=60, replicates=200, shard_patients=50,
             model='tiny', answer_tokens=160, base_steps=6, adapt_steps=6, reason_steps=6,
             reinforce_steps=2, prompts=1, completions=4, ablations='plain', scaling='0.5', warmup_steps=2,
-            ehrmind_steps=1, lm_per_task=2, other_per_task=2, least_headroom=0.),
+            ehrmind_steps=1, lm_per_task=1, other_per_task=1, least_headroom=0.),
     Profile('pretraining', patients=20_000, seed=2_042, ins_per_task=1_000, variants='knowledge', base_steps=1_400),
     Profile('demo', model='kept', ins_per_task=600, shard_patients=50, adapt_steps=600, adapt_rate=1e-3, record_loss=0.,
             reason_steps=400, warmup_steps=20, other_per_task=8),

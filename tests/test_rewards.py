@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ehr_r1.scoring import parse_answer, set_f1
-from ehr_r1.synthesis import reasoning
+from ehr_r1.synthesis import filters, reasoning, support
 from ehr_r1.synthesis.thinking_graph import ThinkingGraph
 from ehr_r1.training.rewards import (
     _BRACKETS,
@@ -182,8 +182,8 @@ def case():
 
 def test_a_chain_of_the_teacher_passes_the_filters(case):
     chain = reasoning.verbalise(case, 'no_knowledge')
-    events = reasoning.read_record(case.record, 'compact')
-    assert reasoning.fault_of(chain, case.answers, events, 'no_knowledge') == ''
+    events = support.read_record(case.record, 'compact')
+    assert filters.fault_of(chain, case.answers, events, 'no_knowledge') == ''
 
 
 @pytest.mark.parametrize('old, new', [
@@ -195,7 +195,7 @@ def test_a_chain_of_the_teacher_passes_the_filters(case):
 def test_a_chain_that_the_filters_can_read_passes_the_format(case, old, new):
     chain = reasoning.verbalise(case, 'no_knowledge')
     chain = chain.replace(old, new) if old else chain
-    assert list(reasoning.read_chain(chain)) == list(THINK_SECTIONS)
+    assert list(support.read_chain(chain)) == list(THINK_SECTIONS)
     assert fault_of_format(said(*case.answers, chain=chain)) == ''
 
 
@@ -206,7 +206,7 @@ def test_a_chain_without_sections_passes_where_none_are_asked_for(case):
 
 
 def test_sections_are_those_of_the_chains():
-    assert THINK_SECTIONS == reasoning.SECTIONS
+    assert THINK_SECTIONS == filters.SECTIONS
 
 
 # --- accuracy

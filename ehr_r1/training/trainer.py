@@ -77,13 +77,16 @@ def read_job(
     return Job(folder, about['stage'], about['start'], about['steps'], settings, about.get('settings', {}))
 
 # %% ../../nbs/06_training/14_trainer.ipynb #18c12f06
-def quiet_libraries()->None:
-    "No progress bars but ours, and no warning about a vLLM that is used on GPUs only."
+def quiet_libraries(
+    reinforces:bool # whether TRL will load vLLM, which takes seconds and is used on GPUs only
+)->None:
+    "No progress bars but ours, and no warning about a vLLM that is not used."
     import datasets
     import transformers
-    with warnings.catch_warnings():
-        warnings.filterwarnings('ignore', 'TRL currently supports vLLM')
-        from trl import GRPOTrainer, SFTTrainer  # noqa: F401
+    if reinforces:
+        with warnings.catch_warnings():
+            warnings.filterwarnings('ignore', 'TRL currently supports vLLM')
+            from trl import GRPOTrainer  # noqa: F401
     datasets.disable_progress_bars()
     transformers.utils.logging.set_verbosity_error()
 
@@ -273,7 +276,7 @@ def train(
     if job.stage == 'ehrmind' and rewards is None:
         raise ValueError('stage ehrmind needs the rewards of its benchmark')
     tune_allocator()
-    quiet_libraries()
+    quiet_libraries(job.reinforces)
     score_answers_alone()
     config = CONFIGS[job.stage](job.settings, job.folder, job.steps, **job.arguments)
     model, tokenizer = starting_model(job)
