@@ -15,7 +15,7 @@ from xml.etree import ElementTree
 
 ROOT = Path(__file__).resolve().parent.parent
 BIN = Path(sys.executable).parent
-PARTS = 4     # of the tests, by file
+PARTS = 8     # of the tests, by file: the last ones are short, so that neither core waits long for the other
 SLOWEST = 10  # tests that are named
 
 
@@ -39,8 +39,8 @@ def steps_of(folder):
         'library, notebooks and README in step': [python, '.ci/in_step.py'],
         'smoke profile, end to end': [BIN/'ehr_r1', 'reproduce', 'profile=smoke', 'run=smoke'],
         'notebooks (nbdev_test)': [BIN/'nbdev_test', '--n_workers', '0', '--timing'],
-        **tests,
         'site (warnings are errors)': [python, 'docs/pages.py', f'{folder}/site'],
+        **tests,
     }
 
 

@@ -55,7 +55,8 @@ from ehr_r1.synthesis.thinking_graph import draw_graph
 
 def made(home, **fields):
     "A small hospital as far as its graphs, and a profile that asks for some chains of each task."
-    run, p = Run('r', home), profile('smoke', patients=150, shard_patients=75, chains_per_task=30, **fields)
+    sizes = dict(patients=150, shard_patients=75, ins_per_task=300, chains_per_task=30)
+    run, p = Run('r', home), profile('smoke', **sizes, **fields)
     tables = home/'tables'
     if not tables.exists():
         build_hospital(tables, 150, 42, progress=False)

@@ -14,7 +14,7 @@ from ..config import Run
 from .course_examples import course_examples
 from .recipe import Course
 from .stages import recipe_of, trained, weights_at
-from ..evaluation.answers import open_engine
+from ..evaluation.answers import FAMILIES, open_engine, what_it_may_answer
 from ..inference.asking import Ask, answer
 from ..inference.checkpoints import load_tokenizer
 from ..profiles import Profile, is_ours
@@ -91,9 +91,12 @@ def models_of(
     run:Run,   # the run
     names:list # of benchmarks
 )->dict: # name -> folder, of the trainings that have finished
-    "The base, and every model that the recipe made."
+    "The base, unless it has never seen an answer, and every model that the recipe made."
     folders = dict(base=run.checkpoints/'base') | {name: trained(run, name) for name in names}
-    return {name: folder for name, folder in folders.items() if (folder/'manifest.json').exists()}
+    made = {name: folder for name, folder in folders.items() if (folder/'manifest.json').exists()}
+    if 'base' in made and what_it_may_answer(run, 'base') != FAMILIES:
+        del made['base']
+    return made
 
 # %% ../../nbs/09_ehrmind/05_cross.ipynb #a4d97ee1
 def build_cross(

@@ -29,13 +29,15 @@ from ..training.on_cpu import tune_allocator
 from ..training.stages import model_at
 
 # %% ../../nbs/07_evaluation/04_answers.ipynb #8ce5a7b6
+FAMILIES = ('decision', 'risk')
+
 @dataclass(frozen=True)
 class System:
     "A model and how it is asked."
-    name: str        # in scores and reports
-    model: str       # folder under checkpoints/
-    mode: str        # plain, think or no_think
-    risks: bool=True # asked for risks too; those do not depend on thinking
+    name: str                # in scores and reports
+    model: str               # folder under checkpoints/
+    mode: str                # plain, think or no_think
+    families: tuple=FAMILIES # what it is asked for; risks do not depend on thinking
 
 # %% ../../nbs/07_evaluation/04_answers.ipynb #1e3daf56
 def trained_mode(
@@ -46,6 +48,15 @@ def trained_mode(
         return 'no_think'
     return 'plain' if model.startswith(('base', 'adapted')) else 'think'
 
+# %% ../../nbs/07_evaluation/04_answers.ipynb #dc563004
+def what_it_may_answer(
+    run:Run,  # the checkpoint must stand
+    model:str # folder under checkpoints/
+)->tuple: # of `FAMILIES`
+    "Everything, unless stage 0 has just made it."
+    fresh = 'copy' in read_manifest(run.checkpoints/model)['counts']
+    return ('risk',) if fresh else FAMILIES
+
 # %% ../../nbs/07_evaluation/04_answers.ipynb #5f9ed978
 OTHER_MODE = {'reasoned': 'no_think', 'reinforced': 'no_think', 'reasoned-plain': 'think'}  # asked once more
 
@@ -55,9 +66,9 @@ def systems(
     "Who is asked, as far as it has been trained."
     folders = [manifest.parent.name for manifest in sorted(run.checkpoints.glob('*/manifest.json'))]
     models = [name for name in folders if not name.endswith(('.partial', '.old'))]
-    as_trained = [System(model, model, trained_mode(model)) for model in models]
+    trained = [System(model, model, trained_mode(model), what_it_may_answer(run, model)) for model in models]
     other = {model: mode for model, mode in OTHER_MODE.items() if model in models}
-    return as_trained + [System(f'{model}.{mode}', model, mode, risks=False) for model, mode in other.items()]
+    return trained + [System(f'{model}.{mode}', model, mode, ('decision',)) for model, mode in other.items()]
 
 # %% ../../nbs/07_evaluation/04_answers.ipynb #078261eb
 RISKS_A_DECISION = 4
@@ -176,8 +187,7 @@ def build_answers(
         tune_allocator()
         folder = model_at(run, system.model)
         asked = asked_samples(run, s)
-        if not system.risks:
-            asked = asked.filter(pl.col('family') == 'decision')
+        asked = asked.filter(pl.col('family').is_in(system.families))
         writer = Writer(load_tokenizer(folder), s.context, s.answer_tokens, s.style)
         asks = asks_of(asked, writer, system.mode)
         engine = open_engine(folder, system.model, s.context + s.answer_tokens)
@@ -187,6 +197,6 @@ def build_answers(
             predictions_of(lines).write_parquet(f)
         return counted(asks, lines)
 
-    params = dict(mode=system.mode, risks=system.risks) | vars(s)
+    params = dict(mode=system.mode, families=system.families) | vars(s)
     inputs = {'samples': run.samples, system.model: run.checkpoints/system.model}
     return build(run.answers/system.name, make, inputs, params, 'evaluation.answers')

@@ -11,7 +11,7 @@ from pathlib import Path
 import polars as pl
 
 from ..config import Run
-from ..evaluation.answers import open_engine, systems
+from ..evaluation.answers import FAMILIES, open_engine, systems
 from ..inference.asking import answer
 from ..inference.checkpoints import load_tokenizer
 from ..profiles import Profile
@@ -65,7 +65,7 @@ def build_benchmark(
     "Questions, answers and scores of one benchmark: runs/<run>/transfer/<name>/."
     s = p.only('other_per_task', 'context', 'answer_tokens', 'seed', 'replicates', 'style')
     folder = Path(folder)
-    models = [system for system in systems(run) if system.name in asked]
+    models = [system for system in systems(run) if system.name in asked and system.families == FAMILIES]
     inputs = benchmark.files(folder) | {system.name: run.checkpoints/system.model for system in models}
 
     def make(out):
