@@ -17,6 +17,7 @@ import shutil
 import subprocess
 import threading
 import time
+from collections import Counter
 from contextlib import ExitStack, contextmanager, nullcontext
 from functools import cache
 from importlib.metadata import version as installed
@@ -221,13 +222,19 @@ def lock_file(
     return nullcontext()
 
 # %% ../nbs/01_run/03_stages.ipynb #1143b0f7
+_read_here = Counter() # folders of stages that this process holds to read
+
+
 @contextmanager
 def locked(
     folder:Path,      # of a stage
     shared:bool=False # to read it, beside other readers
 ):
-    "Hold a stage's folder, waiting for whoever works on it."
+    "Hold a stage's folder, waiting for whoever else works on it; who reads it here finds out at its end, see `build`."
     folder.parent.mkdir(parents=True, exist_ok=True)
+    if _read_here[folder] and not shared:
+        yield
+        return
     kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
     with lock_file(folder.with_name(f'.{folder.name}.lock')) as f:
         try:
@@ -236,7 +243,11 @@ def locked(
         except BlockingIOError:
             print(f'{folder.name}: another process is at work on it; waiting for it to end', flush=True)
             fcntl.flock(f, kind)
-        yield
+        _read_here[folder] += shared
+        try:
+            yield
+        finally:
+            _read_here[folder] -= shared
 
 # %% ../nbs/01_run/03_stages.ipynb #0917a158
 def memory_in_use()->int: # bytes
@@ -361,15 +372,14 @@ def written_manifest(
             f.write_text(json.dumps(values, indent=1, default=str))
 
 # %% ../nbs/01_run/03_stages.ipynb #d162d96b
-def build(
-    folder:str|Path, # where the result shall stand
-    make,            # function of one folder that writes the result there and returns a dict of counts
-    inputs:dict,     # name -> folder of a finished stage (Path), file (Path), or digest
-    params:dict,     # what else determines the bytes
-    module:str       # in which the stage's code stands, see `code_of`
-)->bool: # True if it ran, False if the folder was up to date
-    "Bring a stage's folder up to date: skip, go on or start anew, as its manifest says."
-    folder = Path(folder)
+def build_once(
+    folder:Path, # see `build`
+    make,
+    inputs:dict,
+    params:dict,
+    module:str
+)->bool|None: # see `build`; None where the stage before was made anew meanwhile, which this process alone can do
+    "Hold a stage and what it reads; skip, go on or start anew."
     memory = folder.parent/'.fingerprints.json'
     paths = {name: thing for name, thing in inputs.items() if isinstance(thing, Path)}
     with ExitStack() as stack:
@@ -391,6 +401,22 @@ def build(
         for name, before in stamps.items():
             if stamp(paths[name]) != before:
                 raise ValueError(f'{paths[name]} was changed while {folder.name} read it; run it again')
+        if any(digest_of(paths[name], memory) != digests[name] for name in paths.keys() - stamps.keys()):
+            shutil.rmtree(partial)
+            return None
         written_manifest(partial, about, counts, measured)
         take_place(folder)
         return True
+
+# %% ../nbs/01_run/03_stages.ipynb #7f68854e
+def build(
+    folder:str|Path, # where the result shall stand
+    make,            # function of one folder that writes the result there and returns a dict of counts
+    inputs:dict,     # name -> folder of a finished stage (Path), file (Path), or digest
+    params:dict,     # what else determines the bytes
+    module:str       # in which the stage's code stands, see `code_of`
+)->bool: # True if it ran, False if the folder was up to date
+    "Bring a stage's folder up to date, as its manifest says; once more if what it reads was made anew meanwhile."
+    while (ran := build_once(Path(folder), make, inputs, params, module)) is None:
+        print(f'{Path(folder).name}: what it reads was made anew meanwhile; once more', flush=True)
+    return ran

@@ -4,6 +4,7 @@ import shutil
 import pytest
 
 from ehr_r1 import stages
+from ehr_r1.stages import build, read_manifest
 
 STAGES = {  # stage -> the module that its code stands in
     'hospital': 'hospital.hospital',
@@ -84,3 +85,35 @@ def test_a_score_makes_no_data_again(package):
     again = made_again(appended(package/'scoring.py', '\nMORE = 1\n'))
     assert 'scores' in again
     assert not again & {'hospital', 'trajectories', 'index', 'samples', 'knowledge', 'graphs', 'chains'}
+
+
+# -- what is made anew while it is read
+
+def text_stage(folder, text):
+    "A stage that writes a text."
+    def make(out):
+        (out/'text').write_text(text)
+        return {}
+
+    return build(folder, make, {}, dict(text=text), 'config')
+
+
+def test_what_this_process_makes_anew_while_it_reads_it_is_read_again(tmp_path, capsys):
+    first, second = tmp_path/'first', tmp_path/'second'
+    texts = ['new']
+
+    def copy(out):
+        if texts:  # between the look at the manifest and the reading
+            text_stage(first, texts.pop())
+        (out/'text').write_text((first/'text').read_text())
+        return {}
+
+    text_stage(first, 'old')
+    assert build(second, copy, dict(first=first), {}, 'config')
+    assert 'second: what it reads was made anew meanwhile; once more' in capsys.readouterr().out
+    assert (second/'text').read_text() == 'new'
+    assert read_manifest(second)['inputs']['first'] == read_manifest(first)['content']
+    assert not build(second, copy, dict(first=first), {}, 'config')
+    text_stage(first, 'old')
+    assert build(second, copy, dict(first=first), {}, 'config')
+    assert (second/'text').read_text() == 'old'
