@@ -16,6 +16,7 @@ from pathlib import Path
 
 import polars as pl
 import pyarrow as pa
+from isal import isal_zlib
 from pyarrow import csv
 
 DOWNLOAD_AGAIN = 'Download or convert it again'
@@ -61,17 +62,17 @@ def check_start(
 # %% ../../nbs/02_data/02_table_files.ipynb #0543d801
 def unzipped(
     path:Path # a CSV, gzipped or not
-)->Iterator[bytes]: # its text, in blocks; an EOFError or a zlib.error where a gzip file is not whole
+)->Iterator[bytes]: # its text, in blocks; an EOFError or an isal_zlib.error where a gzip file is not whole
     "The text of a file, block by block."
     with path.open('rb') as opened:
         if path.suffix != '.gz':
             yield from iter(lambda: opened.read(1 << 20), b'')
             return
-        stream = zlib.decompressobj(wbits=31)
+        stream = isal_zlib.decompressobj(wbits=31)
         while data := opened.read(1 << 17):
             while data:
                 if stream.eof:
-                    stream = zlib.decompressobj(wbits=31)
+                    stream = isal_zlib.decompressobj(wbits=31)
                 yield stream.decompress(data)
                 data = stream.unused_data
         if not stream.eof:
@@ -109,7 +110,7 @@ def is_regular(
             if lines and lines != header*(len(lines)//len(header)) or len(quoted) + len(rest) > 1 << 20:
                 return False
         decoder.decode(b'', final=True)
-    except (EOFError, zlib.error, UnicodeDecodeError):
+    except (EOFError, isal_zlib.error, UnicodeDecodeError):
         return False
     return not quoted and (not rest or rest + b'\n' == header)
 
@@ -133,7 +134,7 @@ def bad_bytes(
         what = f'the gzip file is cut off after line {number:,}'
     except gzip.BadGzipFile:
         what = f'the gzip file is damaged after line {number:,}'
-    except zlib.error:
+    except (zlib.error, isal_zlib.error):
         what = f'the gzip file is damaged, or something was added to its end, after line {number:,}'
     except UnicodeDecodeError:
         what = f'line {number:,} is not UTF-8 text'
