@@ -178,7 +178,7 @@ PROFILES = {p.name: p for p in [
             model='tiny', answer_tokens=160, base_steps=6, adapt_steps=6, reason_steps=6,
             reinforce_steps=2, prompts=1, completions=4, ablations='plain', scaling='0.5', warmup_steps=2,
             ehrmind_steps=1, lm_per_task=1, other_per_task=1, least_headroom=0.),
-    Profile('pretraining', patients=20_000, seed=2_042, ins_per_task=1_000, variants='knowledge', base_steps=1_400),
+    Profile('pretraining', patients=20_000, seed=2_042, ins_per_task=300, base_steps=1_400),
     Profile('demo', model='kept', ins_per_task=600, shard_patients=50, adapt_steps=600, adapt_rate=1e-3, record_loss=0.,
             reason_steps=400, warmup_steps=20, other_per_task=8),
     Profile('study', patients=20_000, model='kept', ins_per_task=3_000, adapt_steps=8_000, adapt_rate=1e-3,
