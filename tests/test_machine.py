@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -53,7 +54,9 @@ sys.exit(pipeline.main(sys.argv[1:]))
 def start(*words, spoil='', **more):
     "The command in a process of its own."
     command = [sys.executable, '-c', CHILD.format(spoil=spoil), *WORDS, *words]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **more)
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    begun = partial(signal.signal, signal.SIGHUP, signal.SIG_DFL)  # under nohup it would be ignored
+    return subprocess.Popen(command, preexec_fn=begun, **pipes, **more)
 
 def ended(process):
     "Its exit code, and what it said on the error stream."
