@@ -9,7 +9,7 @@ __all__ = ['STAGES', 'APART', 'ORDER', 'Reproduction', 'lacking', 'main']
 import re
 import sys
 import time
-from dataclasses import replace
+from dataclasses import fields, replace
 from operator import call
 from pathlib import Path
 
@@ -25,13 +25,14 @@ from .ehrmind.pilot_model import build_pilot_base
 from .ehrmind.stages import build_course
 from .evaluation.answers import build_answers, systems
 from .evaluation.benchmark import build_scores
+from .evaluation.general import General, build_general, general_in, said_of_scores, score_general
 from .evaluation.predictions import build_predictions
 from .evaluation.reporting import run_reports
 from .hospital.hospital import build_hospital
 from .inference.endpoints import InferenceError, Refused
 from .machine import BYTES, check_room, say_why, stopped_by_signals
 from .profiles import PROFILES, Profile, listed, profile
-from .stages import build
+from .stages import build, read_manifest
 from .synthesis.chains import build_chains
 from .synthesis.graphs import build_graphs
 from .synthesis.open_knowledge import build_knowledge, find_knowledge
@@ -39,7 +40,7 @@ from .training.models import SIZES
 from .training.reinforcing import build_reinforced
 from .training.stages import build_adapted, build_base, build_reasoned, keep_base, side_by_side
 from .transfer.benchmark_files import find_benchmark
-from .transfer.benchmark_stage import build_benchmark
+from .transfer.benchmark_stage import build_benchmark, build_general_benchmark
 from .transfer.ehrshot import tasks as ehrshot
 from .transfer.ehrshot.synthetic import write_synthetic
 from .transfer.medcalc.benchmark import MEDCALC
@@ -91,11 +92,13 @@ class Reproduction:
         codes:str|None=None,      # folder of code maps; default: beside the tables
         knowledge:str|None=None,  # folder of RRF or open knowledge files; default: beside the tables
         home:str|Path|None=None,  # holds runs/ and reports/
+        asked:General|None=None,  # the model of `evaluate`
         **overrides               # profile fields
     ):
         check_data(profile_name, data)
         self.profile = profile_for(data, profile_name, **overrides)
         self.data, self.codes, self.knowledge, self.at = data, codes, knowledge, ''  # at: the stage at work
+        self.asked = asked
         self.dataset = Path(data).resolve().name if data else 'hospital'
         settings = vars(self.profile.only(*overrides))
         self.run = Run(run or run_name(profile_name, data, settings), home)
@@ -267,13 +270,36 @@ def make_reports(r:Reproduction)->bool:
     parameters = dict(profile=r.profile.name, run=r.run.name, seed=r.profile.seed)
     return run_reports(r.run, Path('nbs/11_reports'), parameters, r.home, r.profile.workers)
 
+# %% ../nbs/10_pipeline/01_pipeline.ipynb #ad799cf0
+def wanted_benchmarks(r:Reproduction)->list: # of (benchmark, folder of its files)
+    "The other benchmarks that `also=` names; a ValueError for one whose files are not here."
+    there = {benchmark.name: (benchmark, folder) for benchmark, folder in other_benchmarks(r)} if r.asked.also else {}
+    if missing := sorted(set(listed(r.asked.also)) - set(there)):
+        raise ValueError(f"also={r.asked.also!r}: {missing[0]} is not here; there are {', '.join(there) or 'none'}")
+    return [there[name] for name in listed(r.asked.also)]
+
+def asked_access(r:Reproduction)->str:
+    "Whether what is asked may be sent anywhere: a file of EHR-Bench holds MIMIC-IV."
+    return 'credentialed' if r.asked.bench else read_manifest(r.run.samples)['counts']['access']
+
+def make_evaluate(r:Reproduction)->bool:
+    "A model that was not trained here, asked and scored."
+    if not r.asked.bench and not (r.run.samples/'manifest.json').exists():
+        r.make(*ORDER[:ORDER.index('samples') + 1])
+    others = wanted_benchmarks(r)
+    ran = build_general(r.run, r.profile, r.asked, r.dataset, asked_access(r))
+    score_general(r.run, r.profile, r.asked)
+    print(said_of_scores(r.run, r.asked), flush=True)
+    return any([ran, *(build_general_benchmark(r.run, r.profile, *other, r.asked) for other in others)])
+
 # %% ../nbs/10_pipeline/01_pipeline.ipynb #472bfb90
 STAGES = dict(
     hospital=make_hospital, trajectories=make_trajectories, index=make_index, samples=make_samples,
     knowledge=make_knowledge, graphs=make_graphs, chains=make_chains, baselines=make_baselines, base=make_base,
     adapt=make_adapt, reason=make_reason, reinforce=make_reinforce, answers=make_answers, scores=make_scores,
-    benchmarks=make_benchmarks, ehrmind=make_ehrmind, reports=make_reports, meds=make_meds, keep=make_keep)
-APART = ('meds', 'keep')
+    benchmarks=make_benchmarks, ehrmind=make_ehrmind, reports=make_reports, meds=make_meds, keep=make_keep,
+    evaluate=make_evaluate)
+APART = ('meds', 'keep', 'evaluate')
 ORDER = tuple(name for name in STAGES if name not in APART)
 
 def lacking(
@@ -293,6 +319,7 @@ def lacking(
 USAGE = f'''usage: ehr_r1 STAGE... [name=value ...]
 stages: reproduce, {', '.join(ORDER)}; and {', '.join(APART)}
 names: profile, data, run, codes, knowledge and the fields of a profile, e.g. seed=7 protocol=official
+of evaluate: {', '.join(field.name for field in fields(General))}
 environment: EHR_R1_HOME=folder for runs/ and reports/, EHR_R1_DEBUG=1 to see where an error came from'''
 FOLDERS_AND_NAMES = ('data', 'run', 'codes', 'knowledge')
 
@@ -388,7 +415,10 @@ def command(
     try:
         with stopped_by_signals():
             about = {name: settings.pop(name, None) for name in FOLDERS_AND_NAMES}
-            r = Reproduction(settings.pop('profile', 'demo'), **about, **settings)
+            asked = general_in(settings) if 'evaluate' in stages else None
+            if asked and asked.bench:
+                about['run'] = about['run'] or f'bench.{Path(asked.bench).stem}'
+            r = Reproduction(settings.pop('profile', 'demo'), asked=asked, **about, **settings)
             if needs := room_needed(r, stages):
                 print(check_room(needs, r.run.folder), flush=True)
             run_stages(r, stages)

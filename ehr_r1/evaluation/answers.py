@@ -17,7 +17,7 @@ from ..config import Run, seed_of
 from ..data.serialize import RecordText
 from .baselines import PREDICTIONS
 from ..inference.asking import Ask, answer
-from ..inference.checkpoints import load_tokenizer
+from ..inference.checkpoints import load_tokenizer, mode_for
 from ..inference.local import Transformers
 from ..inference.servers import ServerEngine
 from ..inference.vllm import VllmEngine
@@ -109,7 +109,7 @@ def asks_of(
     "The questions of samples; a risk is asked without thinking."
     asks = []
     for row in samples.iter_rows(named=True):
-        how = 'no_think' if mode == 'think' and row['family'] == 'risk' else mode
+        how = mode_for(row['family'], mode)
         text = RecordText(row['messages'][1]['content'], row.get('starts'))
         prompt, _, _, dropped = writer.prompt(text, row['task'], how)
         asks.append(Ask(row['sample_id'], row['task'], row['subject_id'], row['family'], prompt, how, dropped))

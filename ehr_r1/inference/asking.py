@@ -29,8 +29,8 @@ class Ask:
     task: str
     subject_id: int  # of the patient; 0 where there is none
     kind: str        # risk or decision
-    prompt: str      # rendered, up to where the model's own words begin
-    mode: str        # plain, think or no_think
+    prompt: str|list # rendered, up to where the model's own words begin; messages where a server renders them
+    mode: str        # of `checkpoints.MODES`
     dropped: int = 0 # events that did not fit
 
 # %% ../../nbs/04_inference/11_asking.ipynb #f4aaa265
@@ -65,6 +65,7 @@ def about_answer(
         if math.isnan(made.yes + made.no):
             raise InferenceError(f'{ask.sample_id}: the model gives NaN; its weights are broken')
         about |= dict(yes=made.yes, no=made.no, outside=made.outside, p_yes=made.p)
+        about |= dict(worded=True) if made.worded else {}
     return about | dict(status=answer_status(made))
 
 # %% ../../nbs/04_inference/11_asking.ipynb #16cae2a2

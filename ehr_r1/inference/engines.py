@@ -19,6 +19,7 @@ class Yes:
     no: float           # or no
     tokens: int         # of the prompt
     outside: float = 0. # the most that ways which a server did not list can have
+    worded: bool = False # a server gave no probabilities: what it said stands for certain
 
     @property
     def p(self)->float|None: # None if neither was seen

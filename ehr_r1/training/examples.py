@@ -24,7 +24,7 @@ from ..data.samples import SYSTEM
 from ..data.serialize import TITLES, record_text, without_question
 from ..data.tasks import TASKS, split_question
 from ..foreign_text import html_text
-from ..inference.checkpoints import answer_text, as_text, chat_text, check_chat
+from ..inference.checkpoints import MODES, answer_text, as_text, chat_text, check_chat
 from ..synthesis.filters import fault_of
 from ..synthesis.support import read_record
 
@@ -168,8 +168,7 @@ class Prompter:
         self.style, self.scratch = style, scratch
         check_chat(tokenizer)
         empty = [dict(role='system', content=SYSTEM), dict(role='user', content='')]
-        modes = ('plain', 'think', 'no_think')
-        self.around = {mode: self.count(chat_text(tokenizer, empty, mode)) + 2 for mode in modes}  # beside the text
+        self.around = {mode: self.count(chat_text(tokenizer, empty, mode)) + 2 for mode in MODES}  # beside the text
 
     def count(
         self,
@@ -189,13 +188,39 @@ class Prompter:
         self,
         text:str, # user message of a sample
         task:str, # its task
-        mode:str  # plain, think or no_think
-    )->tuple: # (chat text, user text as cut: a `RecordText`, tokens, events dropped)
+        mode:str, # one of `MODES`
+        more:str='' # what is said after the question
+    )->tuple: # (what the model is given, user text as cut: a `RecordText`, tokens, events dropped)
         "The prompt of a sample, cut to the context."
-        around = self.around[mode]
+        around = self.around[mode] + (self.count_foreign(more) if more else 0)
         short, tokens, dropped = shorten(text, task, self.context - around, self.count_foreign)
-        messages = [dict(role='system', content=SYSTEM), dict(role='user', content=short)]
-        return chat_text(self.tokenizer, messages, mode), short, tokens + around, dropped
+        messages = [dict(role='system', content=SYSTEM), dict(role='user', content=short + more)]
+        return self.rendered(messages, mode), short, tokens + around, dropped
+
+    def size(
+        self,
+        prompt:str # as the model is given it
+    )->int: # tokens
+        "How long a prompt is."
+        return self.count(prompt)
+
+    def begins(
+        self,
+        text:str,  # any
+        tokens:int # how many
+    )->str:
+        "The beginning of a text."
+        ids = self.tokenizer(text, add_special_tokens=False).input_ids
+        return self.tokenizer.decode(ids[:tokens])
+
+    def rendered(
+        self,
+        messages:list,  # system and user
+        mode:str,       # one of `MODES`
+        question:str='' # see `chat_text`
+    )->str: # up to where the model's own words begin
+        "Messages as the model is given them."
+        return chat_text(self.tokenizer, messages, mode, question)
 
 # %% ../../nbs/06_training/03_examples.ipynb #ce64e3d3
 def lost_evidence(

@@ -17,7 +17,7 @@ from ..config import seed_of
 from ..data.samples import SYSTEM
 from ..evaluation.answers import RISKS_A_DECISION
 from ..inference.asking import Ask
-from ..inference.checkpoints import as_text, chat_text
+from ..inference.checkpoints import as_text, mode_for
 from ..intervals import interval, resample_patients
 from ..scoring import weighted_mean
 from ..training.examples import Writer
@@ -66,10 +66,9 @@ def beginning(
     writer:Writer # counts tokens
 )->str: # record and question
     "As much of a piece as fits before the question; nothing of it if need be."
-    ids = writer.tokenizer(part, add_special_tokens=False).input_ids
     room = max(0, limit - writer.count('\n' + question))
     for n in range(room, -1, -1):
-        text = context_text([writer.tokenizer.decode(ids[:n])], question)
+        text = context_text([writer.begins(part, n)], question)
         if writer.count(text) <= limit:
             break
     return text
@@ -97,11 +96,11 @@ def questions_to_asks(
     "Prompts of questions."
     asks = []
     for row in questions.iter_rows(named=True):
-        how = 'no_think' if mode == 'think' and row['kind'] == 'risk' else mode
+        how = mode_for(row['kind'], mode)
         limit = writer.context - writer.around[how]
         text, gone = cut_context(row['context'], row['question'], limit, writer)
         messages = [dict(role='system', content=SYSTEM), dict(role='user', content=text)]
-        prompt = chat_text(writer.tokenizer, messages, how, row['question'])
+        prompt = writer.rendered(messages, how, row['question'])
         asks.append(Ask(row['sample_id'], row['task'], 0, row['kind'], prompt, how, gone))
     return asks
 
