@@ -10,7 +10,6 @@ import re
 import sys
 import time
 from dataclasses import fields, replace
-from operator import call
 from pathlib import Path
 
 from .config import Run
@@ -76,7 +75,8 @@ def profile_for(
     profile_name:str, # one of `PROFILES`
     **overrides       # profile fields
 )->Profile:
-    "A profile as it is for these tables."
+    "A profile as it is for these tables; a ValueError where it is not for them."
+    check_data(profile_name, data)
     if data and PROFILES.get(profile_name, PROFILES['demo']).model == 'kept':
         overrides.setdefault('model', 'small')
     return profile(profile_name, **overrides)
@@ -95,13 +95,11 @@ class Reproduction:
         asked:General|None=None,  # the model of `evaluate`
         **overrides               # profile fields
     ):
-        check_data(profile_name, data)
         self.profile = profile_for(data, profile_name, **overrides)
-        self.data, self.codes, self.knowledge, self.at = data, codes, knowledge, ''  # at: the stage at work
-        self.asked = asked
+        self.data, self.codes, self.knowledge, self.asked = data, codes, knowledge, asked
+        self.at = ''  # the stage at work
         self.dataset = Path(data).resolve().name if data else 'hospital'
-        settings = vars(self.profile.only(*overrides))
-        self.run = Run(run or run_name(profile_name, data, settings), home)
+        self.run = Run(run or run_name(profile_name, data, vars(self.profile.only(*overrides))), home)
 
     @property
     def tables(self)->Path: # folder
@@ -261,7 +259,7 @@ def make_ehrmind(r:Reproduction)->bool|None:
                if benchmark.name != 'mimic_cdm']
     trainings = [(build_pilot_base, r.run, r.profile)]
     trainings += [(build_course, r.run, p, course, folder) for course, folder in courses]
-    ran = side_by_side(call, trainings, p)
+    ran = side_by_side(lambda train, *about: train(*about), trainings, p)
     return any([*ran, build_pilot(r.run, r.profile), build_cross(r.run, p, courses)])
 
 # %% ../nbs/10_pipeline/01_pipeline.ipynb #d8fdc206

@@ -152,23 +152,9 @@ def tokens_as_text(
     "How long a text is for a model when nothing in it may be read as a control mark."
     return tokens_of(tokenizer, as_text(text, tokenizer))
 
-# %% ../../nbs/06_training/03_examples.ipynb #82ffb6a4
-class Prompter:
-    "Asks one model."
-
-    def __init__(
-        self,
-        tokenizer,           # of the model
-        context:int,         # longest prompt in tokens
-        answer_tokens:int,   # longest answer in tokens
-        style:str='compact', # of the records
-        scratch:bool=False   # the model was never pretrained
-    ):
-        self.tokenizer, self.context, self.answer_tokens = tokenizer, context, answer_tokens
-        self.style, self.scratch = style, scratch
-        check_chat(tokenizer)
-        empty = [dict(role='system', content=SYSTEM), dict(role='user', content='')]
-        self.around = {mode: self.count(chat_text(tokenizer, empty, mode)) + 2 for mode in MODES}  # beside the text
+# %% ../../nbs/06_training/03_examples.ipynb #8c4569c0
+class Counter:
+    "Tells how long texts are for a model; it has a `tokenizer`."
 
     def count(
         self,
@@ -183,19 +169,6 @@ class Prompter:
     )->int: # its tokens in a prompt
         "How long a part of a record is between two others, less the line that divides them."
         return tokens_as_text(self.tokenizer, f'\n{text}\n') - 1
-
-    def prompt(
-        self,
-        text:str, # user message of a sample
-        task:str, # its task
-        mode:str, # one of `MODES`
-        more:str='' # what is said after the question
-    )->tuple: # (what the model is given, user text as cut: a `RecordText`, tokens, events dropped)
-        "The prompt of a sample, cut to the context."
-        around = self.around[mode] + (self.count_foreign(more) if more else 0)
-        short, tokens, dropped = shorten(text, task, self.context - around, self.count_foreign)
-        messages = [dict(role='system', content=SYSTEM), dict(role='user', content=short + more)]
-        return self.rendered(messages, mode), short, tokens + around, dropped
 
     def size(
         self,
@@ -212,6 +185,37 @@ class Prompter:
         "The beginning of a text."
         ids = self.tokenizer(text, add_special_tokens=False).input_ids
         return self.tokenizer.decode(ids[:tokens])
+
+# %% ../../nbs/06_training/03_examples.ipynb #82ffb6a4
+class Prompter(Counter):
+    "Asks one model."
+
+    def __init__(
+        self,
+        tokenizer,           # of the model
+        context:int,         # longest prompt in tokens
+        answer_tokens:int,   # longest answer in tokens
+        style:str='compact', # of the records
+        scratch:bool=False   # the model was never pretrained
+    ):
+        self.tokenizer, self.context, self.answer_tokens = tokenizer, context, answer_tokens
+        self.style, self.scratch = style, scratch
+        check_chat(tokenizer)
+        empty = [dict(role='system', content=SYSTEM), dict(role='user', content='')]
+        self.around = {mode: self.count(chat_text(tokenizer, empty, mode)) + 2 for mode in MODES}  # beside the text
+
+    def prompt(
+        self,
+        text:str, # user message of a sample
+        task:str, # its task
+        mode:str, # one of `MODES`
+        more:str='' # what is said after the question
+    )->tuple: # (what the model is given, user text as cut: a `RecordText`, tokens, events dropped)
+        "The prompt of a sample, cut to the context."
+        around = self.around[mode] + (self.count_foreign(more) if more else 0)
+        short, tokens, dropped = shorten(text, task, self.context - around, self.count_foreign)
+        messages = [dict(role='system', content=SYSTEM), dict(role='user', content=short + more)]
+        return self.rendered(messages, mode), short, tokens + around, dropped
 
     def rendered(
         self,

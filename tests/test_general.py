@@ -1,0 +1,361 @@
+"Models as they come: candidates, chat servers of all habits, official files, GGUF; what is said before it is sent."
+import json
+import math
+
+import polars as pl
+import pytest
+import torch
+from faulty_proxy import JSON, Proxy, some_faults
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from ehr_r1.config import Run
+from ehr_r1.data.index import build_index
+from ehr_r1.data.official_writing import write_samples
+from ehr_r1.data.samples import build_samples, rendered_in, scan_samples
+from ehr_r1.data.tables import open_source
+from ehr_r1.data.trajectories import build_trajectories
+from ehr_r1.evaluation.general import (
+    General,
+    build_general,
+    check_general,
+    general_in,
+    home_of,
+    said_of_scores,
+    samples_for,
+    score_general,
+)
+from ehr_r1.hospital.hospital import build_hospital
+from ehr_r1.inference.checkpoints import load_model
+from ehr_r1.inference.endpoints import InferenceError, Refused
+from ehr_r1.inference.servers import ChatEngine
+from ehr_r1.pipeline import main
+from ehr_r1.profiles import profile
+from ehr_r1.stages import read_manifest
+from ehr_r1.training.models import new_model, train_tokenizer
+
+TASKS = 'labevents,diagnosis,ED_Hospitalization'
+
+
+@pytest.fixture(scope='module')
+def p():
+    return profile('smoke', workers=1, lm_per_task=2)
+
+
+@pytest.fixture(scope='module')
+def stood(tmp_path_factory, p):
+    "A run of sixty patients, up to its samples."
+    home = tmp_path_factory.mktemp('general')
+    build_hospital(home/'tables', 60, 42, workers=1, progress=False)
+    run = Run('stood', home)
+    build_trajectories(open_source(home/'tables'), run, p)
+    build_index(run, p)
+    build_samples(run, p)
+    return run
+
+
+@pytest.fixture
+def run(stood, tmp_path):
+    "The same run in a folder of its own, so that answers do not meet."
+    again = Run('again', tmp_path)
+    again.folder.mkdir(parents=True)
+    for name in ('samples', 'trajectories', 'index'):
+        (again.folder/name).symlink_to(stood.folder/name)
+    return again
+
+
+def chat(answer):
+    "A chat server's reply function: `answer` makes (text, probabilities or None) of what was asked."
+    def reply(method, path, body, headers):
+        if method == 'GET':
+            return 200, JSON, json.dumps(dict(data=[dict(id='parrot')]))
+        asked = json.loads(body)
+        said = answer(asked)
+        if isinstance(said, str):
+            return 400, JSON, json.dumps(dict(error=dict(message=said)))
+        text, listed = said
+        choice = dict(index=0, finish_reason='stop', message=dict(role='assistant', content=text))
+        if listed and asked.get('logprobs'):
+            words = [dict(token=token, logprob=math.log(share)) for token, share in listed.items()]
+            choice['logprobs'] = dict(content=[dict(words[0], top_logprobs=words)])
+        usage = dict(prompt_tokens=len(body)//4, completion_tokens=3)
+        return 200, JSON, json.dumps(dict(model='parrot', usage=usage, choices=[choice]))
+    return reply
+
+
+def knows(asked):
+    "Answers with the first two candidates; says yes to those who are old."
+    words = asked['messages'][-1]['content']
+    if words.endswith('yes or no.'):
+        share = .8 if 'gender F' in words else .3
+        return 'yes', {'yes': share, ' No': (1 - share)/2, 'maybe': .05}
+    names = words.partition('Choose among these names:\n')[2].split('\n')
+    return '1. **' + '**\n2. **'.join(names[:2]) + '**', None
+
+
+def at(proxy, **more):
+    return General(proxy.url, 'parrot', tasks=TASKS, **more)
+
+
+def predictions(run, g):
+    return pl.read_parquet(home_of(run, g)/'ehr_bench'/'predictions.parquet')
+
+
+# --- what is asked
+
+def test_the_same_samples_in_another_style(stood):
+    there = scan_samples(stood, 'ehr_bench').collect().sort('subject_id', 'sample_id')
+    again = rendered_in(stood, there, 'official', 8_192)
+    assert again['sample_id'].equals(there['sample_id'])
+    assert again['candidates'].equals(there['candidates'])
+    assert again['label'].equals(there['label'])
+    texts = [messages[1]['content'] for messages in again['messages']]
+    assert all('## Patient Demographics [None]' in text for text in texts)
+    assert not any(' p25\n' in text for text in texts)
+
+
+def test_a_smaller_round_is_part_of_a_larger_one(stood, p):
+    few, many = (samples_for(stood, p, General('m', tasks=TASKS, per_task=n)) for n in (1, 3))
+    assert 0 < len(few) < len(many)
+    assert set(few['sample_id']) < set(many['sample_id'])
+
+
+def test_candidates_hold_the_answer_and_stand_in_the_prompt(run, p):
+    with Proxy(chat(knows)) as proxy:
+        g = at(proxy)
+        build_general(run, p, g, 'hospital', 'open')
+    asked = {words.rpartition('Choose among')[0]: words for words in proxy.asked()}
+    for row in samples_for(run, p, g).filter(family='decision').iter_rows(named=True):
+        text = row['messages'][1]['content']
+        [words] = [words for begin, words in asked.items() if begin.startswith(text)]
+        listed = words.partition('Choose among these names:\n')[2].split('\n')
+        assert set(row['label']) <= set(listed)
+
+
+def test_an_answer_is_read_leniently_and_scored(run, p):
+    with Proxy(chat(knows)) as proxy:
+        g = at(proxy)
+        build_general(run, p, g, 'hospital', 'open')
+    score_general(run, p, g)
+    made = predictions(run, g)
+    assert made.filter(pl.col('risk').is_null())['answer'].list.len().eq(2).all()
+    counts = read_manifest(home_of(run, g)/'ehr_bench')['counts']
+    assert counts['worded'] == 0
+    assert .6 < counts['yes_no_mass'] < .95
+    assert 'ED_Hospitalization' in said_of_scores(run, g)
+
+
+# --- servers of all habits
+
+def test_faults_of_the_server_change_nothing(run, p, tmp_path):
+    with Proxy(chat(knows)) as calm:
+        build_general(run, p, at(calm), 'hospital', 'open')
+        expected = predictions(run, at(calm))
+    (run.folder/'asked').rename(tmp_path/'calm')
+    with Proxy(chat(knows), some_faults) as proxy:
+        build_general(run, p, at(proxy), 'hospital', 'open')
+        assert sum(proxy.faults.values()) > 3
+        assert set(proxy.delivered.values()) == {1}
+        assert predictions(run, at(proxy)).equals(expected)
+
+
+def test_settings_that_a_server_refuses_are_left_out(run, p):
+    def picky(asked):
+        for name in ('temperature', 'max_tokens', 'logprobs'):
+            if name in asked:
+                return f"Unsupported parameter: '{name}' is not supported with this model"
+        return ('Yes, I think.' if 'yes or no' in asked['messages'][-1]['content'][-60:] else 'Sodium'), None
+
+    with Proxy(chat(picky)) as proxy:
+        g = at(proxy)
+        build_general(run, p, g, 'hospital', 'open')
+    last = json.loads(proxy.seen[-1])
+    assert 'max_completion_tokens' in last
+    assert not {'temperature', 'max_tokens', 'logprobs', 'top_logprobs'} & last.keys()
+    counts = read_manifest(home_of(run, g)/'ehr_bench')['counts']
+    assert counts['worded'] == len(samples_for(run, p, g).filter(family='risk'))
+    assert 'one threshold' in said_of_scores_after_scoring(run, p, g)
+
+
+def said_of_scores_after_scoring(run, p, g):
+    score_general(run, p, g)
+    return said_of_scores(run, g)
+
+
+def test_a_refusal_that_names_no_setting_is_told(run, p):
+    with Proxy(chat(lambda asked: 'your account is closed')) as proxy, pytest.raises(InferenceError, match='is closed'):
+        build_general(run, p, at(proxy), 'hospital', 'open')
+
+
+@pytest.mark.parametrize('content', ['', 'null', '[]', '{"choices": []}', '<html>', '{"choices": [{"message": 3}]}'])
+def test_nonsense_is_one_line_and_what_came_before_is_kept(run, p, content):
+    heard = []
+
+    def sometimes(method, path, body, headers):
+        heard.append(body)
+        if len(heard) == 4:
+            return 200, JSON, content
+        return chat(knows)(method, path, body, headers)
+
+    g = None
+    with Proxy(sometimes) as proxy:
+        g = at(proxy)
+        with pytest.raises(InferenceError) as error:
+            build_general(run, p, g, 'hospital', 'open')
+        assert '\n' not in str(error.value)
+        build_general(run, p, g, 'hospital', 'open')
+        assert max(proxy.delivered.values()) <= 2
+
+
+def test_a_longer_round_asks_what_is_new(run, p):
+    with Proxy(chat(knows)) as proxy:
+        build_general(run, p, at(proxy, per_task=1), 'hospital', 'open')
+        first = len(proxy.seen)
+        build_general(run, p, at(proxy, per_task=3), 'hospital', 'open')
+        assert first < len(proxy.seen)
+        assert set(proxy.delivered.values()) == {1}
+
+
+# --- before anything is sent
+
+def test_nothing_is_sent_elsewhere_before_yes(run, p, monkeypatch):
+    monkeypatch.setattr(ChatEngine, 'ask', lambda *_: pytest.fail('something was sent'))
+    g = General('https://api.example.org/v1', 'gpt-4o', tasks=TASKS, price='2.5,10')
+    with pytest.raises(Refused, match=r'prompts, about .* tokens to read, at most .* \$ .*yes=1'):
+        build_general(run, p, g, 'hospital', 'open')
+
+
+def test_credentialed_text_stays_even_with_yes(run, p, monkeypatch):
+    monkeypatch.setattr(ChatEngine, 'ask', lambda *_: pytest.fail('something was sent'))
+    g = General('https://api.example.org/v1', 'gpt-4o', tasks=TASKS, yes=True)
+    with pytest.raises(Refused, match='EHR_R1_ALLOW'):
+        build_general(run, p, g, 'mimic-iv-3.1', 'credentialed')
+
+
+@pytest.mark.parametrize('words, said', [
+    (dict(), 'model='),
+    (dict(model='http://127.0.0.1:1/v1'), 'give name='),
+    (dict(model='m', style='binned'), 'compact or official'),
+    (dict(model='m', tasks='death'), "none of EHR-Bench's tasks"),
+    (dict(model='m', bench='nowhere.jsonl'), 'no such file'),
+    (dict(model='m', price='cheap'), 'dollars for a million'),
+    (dict(model='m', think='perhaps'), 'neither true nor false'),
+])
+def test_a_wrong_word_is_told_before_anything_runs(words, said, capsys, tmp_path, monkeypatch):
+    monkeypatch.setenv('EHR_R1_HOME', str(tmp_path))
+    with pytest.raises(ValueError, match=said):
+        general_in(dict(words))
+    assert main(['evaluate', 'profile=smoke', *(f'{name}={value}' for name, value in words.items())]) != 0
+    assert said in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+# --- an official file
+
+def test_an_official_file_needs_no_tables_and_keeps_its_instruction(stood, tmp_path, monkeypatch, capsys):
+    own = 'Which of the laboratory tests shall be done? Say it plainly.'
+    rows = scan_samples(stood, 'ehr_bench').filter(pl.col('task') == 'labevents').head(3).collect()
+    file = tmp_path/'bench.jsonl'
+    write_samples(rendered_in(stood, rows, 'official', 8_192), file)
+    lines = [json.loads(line) | dict(instruction=own) for line in file.read_text().splitlines()]
+    file.write_text('\n'.join(map(json.dumps, lines)))
+    monkeypatch.setenv('EHR_R1_HOME', str(tmp_path))
+    with Proxy(chat(knows)) as proxy:
+        assert main(['evaluate', f'bench={file}', f'model={proxy.url}', 'name=parrot']) == 0
+    assert len(proxy.seen) == 3
+    for words in proxy.asked():
+        assert words.count(own) == 1
+        assert words.partition(own)[2].startswith('\nChoose among')
+    assert 'labevents' in capsys.readouterr().out
+    assert {path.name for path in (tmp_path/'runs'/'bench.bench').iterdir()} == {'asked'}
+
+
+# --- a model on this machine
+
+def test_the_command_asks_a_model_here(stood, p, tmp_path, monkeypatch, capsys):
+    tokenizer = train_tokenizer(['yes no Yes No a record of a patient']*50, 400)
+    new_model('tiny', tokenizer, seed=0, context=4_096).save_pretrained(tmp_path/'some')
+    tokenizer.save_pretrained(tmp_path/'some')
+    monkeypatch.setenv('EHR_R1_HOME', str(stood.folder.parent.parent))
+    words = ['evaluate', 'profile=smoke', 'run=stood', f'model={tmp_path/"some"}', 'tasks=ED_Hospitalization',
+             'per_task=1', 'context=3000']
+    assert main(words) == 0
+    said = capsys.readouterr().out
+    assert 'about' in said
+    assert 'below .5' in said
+    assert main(words) == 0
+    assert 'evaluate: up to date' in capsys.readouterr().out
+
+
+def permuted(weights, heads):
+    "Rows of a query or key matrix in the order in which GGUF keeps them."
+    wide, hidden = weights.shape
+    return weights.reshape(heads, 2, wide//heads//2, hidden).swapaxes(1, 2).reshape(wide, hidden)
+
+
+def write_gguf(model, tokenizer, file):
+    "A tiny Llama as the tools of its makers would pack it, in float32."
+    gguf = pytest.importorskip('gguf')
+    c, words = model.config, json.loads(tokenizer.backend_tokenizer.to_str())['model']
+    out = gguf.GGUFWriter(file, 'llama')
+    out.add_block_count(c.num_hidden_layers)
+    out.add_context_length(c.max_position_embeddings)
+    out.add_embedding_length(c.hidden_size)
+    out.add_feed_forward_length(c.intermediate_size)
+    out.add_head_count(c.num_attention_heads)
+    out.add_head_count_kv(c.num_key_value_heads)
+    out.add_layer_norm_rms_eps(c.rms_norm_eps)
+    out.add_rope_freq_base(c.rope_parameters['rope_theta'])
+    out.add_vocab_size(c.vocab_size)
+    tokens = sorted(tokenizer.get_vocab(), key=tokenizer.get_vocab().get)
+    special = set(tokenizer.all_special_tokens)
+    out.add_tokenizer_model('gpt2')
+    out.add_token_list(tokens)
+    out.add_token_types([3 if token in special else 1 for token in tokens])
+    out.add_token_merges([merge if isinstance(merge, str) else ' '.join(merge) for merge in words['merges']])
+    out.add_eos_token_id(tokenizer.eos_token_id)
+    out.add_bos_token_id(tokenizer.eos_token_id)
+    out.add_chat_template(tokenizer.chat_template)
+    names = {'model.embed_tokens': 'token_embd', 'model.norm': 'output_norm', 'lm_head': 'output'}
+    parts = {'self_attn.q_proj': 'attn_q', 'self_attn.k_proj': 'attn_k', 'self_attn.v_proj': 'attn_v',
+             'self_attn.o_proj': 'attn_output', 'mlp.gate_proj': 'ffn_gate', 'mlp.up_proj': 'ffn_up',
+             'mlp.down_proj': 'ffn_down', 'input_layernorm': 'attn_norm', 'post_attention_layernorm': 'ffn_norm'}
+    for layer in range(c.num_hidden_layers):
+        names |= {f'model.layers.{layer}.{part}': f'blk.{layer}.{name}' for part, name in parts.items()}
+    for name, weights in model.state_dict().items():
+        stem, _, _ = name.rpartition('.')
+        weights = weights.numpy()
+        if stem.endswith(('q_proj', 'k_proj')):
+            heads = c.num_attention_heads if stem.endswith('q_proj') else c.num_key_value_heads
+            weights = permuted(weights, heads)
+        out.add_tensor(names[stem] + '.weight', weights.copy())
+    out.write_header_to_file()
+    out.write_kv_data_to_file()
+    out.write_tensors_to_file()
+    out.close()
+
+
+def test_a_gguf_file_holds_the_same_model(tmp_path):
+    tokenizer = train_tokenizer(['yes no Yes No a record of a patient']*50, 400)
+    torch.manual_seed(0)
+    config = LlamaConfig(vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+                         num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=256,
+                         eos_token_id=tokenizer.eos_token_id, bos_token_id=tokenizer.eos_token_id)
+    model = LlamaForCausalLM(config).eval()
+    write_gguf(model, tokenizer, tmp_path/'tiny.gguf')
+    again, words = load_model(tmp_path/'tiny.gguf', dtype='float32', device='cpu')
+    ids = torch.arange(3, 40)[None]
+    assert torch.allclose(again(ids).logits, model(ids).logits, atol=1e-4)
+    assert words.chat_template == tokenizer.chat_template
+    half, _ = load_model(tmp_path/'tiny.gguf', device='cpu')
+    assert half.dtype == torch.bfloat16
+
+
+def test_a_file_that_is_no_gguf_is_one_line(tmp_path):
+    (tmp_path/'x.gguf').write_bytes(b'not a model')
+    with pytest.raises(ValueError) as error:
+        load_model(tmp_path/'x.gguf')
+    assert '\n' not in str(error.value)
+
+
+def test_a_whole_setting_is_checked():
+    check_general(General('m', tasks=TASKS, think=True, price='1,2'))
