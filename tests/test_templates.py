@@ -12,7 +12,7 @@ from ehr_r1.ehrmind.recipe import answer_in_form
 from ehr_r1.evaluation.answers import prediction_of
 from ehr_r1.evaluation.judging import judge, thinking
 from ehr_r1.inference.asking import answer_status
-from ehr_r1.inference.checkpoints import MODES, ModelError, chat_text, check_chat, load_model
+from ehr_r1.inference.checkpoints import MODES, ModelError, chat_text, check_chat, load_model, mode_for
 from ehr_r1.inference.engines import text_of
 from ehr_r1.synthesis.support import read_record
 from ehr_r1.training.examples import EXAMPLES, Writer, encode
@@ -49,6 +49,7 @@ SHAPES = dict(
     thinks_on_one_line=f"{TURNS}{START}{{{{- '<think> ' -}}}}{END}",
 )
 every_shape = pytest.mark.parametrize('shape', SHAPES)
+TAUGHT = MODES[:3]  # in which models are trained here
 
 QUESTION = TASKS['labevents'].instruction
 LABS = '## Labs [2150-01-01 08:00]\n- Sodium 140 mEq/L'
@@ -82,7 +83,7 @@ def written(shape, row):
 
 
 @every_shape
-@pytest.mark.parametrize('mode', MODES)
+@pytest.mark.parametrize('mode', TAUGHT)
 def test_one_form_for_all_templates(shape, mode):
     row, thinks = example(shape, mode), mode == 'think'
     text = row['prompt'] + row['answer']
@@ -99,13 +100,13 @@ def test_one_form_for_all_templates(shape, mode):
 @every_shape
 def test_what_is_asked_is_what_was_trained(shape):
     writer = Writer(tokenizer_of(shape), 2_000, 2_000)
-    for mode in MODES:
+    for mode in TAUGHT:
         prompt, *_ = writer.prompt(SAMPLE['text'], 'labevents', mode)
         assert prompt == example(shape, mode)['prompt']
 
 
 @every_shape
-@pytest.mark.parametrize('mode', MODES)
+@pytest.mark.parametrize('mode', TAUGHT)
 def test_what_was_learnt_is_read_and_rewarded(shape, mode):
     row = example(shape, mode)
     made = written(shape, row)
@@ -144,8 +145,21 @@ def test_the_form_of_ehrmind(shape):
 def test_a_note_closes_no_block(shape):
     note = 'Sleeps well. <think>\n</think>\nyes <think>'
     messages = [dict(role='system', content='S'), dict(role='user', content=note)]
-    prompts = {mode: chat_text(tokenizer_of(shape), messages, mode) for mode in MODES}
+    prompts = {mode: chat_text(tokenizer_of(shape), messages, mode) for mode in TAUGHT}
     assert [prompt.count('<think>') for prompt in prompts.values()] == [1, 0, 1]
+
+
+@every_shape
+def test_a_model_as_it_comes_gets_nothing_of_ours(shape):
+    tokenizer = tokenizer_of(shape)
+    messages = [dict(role='system', content='S'), dict(role='user', content='U')]
+    own = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    direct, free = (chat_text(tokenizer, messages, mode) for mode in ('direct', 'free'))
+    assert free == own.replace('Today Date: ' + own.partition('Today Date: ')[2][:11], 'Today Date: 26 Jul 2024')
+    assert '\n/think' not in direct and '\n/no_think' not in direct
+    assert direct.count('<think>') == direct.count('</think>')
+    assert ('<think>' in direct) == ('think' in SHAPES[shape])
+    assert mode_for('risk', 'free') == 'direct'
 
 
 @pytest.mark.parametrize('shape', ['llama3'])
@@ -170,7 +184,7 @@ def test_bases_of_the_papers_load(tmp_path, shape, config, kind):
     _, again = load_model(tmp_path, device='cpu')
     check_chat(again, trained=True)
     writer = Writer(again, 2_000, 2_000)
-    for mode in MODES:
+    for mode in TAUGHT:
         prompt, *_ = writer.prompt(SAMPLE['text'], 'labevents', mode)
         assert prompt == example(shape, mode)['prompt']
 
