@@ -331,7 +331,8 @@ def finished_parts(
     if_there = [name for name in ('graphs', 'chains') if (getattr(run, name)/'manifest.json').exists()]
     stages = {name: getattr(run, name) for name in (*always, *if_there)}
     others = run.folder/'transfer'
-    parts = [run.checkpoints.glob('*'), run.answers.glob('*'), others.glob('*'), others.glob('ehrmind/*')]
+    parts = [run.checkpoints.glob('*'), run.answers.glob('*'), others.glob('*'), others.glob('ehrmind/*'),
+             run.folder.glob('asked/*/*')]
     folders = sorted(folder for some in parts for folder in some if (folder/'manifest.json').exists())
     whole = [folder for folder in folders if folder.suffix not in ('.partial', '.old')]
     return stages | {f'{folder.parent.name}/{folder.name}': folder for folder in whole}
