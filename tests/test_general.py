@@ -24,6 +24,7 @@ from ehr_r1.evaluation.general import (
     samples_for,
     score_general,
 )
+from ehr_r1.evaluation.joint import costs, put_together, score_joint
 from ehr_r1.hospital.hospital import build_hospital
 from ehr_r1.inference.checkpoints import load_model
 from ehr_r1.inference.endpoints import InferenceError, Refused
@@ -267,6 +268,26 @@ def test_an_official_file_needs_no_tables_and_keeps_its_instruction(stood, tmp_p
         assert words.partition(own)[2].startswith('\nChoose among')
     assert 'labevents' in capsys.readouterr().out
     assert {path.name for path in (tmp_path/'runs'/'bench.bench').iterdir()} == {'asked'}
+
+
+# --- beside each other
+
+def test_models_of_two_runs_meet_on_the_samples_that_both_answered(stood, run, p, tmp_path):
+    other = Run('other', tmp_path)
+    other.folder.mkdir(parents=True)
+    for name in ('samples', 'trajectories'):
+        (other.folder/name).symlink_to(stood.folder/name)
+    with Proxy(chat(knows)) as proxy:
+        build_general(run, p, at(proxy, per_task=1), 'hospital', 'open')
+        build_general(other, p, at(proxy, per_task=3), 'hospital', 'open')
+    joint = put_together([run, other])
+    assert joint.models == ('parrot', 'other:parrot')
+    assert set(joint.samples['sample_id']) == set(predictions(run, at(proxy))['sample_id'])
+    scores, paired = score_joint(joint, 0, 50)
+    values = scores.filter(system='parrot').drop('system')
+    assert values.equals(scores.filter(system='other:parrot').drop('system'))
+    assert len(paired) and (paired['difference'] == 0).all()
+    assert costs([run, other])['system'].to_list() == ['parrot', 'parrot']
 
 
 # --- a model on this machine

@@ -2,6 +2,7 @@
 import ast
 import os
 import re
+import shlex
 import socket
 import subprocess
 import sys
@@ -13,7 +14,8 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 
-from ehr_r1.pipeline import ORDER
+from ehr_r1.evaluation.general import general_in
+from ehr_r1.pipeline import FOLDERS_AND_NAMES, ORDER, Reproduction, parsed
 from ehr_r1.stages import imported
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -324,3 +326,40 @@ def test_files_made_from_settings_agree(script):
 def test_citation_has_the_version(script):
     version = script('.ci/lock.py').settings()['version']
     assert f'version: {version}\n' in (ROOT/'CITATION.cff').read_text()
+
+
+# --- the commands that README shows
+
+def commands_of_readme():
+    "Every line of README's shell blocks that makes or asks something."
+    blocks = re.findall(r'```sh\n(.*?)```', (ROOT/'README.md').read_text(), re.S)
+    lines = [line.partition('  #')[0].strip() for block in blocks for line in block.splitlines()]
+    return [line for line in lines if re.search(r'\bmake reproduce\b|\behr_r1 [a-z]+ ', line) and '...' not in line]
+
+
+def words_of(line):
+    "The words that reach `ehr_r1`."
+    if 'make' not in line.split():
+        return shlex.split(line)[1:]
+    said = subprocess.run(['make', '--dry-run', '--no-print-directory', *shlex.split(line.partition('make ')[2])],
+                          cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    [command] = [made for made in said.splitlines() if '/ehr_r1 ' in made]
+    return shlex.split(command)[1:]
+
+
+def test_readme_shows_commands():
+    assert len(commands_of_readme()) >= 8
+
+
+@pytest.mark.parametrize('line', commands_of_readme())
+def test_a_command_of_readme_is_understood(line, tmp_path, monkeypatch):
+    stages, settings = parsed(words_of(line))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path/'EHR-Bench.jsonl').touch()
+    if 'bench' in settings:
+        settings['bench'] = str(tmp_path/'EHR-Bench.jsonl')
+    asked = general_in(settings) if 'evaluate' in stages else None
+    about = {name: settings.pop(name, None) for name in FOLDERS_AND_NAMES}
+    made = Reproduction(settings.pop('profile', 'demo'), home=tmp_path, asked=asked, **about, **settings)
+    assert '/' not in made.run.name
+    assert made.run.folder.parent == tmp_path/'runs'
