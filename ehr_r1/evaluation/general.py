@@ -62,10 +62,11 @@ class General:
 
 # %% ../../nbs/07_evaluation/10_general.ipynb #95cc4af4
 def check_general(
-    g:General # how a model is asked
+    g:General,       # how a model is asked
+    asked:bool=True  # whether one is
 )->None:
     "A ValueError where it cannot be asked so."
-    if not g.model:
+    if asked and not g.model:
         raise ValueError('model= a folder, a .gguf file, a name on the hub or the address of a server (https://h/v1)')
     if g.is_server and not g.name:
         raise ValueError(f'{g.model} serves models by name: give name=')
@@ -80,12 +81,13 @@ def check_general(
 
 # %% ../../nbs/07_evaluation/10_general.ipynb #37b41399
 def general_in(
-    settings:dict # words of a command, text; those that are fields of `General` are taken out
+    settings:dict,    # words of a command, text; those that are fields of `General` are taken out
+    asked:bool=True   # whether a model is asked, and must be named
 )->General: # a ValueError where a value is not of its kind
     "How a model is asked, as a command says it."
     there = [field for field in fields(General) if field.name in settings]
     g = General(**{field.name: converted(field.type, settings.pop(field.name)) for field in there})
-    check_general(g)
+    check_general(g, asked)
     return g
 
 # %% ../../nbs/07_evaluation/10_general.ipynb #b12f9e0f
