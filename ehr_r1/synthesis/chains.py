@@ -36,7 +36,7 @@ from .support import argued_for, event_heading, final_results, read_record, supp
 def required_setting(
     name:str # of an environment variable
 )->str: # its value
-    "What the environment says; a InferenceError where it says nothing."
+    "What the environment says; an InferenceError where it says nothing."
     value = os.environ.get(name)
     if not value:
         raise InferenceError(f'{name} is not set; this teacher needs it (see synthesis.chains)')
