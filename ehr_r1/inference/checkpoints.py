@@ -244,21 +244,23 @@ def load_model(
 )->tuple: # (model, tokenizer) of transformers
     "A checkpoint, ready for inference or for more training; a ModelError if it cannot be had or asked."
     import torch
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, GgufConfig
 
     folder, name = Path(where), str(where)
     is_path = name.startswith(('.', '/')) or name.count('/') > 1  # a name on the hub is owner/model
     if is_path and not folder.exists():
         raise ModelError(f'{where}: no such folder or file')
     base, (place, more) = adapter_base(folder), stored_at(where)
+    if more:
+        more['quantization_config'] = GgufConfig(dequantize=True)  # once, not at every step
+        dtype = 'bfloat16' if dtype == 'auto' else dtype
     if base and not (folder/'adapter_model.safetensors').is_file():
         raise ModelError(f'{where}: no adapter_model.safetensors; a pickle is not opened, save it again')
     tokenizer = load_tokenizer(where)
     with explained(where):
         model = AutoModelForCausalLM.from_pretrained(
             base or place, dtype=dtype, use_safetensors=True, trust_remote_code=False, **more)
-    if more and dtype == 'auto':  # in float32 the weights are unpacked; asked for otherwise, at every step again
-        model = model.to(torch.bfloat16)
+
     if base:
         from peft import PeftModel
         model = PeftModel.from_pretrained(model, where)
