@@ -1,10 +1,12 @@
 "Models as they come: candidates, chat servers of all habits, official files, GGUF; what is said before it is sent."
+import importlib.util
 import json
 import math
 
 import polars as pl
 import pytest
 import torch
+import yaml
 from faulty_proxy import JSON, Proxy, some_faults
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -25,12 +27,14 @@ from ehr_r1.evaluation.general import (
     score_general,
 )
 from ehr_r1.evaluation.joint import costs, put_together, score_joint
+from ehr_r1.evaluation.sharing import build_shared, card
 from ehr_r1.hospital.hospital import build_hospital
 from ehr_r1.inference.checkpoints import load_model
 from ehr_r1.inference.endpoints import InferenceError, Refused
 from ehr_r1.inference.servers import ChatEngine
 from ehr_r1.pipeline import main
 from ehr_r1.profiles import profile
+from ehr_r1.scoring import set_f1
 from ehr_r1.stages import read_manifest
 from ehr_r1.training.models import new_model, train_tokenizer
 
@@ -380,3 +384,54 @@ def test_a_file_that_is_no_gguf_is_one_line(tmp_path):
 
 def test_a_whole_setting_is_checked():
     check_general(General('m', tasks=TASKS, think=True, price='1,2'))
+
+
+# --- for other tools
+
+@pytest.fixture(scope='module')
+def shared(stood, p):
+    "EHR-Bench of the run as it is handed on."
+    build_shared(stood, p, General(tasks=TASKS, context=4_000))
+    return stood.folder/'shared'
+
+
+@pytest.fixture
+def functions(shared):
+    "The functions that lm-evaluation-harness calls."
+    spec = importlib.util.spec_from_file_location('functions', shared/'lm_eval'/'functions.py')
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_what_is_shared_is_what_evaluate_asks(shared, run, p):
+    with Proxy(chat(knows)) as proxy:
+        build_general(run, p, at(proxy, context=4_000), 'hospital', 'open')
+    rows = pl.concat([pl.read_parquet(file) for file in sorted((shared/'dataset'/'data').glob('*.parquet'))])
+    assert sorted(rows['prompt']) == sorted(proxy.asked())
+    assert set(rows['task']) == set(TASKS.split(','))
+
+
+def test_the_card_names_every_file(shared):
+    header = yaml.safe_load((shared/'dataset'/'README.md').read_text().split('---')[1])
+    assert header['license'] == 'apache-2.0'
+    for config in header['configs']:
+        assert (shared/'dataset'/config['data_files'][0]['path']).is_file()
+
+
+def test_a_card_of_credentialed_rows_says_that_they_stay(stood):
+    rows = pl.DataFrame(dict(task=['labevents']))
+    assert 'must not be uploaded' in card(stood, rows, 'credentialed')
+
+
+def test_the_harness_scores_as_we_do(shared, functions):
+    [doc, *_] = functions.load('labevents')['test']
+    said = '\n'.join(f'- {name}' for name in doc['answer'][:1])
+    assert functions.decision(doc, [said])['f1'] == set_f1(doc['answer'], doc['answer'][:1])
+    assert functions.decision(doc, [said])['f1_strict'] == 0
+    sure, unsure = ([(math.log(share/8), False)]*4 + [(math.log((1 - share)/8), False)]*4 for share in (.9, .4))
+    pairs = [functions.risk(dict(answer=['yes']), sure)['auroc'], functions.risk(dict(answer=['no']), unsure)['auroc']]
+    assert functions.auroc(pairs) == 1.
+    assert functions.risk(doc, sure)['yes_no_mass'] == pytest.approx(.5)
+    for task in TASKS.split(','):
+        assert f'task: ehr_bench_{task}\n' in (shared/'lm_eval'/f'ehr_bench_{task}.yaml').read_text()
