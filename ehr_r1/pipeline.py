@@ -31,7 +31,7 @@ from .evaluation.sharing import build_shared
 from .hospital.hospital import build_hospital
 from .inference.endpoints import InferenceError, Refused
 from .machine import BYTES, check_room, say_why, stopped_by_signals
-from .profiles import PROFILES, Profile, listed, profile
+from .profiles import PROFILES, Profile, converted, listed, profile
 from .stages import build, read_manifest
 from .synthesis.chains import build_chains
 from .synthesis.graphs import build_graphs
@@ -39,14 +39,8 @@ from .synthesis.open_knowledge import build_knowledge, find_knowledge
 from .training.models import SIZES
 from .training.reinforcing import build_reinforced
 from .training.stages import build_adapted, build_base, build_reasoned, keep_base, side_by_side
-from .transfer.benchmark_files import find_benchmark
 from .transfer.benchmark_stage import build_benchmark, build_general_benchmark
-from .transfer.ehrshot import tasks as ehrshot
-from .transfer.ehrshot.synthetic import write_synthetic
-from .transfer.medcalc.benchmark import MEDCALC
-from .transfer.mimic_cdm.benchmark import for_run
-from .transfer.mimic_cdm.synthetic import build_cdm_files
-from .transfer.trials.benchmark import TRIALS
+from .transfer.found import found_benchmarks
 
 # %% ../nbs/10_pipeline/01_pipeline.ipynb #9ae8d3d7
 def run_name(
@@ -94,11 +88,12 @@ class Reproduction:
         knowledge:str|None=None,  # folder of RRF or open knowledge files; default: beside the tables
         home:str|Path|None=None,  # holds runs/ and reports/
         asked:General|None=None,  # the model of `evaluate`
+        yes:bool=False,           # text may go to a teacher elsewhere
         **overrides               # profile fields
     ):
         self.profile = profile_for(data, profile_name, **overrides)
         self.data, self.codes, self.knowledge, self.asked = data, codes, knowledge, asked
-        self.at = ''  # the stage at work
+        self.at, self.yes = '', yes  # at: the stage at work
         self.dataset = Path(data).resolve().name if data else 'hospital'
         self.run = Run(run or run_name(profile_name, data, vars(self.profile.only(*overrides))), home)
 
@@ -106,11 +101,6 @@ class Reproduction:
     def tables(self)->Path: # folder
         "Where the tables lie."
         return Path(self.data) if self.data else self.run.hospital/'tables'
-
-    @property
-    def home(self)->Path: # folder
-        "What holds runs/ and reports/."
-        return self.run.folder.parent.parent
 
     @property
     def trains(self)->bool:
@@ -182,7 +172,7 @@ def make_graphs(r:Reproduction)->bool|None:
 
 def make_chains(r:Reproduction)->bool|None:
     "Reasoning chains, written by the profile's teacher and filtered."
-    return build_chains(r.run, r.profile, r.dataset) if r.reasons else None
+    return build_chains(r.run, r.profile, r.dataset, r.yes) if r.reasons else None
 
 # %% ../nbs/10_pipeline/01_pipeline.ipynb #229dd3c6
 def make_baselines(r:Reproduction)->bool:
@@ -229,20 +219,7 @@ def other_benchmarks(
     r:Reproduction # trajectories must stand where the hospital stands in
 )->list: # of (benchmark, folder of its files)
     "Those whose files are there, and those that the synthetic hospital can stand in for."
-    shots = find_benchmark('ehrshot')
-    cases = find_benchmark('mimic_cdm')
-    if not r.data and shots is None:
-        shots = r.run.folder/'ehrshot'
-        write_synthetic(r.run, r.profile, shots)
-    if not r.data and cases is None:
-        cases = build_cdm_files(r.run)
-    found = [
-        (ehrshot.BENCHMARK, shots),
-        (for_run(r.run, cases) if cases else None, cases),
-        (MEDCALC, find_benchmark('medcalc', 'medcalc-bench')),
-        (TRIALS, find_benchmark('trials', 'clinical-trials')),
-    ]
-    return [(benchmark, folder) for benchmark, folder in found if folder]
+    return found_benchmarks(r.run, r.profile, hospital=not r.data)
 
 # %% ../nbs/10_pipeline/01_pipeline.ipynb #ac14d963
 def make_benchmarks(r:Reproduction)->bool|None:
@@ -267,7 +244,8 @@ def make_ehrmind(r:Reproduction)->bool|None:
 def make_reports(r:Reproduction)->bool:
     "Run the report notebooks."
     parameters = dict(profile=r.profile.name, run=r.run.name, seed=r.profile.seed)
-    return run_reports(r.run, Path('nbs/11_reports'), parameters, r.home, r.profile.workers)
+    home = r.run.folder.parent.parent  # holds runs/ and reports/
+    return run_reports(r.run, Path('nbs/11_reports'), parameters, home, r.profile.workers)
 
 # %% ../nbs/10_pipeline/01_pipeline.ipynb #ad799cf0
 def make_share(r:Reproduction)->bool:
@@ -326,6 +304,7 @@ USAGE = f'''usage: ehr_r1 STAGE... [name=value ...]
 stages: reproduce, {', '.join(ORDER)}; and {', '.join(APART)}
 names: profile, data, run, codes, knowledge and the fields of a profile, e.g. seed=7 protocol=official
 of evaluate: {', '.join(field.name for field in fields(General))}
+yes=1: what a server elsewhere is asked may be sent, after it was said how much that is
 environment: EHR_R1_HOME=folder for runs/ and reports/, EHR_R1_DEBUG=1 to see where an error came from'''
 FOLDERS_AND_NAMES = ('data', 'run', 'codes', 'knowledge')
 
@@ -424,7 +403,8 @@ def command(
             asked = general_in(settings, 'evaluate' in stages) if ASKS & set(stages) else None
             if asked and asked.bench:
                 about['run'] = about['run'] or f'bench.{Path(asked.bench).stem}'
-            r = Reproduction(settings.pop('profile', 'demo'), asked=asked, **about, **settings)
+            yes = converted(bool, settings.pop('yes', False))
+            r = Reproduction(settings.pop('profile', 'demo'), asked=asked, yes=yes, **about, **settings)
             if needs := room_needed(r, stages):
                 print(check_room(needs, r.run.folder), flush=True)
             run_stages(r, stages)

@@ -25,6 +25,7 @@ from ehr_r1.data.tables import open_source
 from ehr_r1.data.trajectories import build_trajectories
 from ehr_r1.hospital.hospital import build_hospital
 from ehr_r1.inference.endpoints import InferenceError, Refused
+from ehr_r1.inference.servers import Server
 from ehr_r1.profiles import DESIGNS, VARIANTS, profile
 from ehr_r1.stages import read_manifest
 from ehr_r1.synthesis.chains import briefs_of, build_chains, kept_chains, scan_chains
@@ -532,6 +533,16 @@ def test_credentialed_text_stays_here(hospital, credentialed, monkeypatch):
     with pytest.raises(Refused, match='mimic-iv-3.1@api.example.org'):
         build_chains(credentialed, replace(p, teacher='server'), 'mimic-iv-3.1')
     assert not credentialed.chains.exists()
+
+
+def test_a_teacher_elsewhere_is_asked_nothing_before_yes(hospital, tmp_path, monkeypatch):
+    run, p = hospital
+    monkeypatch.setenv('EHR_R1_TEACHER_MODEL', 'm')
+    monkeypatch.setenv('EHR_R1_TEACHER_URL', 'https://api.example.org/v1')
+    monkeypatch.setenv('EHR_R1_TEACHER_PRICE', '2.5,10')
+    monkeypatch.setattr(Server, 'ask', lambda *_: pytest.fail('something was sent'))
+    with pytest.raises(Refused, match=r'prompts, about .* tokens to read.* \$ .*yes=1'):
+        build_chains(copied(run, tmp_path), replace(p, teacher='server'), 'hospital')
 
 
 def test_the_verbaliser_sends_nothing(hospital, credentialed):

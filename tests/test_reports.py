@@ -66,7 +66,7 @@ def home(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:  # with sixty patients no task has thirty answers of each kind
         patch.setattr('ehr_r1.intervals.ENOUGH', 1)
         r.make(*UP_TO_SCORES)
-    return r.home
+    return r.run.folder.parent.parent
 
 
 def copied(home, folder):

@@ -313,7 +313,7 @@ def home(tmp_path_factory):
     leave_headroom(r.run, sorted({task for _, task, *_ in ins}))
     leave_answers(r.run, writer, bench)
     leave_scores(r.run, r.profile, other_systems(writer, bench))
-    return r.home
+    return r.run.folder.parent.parent
 
 
 @pytest.fixture(scope='module')

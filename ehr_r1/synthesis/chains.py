@@ -21,6 +21,7 @@ from ..data.events import DISPLAY
 from ..data.serialize import TITLES, RecordText, estimate_tokens, record_text, without_question
 from ..data.tasks import split_question
 from ..inference.endpoints import InferenceError, allowed_endpoints, guard
+from ..inference.estimates import Load, consent, price_of, said_of
 from ..inference.recorded import Recorded, Replay
 from ..inference.servers import Server
 from ..inference.teachers import Reply, Request, Teacher
@@ -55,9 +56,9 @@ def open_teacher(
     model = required_setting('EHR_R1_TEACHER_MODEL')
     if kind == 'vllm':
         return Recorded(Vllm(model), file)
-    price = tuple(map(float, listed(os.environ.get('EHR_R1_TEACHER_PRICE', ''))))
+    price = price_of(os.environ.get('EHR_R1_TEACHER_PRICE', ''))
     key_variable = os.environ.get('EHR_R1_TEACHER_KEY', '')
-    return Recorded(Server(required_setting('EHR_R1_TEACHER_URL'), model, key_variable), file, price or None)
+    return Recorded(Server(required_setting('EHR_R1_TEACHER_URL'), model, key_variable), file, price)
 
 # %% ../../nbs/05_synthesis/20_chains.ipynb #1ef0958d
 def chosen_graphs(
@@ -270,13 +271,36 @@ def cost_of(
     prompt, completion = (sum(task[f'{kind}_tokens'] for task in tasks) for kind in ('prompt', 'completion'))
     return round((prompt*price[0] + completion*price[1])/1e6, 4)
 
+# %% ../../nbs/05_synthesis/20_chains.ipynb #1da56b16
+LOOKED_AT = 20 # samples from which the length of prompts is told
+WRITTEN = 400  # tokens of a chain, about, as ours are
+TRIED_AGAIN = 'before what the filters have tried again'
+
+def load_of_teacher(
+    run:Run,            # samples and graphs must stand
+    s,                  # settings variants, seed, style, context
+    chosen:pl.DataFrame # from `chosen_graphs`
+)->Load: # about
+    "What a model as teacher is about to be asked."
+    briefs = []
+    for file in sorted(run.graphs.glob('shard-*.parquet')):
+        graphs = pl.read_parquet(file).join(chosen, on='sample_id', how='semi', maintain_order='left')
+        briefs += briefs_of(run, graphs.head(LOOKED_AT - len(briefs)), file.name, s.style, s.context)
+        if len(briefs) == LOOKED_AT:
+            break
+    asked = requests_of(briefs, listed(s.variants)[0], range(1), s.seed, True)
+    sizes = [estimate_tokens(message['content']) for request in asked for message in request.messages]
+    prompts = len(chosen)*len(listed(s.variants))*SAMPLES_EACH
+    return Load(prompts, round(sum(sizes)/max(len(asked), 1)*prompts), WRITTEN*prompts)
+
 # %% ../../nbs/05_synthesis/20_chains.ipynb #a62c8471
 def build_chains(
-    run:Run,    # samples and graphs must stand
-    p:Profile,  # teacher, variants, chains_per_task, seed, style, context, workers
-    dataset:str # name of the data set, for the guard
+    run:Run,     # samples and graphs must stand
+    p:Profile,   # teacher, variants, chains_per_task, seed, style, context, workers
+    dataset:str, # name of the data set, for the guard
+    yes:bool=False # send text to a server elsewhere, after what it will take was said
 )->bool: # False if it was up to date
-    "Have the chains of a run written and judged; a Refused where the guard does not let the text out."
+    "Have the chains of a run written and judged; a Refused where the text may not go, or nobody has agreed."
     s = p.only('variants', 'chains_per_task', 'seed', 'style', 'context')
     access = read_manifest(run.samples)['counts']['access']
     teacher = open_teacher(p.teacher, run.folder/'teachers'/f'{p.teacher}.jsonl')
@@ -286,6 +310,9 @@ def build_chains(
         files = sorted(run.graphs.glob('shard-*.parquet'))
         with writing(out/'chosen.parquet') as f:
             chosen_graphs(run, s).write_parquet(f)
+        if p.teacher in ('server', 'vllm'):
+            load = load_of_teacher(run, s, pl.read_parquet(out/'chosen.parquet'))
+            consent(teacher, said_of(f'{teacher.name}, {TRIED_AGAIN}', load, price=teacher.price), yes)
         work = partial(write_shard_chains, run=run, out=out, s=s, teacher=teacher)
         if p.teacher == 'verbaliser':
             jobs = Parallel(p.workers, return_as='generator')(delayed(work)(file) for file in files)
