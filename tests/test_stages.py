@@ -26,8 +26,18 @@ from ehr_r1.training.copying import copied_share
 from ehr_r1.training.examples import EXAMPLES, encode, tokens_of
 from ehr_r1.training.metrics import read_metrics
 from ehr_r1.training.models import new_model, train_tokenizer
-from ehr_r1.training.settings import BY_STAGE, CONFIGS, FOR_TRAINING, STAGE_EPOCHS, TARGETS, training_settings
-from ehr_r1.training.streaming import streamed
+from ehr_r1.training.settings import (
+    BY_STAGE,
+    CONFIGS,
+    FOR_TRAINING,
+    LOGGERS,
+    STAGE_EPOCHS,
+    TARGETS,
+    loggers,
+    stage_settings,
+    training_settings,
+)
+from ehr_r1.training.streaming import Share, streamed
 from ehr_r1.training.trainer import launch, run_training, train, write_job
 
 OURS = Path(trainer.__file__).parent/'accelerate'
@@ -756,3 +766,33 @@ def test_without_plain_ones_all_chains_are_thought_about(scarce):
     thought, rest = thought_and_rest(scarce, 'knowledge', 0)
     assert sorted(thought['sample_id']) == sorted(THOUGHT)
     assert rest.is_empty()
+
+
+# --- who is told, and what is left on the way
+
+def test_a_logger_that_is_not_known_or_not_here_is_told(monkeypatch):
+    monkeypatch.setenv('LOG', 'tensorbord')
+    with pytest.raises(ValueError, match='tensorboard'):
+        loggers()
+    monkeypatch.setenv('LOG', 'wandb')
+    monkeypatch.setitem(LOGGERS, 'wandb', 'no_such_package')
+    with pytest.raises(ImportError, match=r'ehr_r1\[log\]'):
+        loggers()
+
+
+def test_what_is_left_on_the_way_is_no_part_of_a_key():
+    usual, other = profile('smoke'), profile('smoke', save_minutes=1, keep_checkpoints=3, log_steps=7)
+    assert stage_settings(usual, 'adapt') == stage_settings(other, 'adapt')
+    assert training_settings(other, 'adapt').save_minutes == 1
+    assert CONFIGS['adapt'](training_settings(other, 'adapt'), Path('x/y/z'), 100).logging_steps == 7
+
+
+def test_processes_share_the_sequences_between_them(tmp_path):
+    rows = [dict(prompt='a'*(1 + i % 9), answer='b') for i in range(60)]
+    pl.DataFrame(rows).write_parquet(tmp_path/'examples-00000.parquet')
+    tokenizer = train_tokenizer(['a b']*9, 300)
+    whole = list(islice(streamed(tmp_path, 1, tokenizer, True), 48))
+    parts = [list(islice(streamed(tmp_path, 1, tokenizer, True, share=Share((rank,), 3, 2)), 16)) for rank in range(3)]
+    together = [parts[step % 3][2*(step//3) + place] for step in range(24) for place in range(2)]
+    assert together == whole
+    assert list(islice(streamed(tmp_path, 1, tokenizer, True, first=7), 41)) == whole[7:]

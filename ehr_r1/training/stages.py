@@ -148,7 +148,7 @@ def base_from_scratch(
         model, tokenizer = random_start(run, s, out/'start')
         writer = Writer(tokenizer, s.context, s.answer_tokens, s.style, scratch=True)
         counts = once(out/'examples.json', lambda: stage_0_texts(run, s, writer, out, p.workers))
-        counts |= run_training(out, s, 'base', out/'start', s.base_steps, model.num_parameters())
+        counts |= run_training(out, p, 'base', out/'start', s.base_steps, model.num_parameters())
         for line in read_metrics(out):  # the last one counts
             counts |= {name: value for name, value in line.items() if name.startswith('copy')}
         shutil.rmtree(out/'start')
@@ -285,7 +285,7 @@ def build_plan(
         if plan.stage == 'adapt' and texts.exists() and not replay.exists():
             shutil.copytree(texts, replay)
         steps = steps_of(plan, s, counts['examples'])
-        counts |= run_training(out, s, plan.stage, model_at(run, plan.start), steps, parameters)
+        counts |= run_training(out, p, plan.stage, model_at(run, plan.start), steps, parameters)
         (out/'examples.json').unlink()
         shutil.rmtree(replay, ignore_errors=True)
         return counts

@@ -13,7 +13,6 @@ import subprocess
 import sys
 import warnings
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -24,11 +23,11 @@ from ..profiles import is_ours
 from ..stages import writing
 from .copying import copied_share
 from .examples import scan_examples
-from .metrics import metrics_callback, read_metrics
+from .metrics import metrics_callback, read_metrics, saves_by_the_clock
 from .on_cpu import compile_blocks, compiles, score_answers_alone, tune_allocator
 from .rewards import grpo_rewards
 from .settings import CONFIGS, TARGETS, padded_to, processes, training_settings
-from .streaming import streamed
+from .streaming import Share, streamed
 from .weighing import Weights, weigh_samples, weights_of
 
 # %% ../../nbs/06_training/14_trainer.ipynb #9660232e
@@ -135,6 +134,24 @@ def sequences_a_step(
     "How many sequences a step holds."
     return config.per_device_train_batch_size*config.gradient_accumulation_steps*processes()
 
+# %% ../../nbs/06_training/14_trainer.ipynb #1d43000d
+def last_checkpoint(
+    folder:Path # of the trainer
+)->str|None: # None: there is none
+    "The newest checkpoint that was written to its end: the trainer's state comes last."
+    whole = [state.parent for state in folder.glob('checkpoint-*/trainer_state.json')]
+    if not whole:
+        return None
+    return str(max(whole, key=lambda checkpoint: int(checkpoint.name.split('-')[1])))
+
+# %% ../../nbs/06_training/14_trainer.ipynb #a94205ab
+def steps_done(
+    folder:Path # of the trainer
+)->int: # 0: it begins
+    "After which step a training goes on."
+    checkpoint = last_checkpoint(folder)
+    return int(checkpoint.rpartition('-')[2]) if checkpoint else 0
+
 # %% ../../nbs/06_training/14_trainer.ipynb #3635951f
 def stream_of(
     job:Job,    # what to train
@@ -144,9 +161,15 @@ def stream_of(
 ): # datasets.IterableDataset
     "The sequences of a training, as long as it wants them; a small model's steps hold sequences of like length."
     import datasets
-    each = sequences_a_step(config) if job.small else 0
-    stream = partial(streamed, job.folder/'examples', job.settings.seed, tokenizer, masked, each)
-    return datasets.IterableDataset.from_generator(stream)
+    a_step = sequences_a_step(config)
+    each = a_step if job.small else 0
+    read = steps_done(job.folder/'trainer')*a_step
+
+    def stream(ranks):
+        share = Share(tuple(ranks), processes(), config.per_device_train_batch_size)
+        yield from streamed(job.folder/'examples', job.settings.seed, tokenizer, masked, each, read, share)
+
+    return datasets.IterableDataset.from_generator(stream, gen_kwargs=dict(ranks=list(range(processes()))))
 
 # %% ../../nbs/06_training/14_trainer.ipynb #ce911850
 def pretraining(
@@ -192,11 +215,14 @@ def fine_tuning(
 def asked_prompts(
     job:Job,   # stage 3, or EHRMind's second step
     number:int # how many are asked
-)->list: # rows with prompt, label, family, mode and sample_id
+): # datasets.Dataset of prompt, label, family, mode and sample_id, read from the disk as they are asked
     "The prompts of a training, from the first example on."
-    columns = ('prompt', 'label', 'family', 'mode', 'sample_id')
-    rows = scan_examples(job.folder/'examples').head(number).select(columns).collect().to_dicts()
-    return [rows[i % len(rows)] for i in range(number)]
+    import datasets
+    columns = ['prompt', 'label', 'family', 'mode', 'sample_id']
+    files = [str(file) for file in sorted((job.folder/'examples').glob('examples-*.parquet'))]
+    rows = datasets.Dataset.from_parquet(files, columns=columns, cache_dir=str(job.folder/'trainer'/'prompts'))
+    there = min(len(rows), number)
+    return rows.select([i % there for i in range(number)])
 
 # %% ../../nbs/06_training/14_trainer.ipynb #c14621e1
 def reinforcing(
@@ -206,12 +232,11 @@ def reinforcing(
     rewards:list  # functions of completions
 ): # trl.GRPOTrainer
     "A trainer that learns from rewards."
-    import datasets
     from trl import GRPOTrainer
     model, config = shared['model'], shared['args']
     rows = asked_prompts(job, job.steps*sequences_a_step(config)//config.num_generations)
     model.generation_config.update(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
-    return GRPOTrainer(reward_funcs=rewards, train_dataset=datasets.Dataset.from_list(rows), **shared)
+    return GRPOTrainer(reward_funcs=rewards, train_dataset=rows, **shared)
 
 # %% ../../nbs/06_training/14_trainer.ipynb #0805e7fb
 def trainer_of(
@@ -223,8 +248,9 @@ def trainer_of(
 ): # a trainer of transformers or TRL
     "The trainer of a job."
     import transformers
-    callback = metrics_callback(job.folder/'metrics.jsonl', gate_measure(job, tokenizer))
-    shared = dict(model=model, args=config, processing_class=tokenizer, peft_config=adapters(job), callbacks=[callback])
+    metrics = metrics_callback(job.folder/'metrics.jsonl', gate_measure(job, tokenizer))
+    callbacks = [metrics, saves_by_the_clock(job.settings.save_minutes)]
+    shared = dict(model=model, args=config, processing_class=tokenizer, peft_config=adapters(job), callbacks=callbacks)
     if job.reinforces:
         trainer = reinforcing(job, tokenizer, shared, rewards)
     elif job.stage == 'base':
@@ -234,16 +260,6 @@ def trainer_of(
     trainer.remove_callback(transformers.PrinterCallback)
     trainer.remove_callback(transformers.ProgressCallback)
     return trainer
-
-# %% ../../nbs/06_training/14_trainer.ipynb #1d43000d
-def last_checkpoint(
-    folder:Path # of the trainer
-)->str|None: # None: there is none
-    "The newest checkpoint that was written to its end: the trainer's state comes last."
-    whole = [state.parent for state in folder.glob('checkpoint-*/trainer_state.json')]
-    if not whole:
-        return None
-    return str(max(whole, key=lambda checkpoint: int(checkpoint.name.split('-')[1])))
 
 # %% ../../nbs/06_training/14_trainer.ipynb #8d904fff
 def keep_model(
