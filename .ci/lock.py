@@ -101,7 +101,7 @@ version = {{attr = "{lib_path}.__version__"}}
 include = ["{lib_path}*"]
 
 [tool.setuptools.package-data]
-"*" = ["*.toml", "*.csv", "*.yaml"]
+"*" = ["*.toml", "*.csv", "*.yaml", "*.sbatch"]
 "ehr_r1.training" = ["kept/*"]
 
 # nbdev 3 looks here, nbdev 2.4 in settings.ini

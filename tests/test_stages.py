@@ -2,6 +2,7 @@
 import json
 import random
 import signal
+import socket
 import subprocess
 import sys
 from itertools import islice
@@ -282,18 +283,53 @@ def test_copying_compares_the_tokens_that_training_sees(knows):
 
 # --- several processes
 
-def test_two_processes_train_as_one(start, tmp_path, monkeypatch):
-    one = prepare(tmp_path/'one', start)
-    two = prepare(tmp_path/'two', start)
-    train(one)
-    monkeypatch.setenv('EHR_R1_ACCELERATE', 'two_processes_cpu')
-    launch(two)
+def same_but_for_rounding(one, two, start):
+    "Two trainings went the same way, as far as sums in another order let them."
     for x, y in zip(read_metrics(one), read_metrics(two), strict=True):
         for name in ('step', 'num_tokens', 'learning_rate'):
             assert x[name] == y[name]
         assert x['loss'] == pytest.approx(y['loss'], abs=3e-3)  # bf16 products, added up in another order
     a, b = weights(one/'model'), weights(two/'model')
     assert distance(a, b) < .15*distance(a, weights(start))
+
+
+SRUN = """#!/bin/bash
+for rank in 0 1; do SLURM_NODEID=$rank "${@:3}" & done
+wait -n && wait -n
+"""
+
+
+def test_two_machines_of_a_slurm_job_train_as_one(start, tmp_path, monkeypatch):
+    one = prepare(tmp_path/'one', start)
+    two = prepare(tmp_path/'two', start)
+    train(one)
+    (tmp_path/'srun').write_text(SRUN)  # in SLURM's place: both machines are this one
+    (tmp_path/'srun').chmod(0o755)
+    with socket.socket() as free:
+        free.bind(('127.0.0.1', 0))
+        port = free.getsockname()[1]
+    about = dict(SRUN=f'{tmp_path}/srun --nodes=2 --ntasks-per-node=1', FIRST='127.0.0.1', PORT=port, PROCESSES=2,
+                 ACCELERATE='two_processes_cpu')
+    for name, value in about.items():
+        monkeypatch.setenv(f'EHR_R1_{name}', str(value))
+    monkeypatch.setenv('SLURM_NNODES', '2')
+    launch(two)
+    same_but_for_rounding(one, two, start)
+
+
+def test_the_batch_file_is_a_script():
+    file = OURS/'slurm.sbatch'
+    assert not subprocess.run(['bash', '-n', file], check=False).returncode
+    assert '# Change: ' in file.read_text()
+
+
+def test_two_processes_train_as_one(start, tmp_path, monkeypatch):
+    one = prepare(tmp_path/'one', start)
+    two = prepare(tmp_path/'two', start)
+    train(one)
+    monkeypatch.setenv('EHR_R1_ACCELERATE', 'two_processes_cpu')
+    launch(two)
+    same_but_for_rounding(one, two, start)
 
 
 @pytest.mark.parametrize('processes', [1, 2, 4, 8])

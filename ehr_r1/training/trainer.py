@@ -8,6 +8,7 @@ __all__ = ['write_job', 'train', 'launch', 'run_training']
 # %% ../../nbs/06_training/14_trainer.ipynb #973c8e9a
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -312,6 +313,20 @@ def accelerate_file()->str|None: # None: train in this process
         raise ValueError(f'EHR_R1_ACCELERATE: there is no file {config}; by name there are {names}')
     return str(ours)
 
+# %% ../../nbs/06_training/14_trainer.ipynb #700971b5
+MACHINES = ('--num_machines "$SLURM_NNODES" --machine_rank "$SLURM_NODEID" --num_processes "$EHR_R1_PROCESSES" '
+            '--main_process_ip "$EHR_R1_FIRST" --main_process_port "$EHR_R1_PORT"')
+
+def on_every_machine(
+    launcher:list, # words of accelerate's launcher
+    what:list      # words behind its options: what it starts
+)->list: # words of a command
+    "The launcher once on every machine of a SLURM job; here alone where there is none."
+    start = os.environ.get('EHR_R1_SRUN')
+    if not start:
+        return [*launcher, *what]
+    return [*shlex.split(start), 'bash', '-c', f'exec {shlex.join(launcher)} {MACHINES} {shlex.join(what)}']
+
 # %% ../../nbs/06_training/14_trainer.ipynb #23a02ec7
 def launch(
     out:Path,              # folder of the training
@@ -322,8 +337,8 @@ def launch(
     config = accelerate_file()
     if config is None:
         return train(out, rewards)
-    command = [sys.executable, '-m', 'accelerate.commands.launch', '--config_file', config, '-m', module, str(out)]
-    subprocess.run(command, check=True)
+    launcher = [sys.executable, '-m', 'accelerate.commands.launch', '--config_file', config]
+    subprocess.run(on_every_machine(launcher, ['-m', module, str(out)]), check=True)
 
 # %% ../../nbs/06_training/14_trainer.ipynb #46ad12d3
 def curve_ends(
