@@ -37,6 +37,8 @@ from ehr_r1.profiles import profile
 from ehr_r1.scoring import set_f1
 from ehr_r1.stages import read_manifest
 from ehr_r1.training.models import new_model, train_tokenizer
+from ehr_r1.transfer.benchmark_stage import build_general_benchmark
+from ehr_r1.transfer.medcalc.benchmark import MEDCALC
 
 TASKS = 'labevents,diagnosis,ED_Hospitalization'
 
@@ -384,6 +386,31 @@ def test_a_file_that_is_no_gguf_is_one_line(tmp_path):
 
 def test_a_whole_setting_is_checked():
     check_general(General('m', tasks=TASKS, think=True, price='1,2'))
+
+
+# --- other benchmarks
+
+def test_another_benchmark_is_asked_in_its_own_words(run, p, tmp_path):
+    question = {
+        'Row Number': '1', 'Calculator ID': '6', 'Category': 'physical', 'Output Type': 'decimal',
+        'Patient Note': 'Height 170 cm, weight 65 kg.', 'Question': 'What is the BMI?', 'Ground Truth Answer': '22.5',
+        'Lower Limit': '21.4', 'Upper Limit': '23.6', 'Ground Truth Explanation': 'BMI = 65/1.7**2 = 22.5',
+        'Calculator Name': 'Body Mass Index (BMI)', 'Note ID': '1', 'Note Type': 'Synthetic', 'Relevant Entities': '{}'}
+    for name in ('train', 'test'):
+        pl.DataFrame([question]).write_csv(tmp_path/f'{name}_data.csv')
+
+    def calculates(asked):
+        return '<think>65/2.89</think><answer>{"answer": "22.5"}</answer>', None
+
+    with Proxy(chat(calculates)) as proxy:
+        g = at(proxy)
+        assert build_general_benchmark(run, p, MEDCALC, tmp_path, g)
+        assert not build_general_benchmark(run, p, MEDCALC, tmp_path, g)
+    [words] = proxy.asked()
+    assert 'weight 65 kg' in words and 'What is the BMI?' in words
+    results = pl.read_parquet(home_of(run, g)/'medcalc'/'results.parquet')
+    own = results.filter(system='parrot', task='overall', metric='accuracy')
+    assert own['value'].to_list() == [1.]
 
 
 # --- for other tools
