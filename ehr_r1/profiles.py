@@ -188,7 +188,7 @@ PROFILES = {p.name: p for p in [
             ehrmind_steps=1, lm_per_task=1, other_per_task=1, least_headroom=0.),
     Profile('pretraining', patients=20_000, seed=2_042, ins_per_task=300, base_steps=1_400),
     Profile('demo', model='kept', ins_per_task=600, shard_patients=50, adapt_steps=600, adapt_rate=1e-3, record_loss=0.,
-            reason_steps=400, warmup_steps=20, other_per_task=8),
+            reason_steps=400, reason_batch=16, warmup_steps=20, other_per_task=8),
     Profile('study', patients=12_000, model='kept', ins_per_task=2_000, adapt_steps=4_800, adapt_rate=1e-3,
             record_loss=0., reason_steps=800, reason_batch=16,
             reinforce_steps=20, reinforce_rate=5e-5, prompts=16, completions=4,
