@@ -49,11 +49,16 @@ class Joint:
 def answered_by_all(
     frames:list # predictions
 )->pl.DataFrame: # sample_id
-    "The samples in all of some predictions."
-    common = frames[0].select('sample_id')
-    for frame in frames[1:]:
-        common = common.join(frame, on='sample_id', how='semi')
-    return common
+    "The samples that all have answered; of decisions and of risks all that were asked any of the kind."
+    parts = []
+    for family in ('decision', 'risk'):
+        of_family = [task for task, about in TASKS.items() if about.family == family]
+        asked = [part for frame in frames if len(part := frame.filter(pl.col('task').is_in(of_family)))]
+        common = pl.DataFrame(schema=dict(sample_id=pl.String)) if not asked else asked[0].select('sample_id')
+        for frame in asked[1:]:
+            common = common.join(frame, on='sample_id', how='semi')
+        parts.append(common)
+    return pl.concat(parts)
 
 # %% ../../nbs/07_evaluation/11_joint.ipynb #92e749a7
 def put_together(
