@@ -180,11 +180,13 @@ def build(out):
         work, source = Path(folder)/'work', Path(folder)/'site'
         work.mkdir()
         count = write_sources(work, source)
-        shutil.rmtree(out, ignore_errors=True)
         sphinx = [sys.executable, '-m', 'sphinx', '-q', '-W', '--keep-going', '-b', 'html']
-        code = subprocess.run([*sphinx, '-d', f'{folder}/doctrees', str(source), str(out)]).returncode
+        made = Path(folder)/'html'  # myst-nb leaves a folder of its own beside the site
+        code = subprocess.run([*sphinx, '-d', f'{folder}/doctrees', str(source), str(made)]).returncode
         if code:
             sys.exit(code)
+        shutil.rmtree(out, ignore_errors=True)
+        shutil.copytree(made, out)
     for case in (ROOT/'reports').glob('*/*.html'):  # whole pages of their own, which reports link to
         if (place := out/case.relative_to(ROOT).parent).is_dir():
             shutil.copy(case, place)

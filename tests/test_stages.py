@@ -32,6 +32,7 @@ from ehr_r1.training.settings import (
     CONFIGS,
     FOR_TRAINING,
     LOGGERS,
+    SAVING,
     STAGE_EPOCHS,
     TARGETS,
     loggers,
@@ -656,7 +657,7 @@ def test_a_job_holds_what_its_training_reads(start, tmp_path):
     out = prepare(tmp_path/'x', start, 'reason')
     job = json.loads((out/'job.json').read_text())
     assert set(job) == {'stage', 'start', 'steps', 'profile'}
-    assert set(job['profile']) == {*FOR_TRAINING, *BY_STAGE['reason']}
+    assert set(job['profile']) == {*FOR_TRAINING, *BY_STAGE['reason'], *SAVING}
 
 
 def test_a_finished_training_leaves_its_model_and_no_job(start, tmp_path):
