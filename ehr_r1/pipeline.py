@@ -10,6 +10,7 @@ import re
 import sys
 import time
 from dataclasses import fields, replace
+from operator import call
 from pathlib import Path
 
 from .config import Run
@@ -237,7 +238,7 @@ def make_ehrmind(r:Reproduction)->bool|None:
                if benchmark.name != 'mimic_cdm']
     trainings = [(build_pilot_base, r.run, r.profile)]
     trainings += [(build_course, r.run, p, course, folder) for course, folder in courses]
-    ran = side_by_side(lambda train, *about: train(*about), trainings, p)
+    ran = side_by_side(call, trainings, p)
     return any([*ran, build_pilot(r.run, r.profile), build_cross(r.run, p, courses)])
 
 # %% ../nbs/10_pipeline/01_pipeline.ipynb #d8fdc206

@@ -296,6 +296,19 @@ def test_models_of_two_runs_meet_on_the_samples_that_both_answered(stood, run, p
     assert costs([run, other])['system'].to_list() == ['parrot', 'parrot']
 
 
+@pytest.mark.parametrize('text, said', [('', 'nothing to ask'), ('{"a": 1}', 'key instruction'), ('{"a', 'not JSON')])
+def test_an_official_file_without_a_question_is_told(text, said, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv('EHR_R1_HOME', str(tmp_path))
+    (tmp_path/'bench.jsonl').write_text(text)
+    assert main(['evaluate', f'bench={tmp_path}/bench.jsonl', 'model=http://127.0.0.1:9/v1', 'name=x']) != 0
+    assert said in capsys.readouterr().err
+
+
+def test_a_context_too_short_for_every_question_is_told(run, p):
+    with pytest.raises(ValueError, match='nothing to ask: .* longer than context=50'):
+        build_general(run, p, General('http://127.0.0.1:9/v1', 'x', tasks=TASKS, context=50), 'hospital', 'open')
+
+
 # --- a model on this machine
 
 def test_the_command_asks_a_model_here(stood, p, tmp_path, monkeypatch, capsys):

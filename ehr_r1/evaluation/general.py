@@ -274,6 +274,9 @@ def build_general(
         tune_allocator()
         samples = samples_for(run, p, g)
         asks, sizes, too_long = general_asks(samples, prompter_of(g), g)
+        if not asks:
+            raise ValueError(f'nothing to ask: {len(samples)} samples, {too_long} of them longer than '
+                             f'context={g.context}')
         engine = engine_of(g)
         guard(engine, dataset, access, allowed_endpoints())
         said_before(engine, asks, sizes, g)
