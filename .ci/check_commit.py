@@ -31,6 +31,7 @@ PLACES = [re.compile(place) for place in (
     r'\.ci/(\w+\.py|run|allowed\.txt)',
     r'docs/([\w-]+/)*[\w-]+\.(py|css|svg)',
     r'ehr_r1/(\w+/)*\w+\.(py|csv|toml|yaml)',
+    r'ehr_r1/training/accelerate/\w+\.sbatch',
     r'ehr_r1/training/kept/\w+\.(json|jsonl|jinja|safetensors)',
     r'nbs/(index\.ipynb|\d\d_\w+/(\d\d_\w+\.ipynb|\.notest))',
     r'tests/\w+\.py',

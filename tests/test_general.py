@@ -29,9 +29,9 @@ from ehr_r1.evaluation.general import (
 from ehr_r1.evaluation.joint import costs, put_together, score_joint
 from ehr_r1.evaluation.sharing import build_shared, card
 from ehr_r1.hospital.hospital import build_hospital
+from ehr_r1.inference.chats import ChatEngine
 from ehr_r1.inference.checkpoints import load_model
 from ehr_r1.inference.endpoints import InferenceError, Refused
-from ehr_r1.inference.servers import ChatEngine
 from ehr_r1.pipeline import main
 from ehr_r1.profiles import profile
 from ehr_r1.scoring import set_f1

@@ -22,10 +22,10 @@ from .answers import counted, drawn_for_models, open_engine, predictions_of
 from .benchmark import read_answers, score_run
 from .predictions import read_predictions
 from ..inference.asking import Ask, answer
+from ..inference.chats import ChatEngine
 from ..inference.checkpoints import MODES, as_text, load_tokenizer, mode_for
 from ..inference.endpoints import allowed_endpoints, guard
 from ..inference.estimates import Load, consent, price_of, said_of, seconds_here
-from ..inference.servers import ChatEngine
 from ..profiles import converted, listed
 from ..stages import build, read_manifest, writing
 from ..training.examples import Prompter

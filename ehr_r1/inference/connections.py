@@ -10,7 +10,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from functools import partial
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 from threading import Thread
 
 from .endpoints import InferenceError, endpoint_of
@@ -31,7 +31,10 @@ def as_they_come(
             inbox.put((item, None, e))
 
     def taken():
-        item, result, error = inbox.get()
+        while True:
+            with suppress(Empty):
+                item, result, error = inbox.get(timeout=1)  # without one, Ctrl-C may be seen late or never
+                break
         if error:
             raise error
         return item, result
