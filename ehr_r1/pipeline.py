@@ -20,9 +20,10 @@ from .data.tables import open_source
 from .data.trajectories import build_trajectories
 from .ehrmind.courses import course_of
 from .ehrmind.cross import build_cross
+from .ehrmind.known import build_known
 from .ehrmind.pilot import build_pilot
 from .ehrmind.pilot_model import build_pilot_base
-from .ehrmind.stages import build_course
+from .ehrmind.stages import build_course, build_start
 from .evaluation.answers import build_answers, systems
 from .evaluation.benchmark import build_scores
 from .evaluation.general import General, build_general, general_in, said_of_scores, score_general
@@ -233,13 +234,16 @@ def make_ehrmind(r:Reproduction)->bool|None:
     "EHRMind: its pilot study, and its recipe on the benchmarks that have questions to train on."
     if not r.trains:
         return None
-    p = replace(r.profile, reason_steps=r.profile.warmup_steps, reinforce_steps=r.profile.ehrmind_steps)
+    p = replace(r.profile, reason_steps=r.profile.warmup_steps, reinforce_steps=r.profile.ehrmind_steps,
+                model=r.profile.ehrmind_model or r.profile.model)
+    began = build_start(r.run, p)
     courses = [(course_of(benchmark.name), folder) for benchmark, folder in other_benchmarks(r)
                if benchmark.name != 'mimic_cdm']
     trainings = [(build_pilot_base, r.run, r.profile)]
     trainings += [(build_course, r.run, p, course, folder) for course, folder in courses]
     ran = side_by_side(call, trainings, p)
-    return any([*ran, build_pilot(r.run, r.profile), build_cross(r.run, p, courses)])
+    asked = build_known(r.run, p, courses), build_cross(r.run, p, courses)
+    return any([began, *ran, build_pilot(r.run, r.profile), *asked])
 
 # %% ../nbs/10_pipeline/01_pipeline.ipynb #d8fdc206
 def make_reports(r:Reproduction)->bool:

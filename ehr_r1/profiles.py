@@ -20,7 +20,7 @@ CHOICES = dict(
     time_policy=('', 'available', 'charttime'),
     style=('compact', 'official', 'binned'),
     caps=('paper', 'none'),
-    teacher=('verbaliser', 'server', 'vllm', 'replay'),
+    teacher=('verbaliser', 'server', 'batch', 'vllm', 'replay'),
 )
 
 # %% ../nbs/01_run/02_profiles.ipynb #a95bb036
@@ -69,7 +69,8 @@ class SampleSettings:
 @dataclass(frozen=True)
 class ChainSettings:
     "Who writes reasoning chains, and how many."
-    teacher: str = 'verbaliser'     # who writes the chains: verbaliser, server, vllm or replay
+    teacher: str = 'verbaliser'     # who writes the chains: verbaliser, server, batch, vllm or replay
+    concurrency: int = 16           # requests that a server is sent at once
     variants: str = ','.join(VARIANTS) # ways of asking the teacher, the first is the one to train on
     chains_per_task: int = 0        # samples a task that get a chain at most; 0: all that have a graph
 
@@ -78,6 +79,8 @@ class ChainSettings:
 class ModelSettings:
     "The model, and how long a prompt and an answer may be."
     model: str = 'small'            # a size of `training.models`, a checkpoint (folder or name on the hub), or none
+    template: str = ''              # file with the chat template that a checkpoint shall have; '': its own
+    ehrmind_model: str = ''         # the checkpoint that EHRMind's recipe begins with; '': `model`
     lora: int = 0                   # rank of the adapters; 0: all weights are trained
     context: int = 640              # longest prompt in the model's tokens (EHR-R1: 8,192, reasoning 10,000 to 12,288)
     answer_tokens: int = 192        # longest answer, reasoning included (EHR-R1: 2,048 in training, 4,096 when asked)
@@ -125,7 +128,7 @@ class SavingSettings:
     keep_checkpoints: int = 1       # that stay on the disk while it trains
 
 # %% ../nbs/01_run/02_profiles.ipynb #26664377
-AT_LEAST_ONE = ('patients', 'shard_patients', 'workers', 'context', 'answer_tokens')
+AT_LEAST_ONE = ('patients', 'shard_patients', 'workers', 'context', 'answer_tokens', 'concurrency')
 
 def check_choices(
     settings # a `Profile`
@@ -140,6 +143,10 @@ def check_choices(
             raise ValueError(f'{field.name}={value}: must not be negative')
         if field.name in AT_LEAST_ONE and value < 1:
             raise ValueError(f'{field.name}={value}: must be at least 1')
+    if settings.template and is_ours(settings.model):
+        raise ValueError(f'template={settings.template}: model={settings.model} has its own')
+    if settings.template and not Path(settings.template).is_file():
+        raise ValueError(f'template={settings.template}: there is no such file')
 
 # %% ../nbs/01_run/02_profiles.ipynb #037b871f
 def check_names(
@@ -195,6 +202,7 @@ PROFILES = {p.name: p for p in [
             ablations='no_knowledge,no_sections,plain',
             scaling='0.05,0.2', warmup_steps=100, ehrmind_steps=5, lm_per_task=40, other_per_task=20),
     Profile('paper', patients=300_000, style='official', chains_per_task=12_500, model='Qwen/Qwen3-1.7B',
+            ehrmind_model='meta-llama/Llama-3.2-3B-Instruct',
             context=8_192, answer_tokens=4_096, base_steps=0, adapt_steps=0, reason_steps=0, reinforce_steps=0,
             warmup_steps=0, ehrmind_steps=0, least_headroom=0., record_loss=0.,
             adapt_rate=2e-5, reason_rate=2e-5, reinforce_rate=2e-6,

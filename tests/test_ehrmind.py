@@ -21,10 +21,11 @@ from ehr_r1.ehrmind import course_examples as examples_module
 from ehr_r1.ehrmind.calculators import CALCULATORS, draw_questions, gold_object, right_sum
 from ehr_r1.ehrmind.course_examples import course_examples, course_rewards, read_rationale, teacher_rationales
 from ehr_r1.ehrmind.courses import course_of
-from ehr_r1.ehrmind.cross import build_cross
+from ehr_r1.ehrmind.cross import balanced, build_cross, parts_of
+from ehr_r1.ehrmind.known import build_known
 from ehr_r1.ehrmind.passing import ATTEMPTS, entropy, pass_at, pass_table, r_squared, reliable, verdict
 from ehr_r1.ehrmind.recipe import Course, answer_in_form, in_form, train_questions, warmup_questions
-from ehr_r1.ehrmind.stages import build_rewarded, build_warmed, recipe_of, trained
+from ehr_r1.ehrmind.stages import begins_at, build_rewarded, build_start, build_warmed, recipe_of, trained
 from ehr_r1.inference.teachers import Reply, Teacher
 from ehr_r1.profiles import profile
 from ehr_r1.stages import build, read_manifest
@@ -659,19 +660,44 @@ def test_each_model_is_asked_each_benchmark(recipe):
     courses = [(COURSE, None), (replace(COURSE, benchmark=others), None)]
     assert build_cross(recipe, SMALL, courses)
     assert not build_cross(recipe, SMALL, courses)
-    table = pl.read_parquet(recipe.folder/'transfer'/'cross'/'cross.parquet')
-    assert table.select('trained', 'tested', 'metric').rows() == [
-        ('base', 'colours', 'accuracy'),
-        ('base', 'colours', 'malformed'),
-        ('colours', 'colours', 'accuracy'),
-        ('colours', 'colours', 'malformed'),
-        ('base', 'others', 'accuracy'),
-        ('base', 'others', 'malformed'),
-        ('colours', 'others', 'accuracy'),
-        ('colours', 'others', 'malformed')]
+    table = pl.read_parquet(recipe.folder/'transfer'/'cross'/'cross.parquet').filter(part='overall')
+    variants = ['base', 'colours', 'colours-0', 'colours-warmup']
+    assert sorted(table.filter(tested='others', metric='accuracy')['trained']) == variants
+    assert sorted(table.filter(tested='colours', metric='malformed')['trained']) == variants
     accuracy = table.filter(tested='others', metric='accuracy')['value']
-    assert accuracy.to_list() == [0, 0]
-    assert (table['samples'] == SMALL.other_per_task).all()
+    assert accuracy.to_list() == [0]*4
+    assert (table.filter(metric='accuracy')['samples'] == SMALL.other_per_task).all()
+
+
+def test_parts_are_tasks_and_what_was_seen():
+    rows = [('a', 'x', 'easy', 1), ('b', 'x', 'easy', 0), ('c', 'y', 'hard', 1)]
+    found = pl.DataFrame(rows, schema=['sample_id', 'group', 'task', 'accuracy'], orient='row')
+    asked = [('a', 'held_out', 'How many?'), ('b', 'held_out', 'Since when?'), ('c', 'held_out', 'How much?'),
+             ('t', 'train', 'How many?')]
+    questions = pl.DataFrame(asked, schema=['sample_id', 'split', 'question'], orient='row')
+    parts = {name: rows['sample_id'].to_list() for name, rows in parts_of(found, questions).items()}
+    assert parts == dict(overall=['a', 'b', 'c'], easy=['a', 'b'], hard=['c'], seen=['a'], unseen=['b', 'c'])
+
+
+def test_balanced_accuracy_weighs_each_answer_the_same():
+    found = pl.DataFrame(dict(group=['g']*5, truth=['yes', 'no', 'no', 'no', 'no'], accuracy=[0, 1, 1, 1, 1]))
+    assert balanced(found)['value'] == .5
+    assert balanced(found.filter(truth='no'))['value'] is None
+
+
+def test_the_recipe_begins_with_a_checkpoint_of_its_own(recipe, tmp_path):
+    own = recipe.checkpoints/'base'/'model'
+    run, p = Run('own', tmp_path), replace(SMALL, model=str(own), ehrmind_model=str(own))
+    assert build_start(run, p)
+    assert not build_start(run, p)
+    assert not run.checkpoints.exists()
+    assert begins_at(run, p) == trained(run, 'base')
+    assert build_known(run, p, [(COURSE, None)])
+    known = pl.read_parquet(run.folder/'transfer'/'known'/'known.parquet')
+    assert (known['k'] == 12).all()
+    assert not build_start(run, SMALL)
+    assert begins_at(run, SMALL) == run.checkpoints/'base'
+
 
 def test_launcher_knows_its_benchmarks_only(tmp_path):
     job = dict(benchmark='os')

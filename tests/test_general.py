@@ -22,21 +22,24 @@ from ehr_r1.evaluation.general import (
     check_general,
     general_in,
     home_of,
+    prompter_of,
     said_of_scores,
     samples_for,
     score_general,
+    templated,
 )
 from ehr_r1.evaluation.joint import costs, put_together, score_joint
 from ehr_r1.evaluation.sharing import build_shared, card
 from ehr_r1.hospital.hospital import build_hospital
 from ehr_r1.inference.chats import ChatEngine
-from ehr_r1.inference.checkpoints import load_model
+from ehr_r1.inference.checkpoints import ModelError, chat_text, load_model
 from ehr_r1.inference.endpoints import InferenceError, Refused
 from ehr_r1.pipeline import main
 from ehr_r1.profiles import profile
 from ehr_r1.scoring import set_f1
 from ehr_r1.stages import read_manifest
 from ehr_r1.training.models import new_model, train_tokenizer
+from ehr_r1.training.stages import build_base, model_at
 from ehr_r1.transfer.benchmark_stage import build_general_benchmark
 from ehr_r1.transfer.medcalc.benchmark import MEDCALC
 
@@ -244,6 +247,7 @@ def test_credentialed_text_stays_even_with_yes(run, p, monkeypatch):
     (dict(model='m', style='binned'), 'compact or official'),
     (dict(model='m', tasks='death'), "none of EHR-Bench's tasks"),
     (dict(model='m', bench='nowhere.jsonl'), 'no such file'),
+    (dict(model='m', template='nowhere.jinja'), 'no such file'),
     (dict(model='m', price='cheap'), 'dollars for a million'),
     (dict(model='m', think='perhaps'), 'neither true nor false'),
 ])
@@ -324,6 +328,55 @@ def test_the_command_asks_a_model_here(stood, p, tmp_path, monkeypatch, capsys):
     assert 'below .5' in said
     assert main(words) == 0
     assert 'evaluate: up to date' in capsys.readouterr().out
+
+
+TEMPLATE = "{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}[doctor] "
+
+
+def without_template(folder):
+    "A checkpoint that nobody gave a chat format."
+    tokenizer = train_tokenizer(['yes no Yes No a record of a patient']*50, 400)
+    tokenizer.chat_template = None
+    new_model('tiny', tokenizer, seed=0, context=4_096).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def test_a_checkpoint_without_a_template_is_asked_with_the_one_that_is_given(run, p, tmp_path):
+    (tmp_path/'chat.jinja').write_text(TEMPLATE)
+    asked = dict(model=without_template(tmp_path/'raw'), tasks='ED_Hospitalization', per_task=1, context=3_000)
+    with pytest.raises(ModelError, match='no chat template'):
+        build_general(run, p, General(**asked), 'hospital', 'open')
+    g = General(template=str(tmp_path/'chat.jinja'), **asked)
+    assert g.label == 'raw'
+    assert build_general(run, p, g, 'hospital', 'open')
+    tokenizer = prompter_of(templated(g, home_of(run, g))).tokenizer
+    assert chat_text(tokenizer, [dict(role='user', content='Why?')], 'direct') == '[user] Why?\n[doctor] '
+    assert not build_general(run, p, g, 'hospital', 'open')
+    (tmp_path/'chat.jinja').write_text(TEMPLATE.replace('doctor', 'nurse'))
+    assert build_general(run, p, g, 'hospital', 'open')
+
+
+def test_training_begins_with_the_template_that_is_given_and_touches_no_weights(tmp_path):
+    model, file = without_template(tmp_path/'raw'), tmp_path/'chat.jinja'
+    file.write_text(TEMPLATE)
+    run, p = Run('r', tmp_path), profile('smoke', model=model, template=str(file))
+    assert build_base(run, p)
+    assert not build_base(run, p)
+    again, tokenizer = load_model(model_at(run, 'base'), device='cpu')
+    assert tokenizer.chat_template == TEMPLATE
+    assert (run.checkpoints/'base'/'model'/'model.safetensors').resolve() == tmp_path/'raw'/'model.safetensors'
+    file.write_text(TEMPLATE.replace('doctor', 'nurse'))
+    assert build_base(run, p)
+
+
+@pytest.mark.parametrize('more, said', [
+    (dict(model='kept', template='x.jinja'), 'has its own'),
+    (dict(model='a/model', template='x.jinja'), 'no such file'),
+])
+def test_a_template_that_cannot_be_taken_is_told(more, said):
+    with pytest.raises(ValueError, match=said):
+        profile('smoke', **more)
 
 
 def permuted(weights, heads):

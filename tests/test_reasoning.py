@@ -14,8 +14,10 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import polars as pl
 import pytest
+from faulty_proxy import Proxy
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from job_office import Office
 
 from ehr_r1.config import Run
 from ehr_r1.data.index import build_index
@@ -24,11 +26,13 @@ from ehr_r1.data.sampling import SAMPLING, filtered, split_of
 from ehr_r1.data.tables import open_source
 from ehr_r1.data.trajectories import build_trajectories
 from ehr_r1.hospital.hospital import build_hospital
+from ehr_r1.inference.batches import Batch
 from ehr_r1.inference.endpoints import InferenceError, Refused
 from ehr_r1.inference.servers import Server
 from ehr_r1.profiles import DESIGNS, VARIANTS, profile
 from ehr_r1.stages import read_manifest
-from ehr_r1.synthesis.chains import briefs_of, build_chains, kept_chains, scan_chains
+from ehr_r1.synthesis.asking import briefs_of
+from ehr_r1.synthesis.chains import build_chains, kept_chains, scan_chains
 from ehr_r1.synthesis.filters import FORMS, fault_of
 from ehr_r1.synthesis.graphs import (
     GRAPHED,
@@ -513,6 +517,21 @@ def test_chains_are_made_again_from_the_record_alone(interrupted, monkeypatch):
     build_chains(run, profile('smoke', teacher='replay', **settings), 'hospital')
     assert scan_chains(run).collect().equals(chains)
     assert len(Model.asked) == asked
+
+
+def test_a_server_of_jobs_is_asked_for_all_shards_at_once(run, tmp_path, monkeypatch):
+    other, office = copied(run, tmp_path), Office()
+    monkeypatch.setattr(Batch.__init__, '__defaults__', (.01, 50_000))
+    monkeypatch.setenv('EHR_R1_TEACHER_MODEL', 'm')
+    with Proxy(office) as proxy:
+        monkeypatch.setenv('EHR_R1_TEACHER_URL', proxy.url)
+        p = profile('smoke', patients=200, shard_patients=100, teacher='batch', chains_per_task=2, variants='knowledge')
+        build_chains(other, p, 'hospital')
+    chains = scan_chains(other).collect()
+    samples = chains['sample_id'].n_unique()
+    assert len(list(other.graphs.glob('shard-*.parquet'))) > 1
+    assert [len(office.files[job]) for job in office.jobs] == [3*samples, samples, samples]
+    assert len(chains) == 5*samples
 
 
 @pytest.fixture

@@ -20,7 +20,7 @@ from ..inference.checkpoints import chat_text
 from ..inference.endpoints import allowed_endpoints, guard
 from ..inference.teachers import Request
 from ..profiles import Profile
-from ..synthesis.chains import open_teacher
+from ..synthesis.asking import open_teacher
 from ..training.examples import EXAMPLES, Writer
 from ..training.rewards import ehrmind_reward
 from ..transfer.question_sets import Benchmark, cut_context

@@ -13,7 +13,7 @@ import polars as pl
 from ..config import Run
 from .course_examples import course_examples
 from .recipe import Course
-from .stages import recipe_of, trained, weights_at
+from .stages import begins_at, named, recipe_of, trained, weights_at
 from ..evaluation.answers import FAMILIES, open_engine, what_it_may_answer
 from ..inference.asking import Ask, answer
 from ..inference.checkpoints import load_tokenizer
@@ -26,7 +26,9 @@ from ..training.stages import side_by_side
 from ..transfer.question_sets import Benchmark, asked_questions, means_by_group
 
 # %% ../../nbs/09_ehrmind/05_cross.ipynb #4e82f612
-JUDGED_ANSWERS = dict(sample_id=pl.String, group=pl.String, accuracy=pl.Int64, malformed=pl.Int64)
+JUDGED_ANSWERS = dict(
+    sample_id=pl.String, group=pl.String, task=pl.String, truth=pl.String, accuracy=pl.Int64, malformed=pl.Int64,
+    tokens=pl.Int64)
 
 def judged(
     lines:list,         # from `inference.answer`
@@ -34,12 +36,13 @@ def judged(
     benchmark:Benchmark # keys and judge
 )->pl.DataFrame: # columns of `JUDGED_ANSWERS`; accuracy and malformed are 0 or 1
     "Answers in EHRMind's form, judged; a question without an answer is malformed."
-    said = {line['sample_id']: line['text'] for line in lines}
+    said = {line['sample_id']: (line['text'], line['completion_tokens']) for line in lines}
     found = []
-    for sample_id, group, gold in rows.select('sample_id', 'group', 'gold').iter_rows():
-        answer = ehrmind_answer(said.get(sample_id), benchmark.keys)
+    for sample_id, group, task, gold in rows.select('sample_id', 'group', 'task', 'gold').iter_rows():
+        text, tokens = said.get(sample_id, (None, None))
+        answer = ehrmind_answer(text, benchmark.keys)
         right = answer is not None and bool(benchmark.right(gold, answer))
-        found.append((sample_id, group, int(right), int(answer is None)))
+        found.append((sample_id, group, task, gold[0], int(right), int(answer is None), tokens))
     return pl.DataFrame(found, JUDGED_ANSWERS, orient='row')
 
 # %% ../../nbs/09_ehrmind/05_cross.ipynb #976eafdb
@@ -63,38 +66,72 @@ def answers_in_form(
     file = out/'answers'/benchmark.name/f'{name}.jsonl'
     return answer(asks, engine, file, lengths.answer_tokens, benchmark.name, access)
 
+# %% ../../nbs/09_ehrmind/05_cross.ipynb #a2dc6a63
+def parts_of(
+    found:pl.DataFrame,    # columns of `JUDGED_ANSWERS`
+    questions:pl.DataFrame # `QUESTIONS` rows of all splits
+)->dict: # name -> the rows of it; a part that is the whole is left out
+    "The parts of a benchmark that are told apart."
+    trained = questions.filter(pl.col('split') == 'train')['question'].unique()
+    seen = questions.filter(pl.col('question').is_in(trained.implode()))['sample_id'].unique()
+    was_seen = pl.col('sample_id').is_in(seen.implode())
+    parts = dict(found.partition_by('task', as_dict=True, maintain_order=True))
+    parts = {task: rows for (task,), rows in sorted(parts.items())}
+    parts |= dict(seen=found.filter(was_seen), unseen=found.filter(~was_seen))
+    return dict(overall=found) | {name: rows for name, rows in parts.items() if 0 < len(rows) < len(found)}
+
+# %% ../../nbs/09_ehrmind/05_cross.ipynb #97d59e74
+FEW = 5 # answers there are at most where balanced accuracy says something
+
+def balanced(
+    found:pl.DataFrame # columns of `JUDGED_ANSWERS`
+)->dict: # value, samples; the value is None where there are many answers, or one
+    "The mean over the right answers of how many of each were found."
+    recalls = found.group_by('truth').agg(pl.col('accuracy').mean())['accuracy']
+    value = recalls.mean() if 1 < len(recalls) <= FEW else None
+    return dict(value=value, low=None, high=None, samples=len(found), groups=found['group'].n_unique())
+
 # %% ../../nbs/09_ehrmind/05_cross.ipynb #390ad55f
 CROSS = pl.Schema(dict(
-    trained=pl.String, tested=pl.String, metric=pl.String, value=pl.Float64, low=pl.Float64, high=pl.Float64,
-    samples=pl.Int64, groups=pl.Int64))
+    trained=pl.String, tested=pl.String, part=pl.String, metric=pl.String, value=pl.Float64, low=pl.Float64,
+    high=pl.Float64, samples=pl.Int64, groups=pl.Int64))
+
 
 def cross_rows(
     out:Path,               # receives the answers
     p:Profile,              # seed, replicates; see `recipe_of`
     course:Course,          # what is asked
-    questions:pl.DataFrame, # `QUESTIONS` rows
+    asked:pl.DataFrame,     # `QUESTIONS` rows
+    questions:pl.DataFrame, # those of all splits
     name:str,               # of the model
     folder:Path             # of its training
 )->list: # rows of `CROSS`
     "One model on one benchmark."
-    lines = answers_in_form(out, p, course, questions, name, folder)
-    found = judged(lines, questions, course.benchmark)
-    groups, tested = found['group'].to_list(), course.benchmark.name
-    rows = []
-    for metric in ('accuracy', 'malformed'):
-        mean = means_by_group(found[metric], groups, p.seed, p.replicates)
-        rows.append(dict(trained=name, tested=tested, metric=metric, **mean))
+    lines = answers_in_form(out, p, course, asked, name, folder)
+    found = judged(lines, asked, course.benchmark)
+    rows, tested = [], course.benchmark.name
+    for part, some in parts_of(found, questions).items():
+        about = dict(trained=name, tested=tested, part=part)
+        for metric in ('accuracy', 'malformed', 'tokens'):
+            told = some.drop_nulls(metric)
+            mean = means_by_group(told[metric], told['group'].to_list(), p.seed, p.replicates)
+            rows.append(about | dict(metric=metric) | mean)
+        rows.append(about | dict(metric='balanced_accuracy') | balanced(some))
     return rows
 
 # %% ../../nbs/09_ehrmind/05_cross.ipynb #aad2fbce
 def models_of(
     run:Run,   # the run
+    p:Profile, # ehrmind_model
     names:list # of benchmarks
 )->dict: # name -> folder, of the trainings that have finished
-    "The base, unless it has never seen an answer, and every model that the recipe made."
-    folders = dict(base=run.checkpoints/'base') | {name: trained(run, name) for name in names}
+    "The base, unless it has never seen an answer, and of each benchmark warm-up alone, GRPO alone, and both."
+    folders = dict(base=begins_at(run, p))
+    for name in names:
+        variants = named(name, warmup=True), named(name, 0.), name
+        folders |= {variant: trained(run, variant) for variant in variants}
     made = {name: folder for name, folder in folders.items() if (folder/'manifest.json').exists()}
-    if 'base' in made and what_it_may_answer(run, 'base') != FAMILIES:
+    if 'base' in made and not p.ehrmind_model and what_it_may_answer(run, 'base') != FAMILIES:
         del made['base']
     return made
 
@@ -107,7 +144,7 @@ def build_cross(
     "The cross-task table: runs/<run>/transfer/cross/."
     s = p.only('model', 'other_per_task', 'context', 'answer_tokens', 'seed', 'replicates')
     names = [course.benchmark.name for course, _ in courses]
-    models = models_of(run, names)
+    models = models_of(run, p, names)
     inputs = dict(models)
     for course, folder in courses:
         files = course.benchmark.files(folder)
@@ -117,8 +154,9 @@ def build_cross(
         jobs = []
         for course, folder in courses:
             # in EHRMind's form an answer about a risk is written out too, so no more of them are asked
-            questions = asked_questions(course.benchmark.questions(folder, p)[0], s, risks=1)
-            jobs += [(out, p, course, questions, name, model) for name, model in models.items()]
+            questions = course.benchmark.questions(folder, p)[0]
+            asked = asked_questions(questions, s, risks=1)
+            jobs += [(out, p, course, asked, questions, name, model) for name, model in models.items()]
         rows = [row for part in side_by_side(cross_rows, jobs, p) for row in part]
         with writing(out/'cross.parquet') as f:
             pl.DataFrame(rows, CROSS).write_parquet(f)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['OTHER_MODE', 'RISKS_A_DECISION', 'systems', 'drawn_for_models', 'asked_samples', 'asks_of', 'open_engine',
-           'build_answers']
+           'yes_no_counts', 'build_answers']
 
 # %% ../../nbs/07_evaluation/04_answers.ipynb #deb50570
 import json
@@ -162,6 +162,15 @@ def open_engine(
         return VllmEngine(folder, max_model_len=longest, **json.loads(os.environ.get('EHR_R1_VLLM', '{}')))
     return ServerEngine(kind, system, tokenizer=load_tokenizer(folder))
 
+# %% ../../nbs/07_evaluation/04_answers.ipynb #1677e753
+def yes_no_counts(
+    lines:list # of answers
+)->dict: # yes_no_mass: mean over risks, None without any; worded: risks answered without probabilities
+    "Whether the yes/no questions were answered at all: below .5 a model was saying something else."
+    risks = [line for line in lines if line['kind'] == 'risk']
+    mass = sum(line['yes'] + line['no'] for line in risks)/len(risks) if risks else None
+    return dict(yes_no_mass=mass, worded=sum(line.get('worded', False) for line in risks))
+
 # %% ../../nbs/07_evaluation/04_answers.ipynb #927417db
 def counted(
     asks:list, # of `Ask`
@@ -171,7 +180,7 @@ def counted(
     status = pl.Series([line['status'] for line in lines]).value_counts(sort=True).rows()
     return dict(samples=len(lines), cut=sum(ask.dropped > 0 for ask in asks), status=dict(status),
                 prompt_tokens=sum(line['prompt_tokens'] for line in lines),
-                new_tokens=sum(line['completion_tokens'] for line in lines))
+                new_tokens=sum(line['completion_tokens'] for line in lines), **yes_no_counts(lines))
 
 # %% ../../nbs/07_evaluation/04_answers.ipynb #3bb3f923
 def build_answers(

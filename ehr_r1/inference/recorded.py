@@ -247,6 +247,12 @@ class Recorded(Teacher):
     def _digest(self, request):
         return request_digest(self.name, self.model, request)
 
+    def on_file(self, request):
+        "The reply that a request got; None if it has none yet."
+        self.record.read()
+        digest = self._digest(request)
+        return self.record[digest] if digest in self.record else None
+
     def ask(self, requests):
         "(request, reply): those on file as they are met, the others as they arrive."
         total = len(requests) if hasattr(requests, '__len__') else None

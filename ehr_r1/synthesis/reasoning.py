@@ -9,6 +9,7 @@ __all__ = ['Brief', 'ask', 'verbalise', 'Verbaliser']
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 
 from ..data.events import DISPLAY
 from ..data.serialize import TITLES
@@ -403,41 +404,30 @@ def chosen_arguments(
         chosen = seen_again(chosen, quoted)
     return sorted(chosen, key=lambda one: one[0].role != 'problem')
 
-# %% ../../nbs/05_synthesis/19_reasoning.ipynb #13beb97b
-def listed(
-    words:list # texts
-)->str:
-    "A, B and C."
-    words = list(dict.fromkeys(words))
-    return ' and '.join(filter(None, [', '.join(words[:-1]), words[-1]]))
-
 # %% ../../nbs/05_synthesis/19_reasoning.ipynb #82497af7
-def following(
+def relation_to(
     argument:Argument,
-    items:list # those that it argues for, in the order of the answer
-)->str: # treated with A, B; calling for cbc panel (C, D)
-    "What follows from a problem or a place."
-    by_how, first = {}, {}
-    for found in argument.found:
-        first.setdefault(found.link.target, found.link)
-    for item in items:
-        by_how.setdefault(first[item].how, []).append(first[item])
-    parts = []
-    for how, links in by_how.items():
-        panels = {}
-        for link in links:
-            panels.setdefault(link.via if link.via.endswith(' panel') else '', []).append(link.target)
-        named = [f'{panel} ({", ".join(targets)})' if panel else ', '.join(targets)
-                 for panel, targets in panels.items()]
-        parts.append(f'{how} {", ".join(named)}')
-    return '; '.join(parts)
+    item:str # that it argues for
+)->str: # treated with; calling for cbc panel
+    "How an item follows from a problem or a place."
+    link = next(found.link for found in argument.found if found.link.target == item)
+    return f'{link.how} {link.via}' if link.via.endswith(' panel') else link.how
 
 # %% ../../nbs/05_synthesis/19_reasoning.ipynb #2bdddb30
-def sentence(
-    text:str
-)->str:
-    "A text with one full stop."
-    return text if text.endswith('.') else f'{text}.'
+HEADS = dict(problem='Problem', routine='Routine', step='Step')
+
+def seen_lines(
+    argument:Argument,
+    facts:list # of `Shown`
+)->list: # one line a fact; the same thing seen twice is one
+    "What an argument stands on."
+    if argument.role != 'problem':
+        things = {found.finding: found for found in facts}
+    else:
+        things = {found.thing: found for found in reversed(facts)}
+    once = [found for found in facts if found in things.values()]
+    by_name = [argument.role == 'problem' and not found.link.points for found in once]
+    return [f"- {'on record' if named else 'seen'}: {found.finding}" for found, named in zip(once, by_name)]
 
 # %% ../../nbs/05_synthesis/19_reasoning.ipynb #20493ef0
 def step_of(
@@ -446,38 +436,35 @@ def step_of(
     facts:list,   # of `Shown`
     answers:tuple # gold labels, for their order
 )->str: # without its number
-    "One argument in words."
+    "One argument: what it is, what it stands on, what follows; each name ends its line."
+    head = f'{HEADS[argument.role]}: {argument.name}'
     ordered = [answer for answer in dict.fromkeys(answers) if answer in items]
-    if argument.role == 'step':
-        return sentence(f'{listed([found.finding for found in facts])}, {argument.name}: {", ".join(ordered)}')
-    if argument.role == 'routine':
-        seen = facts[0].finding if facts else argument.name
-        where = argument.name if argument.name in seen else f'{argument.name} ({seen})'
-        return sentence(f'{where}: {following(argument, ordered)}')
-    things = {found.thing: found for found in reversed(facts)}
-    once = [found for found in facts if things[found.thing] is found]
-    pointing = [found.says for found in once if found.link.points]
-    named = [found.says for found in once if not found.link.points]
-    if pointing:
-        verb = 'points' if len(set(pointing)) == 1 else 'point'
-        head = f'{listed(pointing)} {verb} to {argument.name}'
-        head += ', on record' if named else ''
-    else:
-        same = argument.name.casefold() in {says.casefold() for says in named}
-        head = f'{argument.name} is on record' if same else f'{listed(named)} on record is {argument.name}'
-    return sentence(f'{head}: {following(argument, ordered)}' if ordered else head)
+    how = [argument.role != 'step' and relation_to(argument, item) or 'so' for item in ordered]
+    follows = [f'- {words}: {item}' for words, item in zip(how, ordered)]
+    return '\n'.join([head, *seen_lines(argument, facts), *follows])
+
+# %% ../../nbs/05_synthesis/19_reasoning.ipynb #24eda4e1
+def place_of(
+    brief:Brief,
+    found:Shown # of its graph
+)->tuple: # (part, character)
+    "Where the record shows a fact."
+    text = part_of(brief, found.link)
+    part = found.link.part if found.link.part >= 0 else brief.record.find(text)
+    return part, text.find(row_of(text.partition('\n')[2], found.link.surface))
 
 # %% ../../nbs/05_synthesis/19_reasoning.ipynb #84d101e7
 def argued(
     brief:Brief,     # one sample with a graph
     events:dict,     # of its record
     argues:bool=True # whether it is said what follows
-)->tuple: # lines of evidence in the order of the argument, steps of reasoning
+)->tuple: # lines of evidence in the order of the record, steps of reasoning
     "What the graph gives."
     chosen = chosen_arguments(arguments_of(shown_links(brief, events)), brief.answers)
-    lines = dict.fromkeys(found.line for *_, facts in chosen for found in facts)
+    facts = [found for *_, facts in chosen for found in facts]
+    lines = dict.fromkeys(found.line for found in sorted(facts, key=partial(place_of, brief)))
     if not argues:
-        return list(lines), list(dict.fromkeys(sentence(argument.name) for argument, *_ in chosen))
+        return list(lines), list(dict.fromkeys(f'{HEADS[argument.role]}: {argument.name}' for argument, *_ in chosen))
     return list(lines), [step_of(*parts, brief.answers) for parts in chosen]
 
 def without_knowledge(
@@ -486,9 +473,9 @@ def without_knowledge(
 )->tuple: # lines of evidence, steps of reasoning
     "What somebody writes who knows no medicine: what was found last, and what comes next."
     lines = latest_evidence(events, brief.style)
-    findings = [line.split('**: ', 1)[1] for line in lines]
-    steps = [f'Found last: {"; ".join(findings)}.'] if findings else []
-    return lines, [*steps, sentence(f'What comes next: {", ".join(brief.answers)}')]
+    findings = [f"- seen: {line.split('**: ', 1)[1]}" for line in lines]
+    found = ['\n'.join(['Found last', *findings])] if findings else []
+    return lines, [*found, '\n'.join(['What comes next', *(f'- so: {item}' for item in brief.answers)])]
 
 # %% ../../nbs/05_synthesis/19_reasoning.ipynb #f6e55306
 def verbalise(
@@ -505,9 +492,9 @@ def verbalise(
     rest = len({answer.strip() for answer in brief.answers}) - len(named)
     if rest and form.argues:
         steps.append(f'{NOT_ARGUED}: {rest}')
-    if not form.sections:
-        return '\n'.join([*lines, *steps, 'Final Results', *brief.answers])
     numbered = [f'{number}. {step}' for number, step in enumerate(steps, 1)]
+    if not form.sections:
+        return '\n'.join([*lines, *numbered, 'Final Results', *brief.answers])
     evidence = ['## Extraction', *lines, ''] if form.quotes else []
     return '\n'.join([*evidence, '## Reasoning', *numbered, '', '## Final Results', *brief.answers])
 

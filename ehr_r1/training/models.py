@@ -10,7 +10,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from ehr_r1.config import seed_of
-from ehr_r1.synthesis.arguments import FOLLOWING
 
 WORDS = (r'\]?\n+(?:- |## )?'           # line ends with what starts the next line
          r'|\]?\*\*(?:: )?'              # marks around the title of a quoted event
@@ -21,10 +20,8 @@ WORDS = (r'\]?\n+(?:- |## )?'           # line ends with what starts the next li
 LINES = (r'(?:yes|no)(?=\n|$)'      # a risk's answer
          r'|\n(?=\n)|\n?## [^\n]*\n?' # the heading of an event or a section, with the empty line before it
          r'|\*\*[^\n*]*\*\*:? ?'       # the heading of a quoted event
+         r'|(?:\d+\.|-) [^\n:]{1,60}: (?=[^\n])' # what a line of reasoning says of the name that ends it
          r'|[^\n]+\n?|\n')            # any other line
-JOINS = (r'(?: (?:high|low)(?= points? |, | and )| points? to |,? on record(?: is )?| is on record| and '
-         rf'|[:;] (?:{"|".join(sorted(set(FOLLOWING.values())))}) |, so |[,:;] | \(|\)|\.?(?:\n|$))')
-STEPS = rf'^\d+\. |\G(?<=.)(?:{JOINS}|[^\n]+?(?={JOINS}))' # a numbered step of a chain; \G: where the last piece ended
 SPECIAL = ('<|endoftext|>', '<|im_start|>', '<|im_end|>')
 THINK = ('<think>', '</think>') # ordinary tokens, as in Qwen3: decoding keeps them
 YES_NO = ('yes', 'no')          # one token each, for its probability is the risk
@@ -50,14 +47,14 @@ _CHAT = """{%- set ns = namespace(last=-1) -%}
 def learnt_pieces(
     texts:Iterable[str], # serialized records and answers
     vocab:int,           # tokens at most
-    pieces:tuple         # patterns of the pieces, each of what is cut out of those of the one before
+    pieces:str           # pattern of the pieces
 ): # tokenizers.Tokenizer
     "Byte-level byte-pair encoding that joins nothing across pieces."
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
     learnt = Tokenizer(models.BPE())
-    split = [pre_tokenizers.Split(Regex(piece), 'isolated') for piece in pieces]
+    split = pre_tokenizers.Split(Regex(pieces), 'isolated')
     to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    learnt.pre_tokenizer = pre_tokenizers.Sequence([*split, to_bytes])
+    learnt.pre_tokenizer = pre_tokenizers.Sequence([split, to_bytes])
     learnt.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(vocab_size=vocab, special_tokens=list(SPECIAL), show_progress=False,
@@ -74,7 +71,7 @@ def train_tokenizer(
     "A byte-level tokenizer for serialized records, with Qwen3's special tokens and chat conventions."
     from tokenizers import AddedToken
     from transformers import PreTrainedTokenizerFast
-    learnt = learnt_pieces(texts, vocab - len(THINK + YES_NO), (LINES, STEPS) if by_line else (WORDS,))
+    learnt = learnt_pieces(texts, vocab - len(THINK + YES_NO), LINES if by_line else WORDS)
     learnt.add_tokens([AddedToken(word, special=False, normalized=False) for word in THINK])
     lacking = [word for word in YES_NO if len(learnt.encode(word).ids) > 1]
     learnt.add_tokens([AddedToken(word, special=False, normalized=False, single_word=True) for word in lacking])

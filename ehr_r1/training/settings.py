@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['STAGE_EPOCHS', 'TARGETS', 'FOR_EXAMPLES', 'FOR_TRAINING', 'BY_STAGE', 'CONFIGS', 'training_settings',
-           'stage_settings', 'processes']
+           'stage_settings', 'processes', 'divided']
 
 # %% ../../nbs/06_training/08_settings.ipynb #8ab9a767
 import json
@@ -69,15 +69,17 @@ def processes()->int: # set by accelerate's launcher
 # %% ../../nbs/06_training/08_settings.ipynb #da638bc7
 def divided(
     sequences:int, # a step
-    at_a_time:int  # on a device; 0: all of a process
+    at_a_time:int, # on a device; 0: all of a process
+    among:int=0    # processes; 0: those that train together now
 )->dict: # the two arguments of TRL
     "How many sequences a device holds at a time, and how often it does; a ValueError if that does not work out."
     if not sequences:
         raise ValueError('a step without sequences: batch, reason_batch, prompts and completions must not be 0')
-    each, over = divmod(sequences, processes())
+    among = among or processes()
+    each, over = divmod(sequences, among)
     held = at_a_time or each
     if over or each % held:
-        raise ValueError(f'{sequences} sequences a step do not divide into {processes()} processes of {held} at a '
+        raise ValueError(f'{sequences} sequences a step do not divide into {among} processes of {held} at a '
                          'time: change batch, reason_batch, prompts, completions or micro_batch')
     return dict(per_device_train_batch_size=held, gradient_accumulation_steps=each//held)
 

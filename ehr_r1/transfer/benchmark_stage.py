@@ -11,7 +11,7 @@ from pathlib import Path
 import polars as pl
 
 from ..config import Run
-from ..evaluation.answers import FAMILIES, open_engine, systems
+from ..evaluation.answers import FAMILIES, open_engine, systems, yes_no_counts
 from ehr_r1.evaluation.general import (
     General,
     asking_params,
@@ -20,7 +20,7 @@ from ehr_r1.evaluation.general import (
     model_files,
     prompter_of,
     said_before,
-    yes_no_counts,
+    templated,
 )
 from ..inference.asking import answer
 from ..inference.checkpoints import load_tokenizer
@@ -107,9 +107,10 @@ def general_said(
     file:Path               # JSON Lines, where its answers are kept
 )->tuple: # `ANSWERS` rows, and counts
     "What a general model says to the questions of a benchmark."
-    prompter = prompter_of(g)
+    asked = templated(g, file.parent)
+    prompter = prompter_of(asked)
     asks = questions_to_asks(questions, prompter, 'free' if g.think else 'direct')
-    engine, access = engine_of(g), 'open' if benchmark.open else 'credentialed'
+    engine, access = engine_of(asked), 'open' if benchmark.open else 'credentialed'
     guard(engine, benchmark.name, access, allowed_endpoints())
     said_before(engine, asks, [prompter.size(ask.prompt) for ask in asks], g)
     lines = answer(asks, engine, file, g.answer_tokens, benchmark.name, access)
