@@ -1,6 +1,7 @@
 # Make orders set-up, stages and reports. Whether a stage is up to date is its manifest's business, so stages are phony here.
 PYTHON ?= python3
 VENV ?= .venv
+EXTRA :=
 OPTIONS := PROFILE DATA RUN PROTOCOL STYLE CAPS SEED CODES KNOWLEDGE TEACHER MODEL TEMPLATE WORKERS YES
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
@@ -21,14 +22,14 @@ help: ## this list
 reproduce: env ## everything: set-up, stages, reports (PROFILE=smoke|demo|study|paper, DATA=folder with MIMIC-IV)
 	$(stage)
 
-env: ## Python environment in .venv, exactly as requirements.lock says (PYTHON=python3.12 takes another Python)
-	@cat requirements*.lock pyproject.toml | cmp -s - $(STAMP) || { set -e; \
+env: ## Python environment in .venv, exactly as requirements.lock says (PYTHON=python3.12 takes another Python; EXTRA=gpu: for GPUs, EXTRA=log: with TensorBoard and W&B)
+	@{ echo '$(EXTRA)'; cat requirements*.lock pyproject.toml; } | cmp -s - $(STAMP) || { set -e; \
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 	  echo "ehr_r1 needs Python 3.11 or newer; $(PYTHON) is $$($(PYTHON) --version 2>&1). Name one: make PYTHON=/path/to/python3.12"; exit 1; }; \
 	$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV); \
-	$(BIN)/python .ci/install.py; \
+	EXTRA='$(EXTRA)' $(BIN)/python .ci/install.py; \
 	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation -e .; \
-	cat requirements*.lock pyproject.toml > $(STAMP); }
+	{ echo '$(EXTRA)'; cat requirements*.lock pyproject.toml; } > $(STAMP); }
 
 hospital: env ## stage 1: the synthetic hospital (not needed with DATA)
 	$(stage)

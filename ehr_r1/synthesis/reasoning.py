@@ -64,7 +64,7 @@ never let on that you knew what happened next{secret}."""
 _WITH_SECTIONS = """Write exactly three sections:
 ## Extraction
 one line for each piece of evidence, in the form **Event title [time]**: what was found and why it matters,
-title and time copied from the record
+title and time copied from the record; further evidence of the same event on lines below, without title and time
 ## Reasoning
 first the problems that the evidence points to, then how each item follows from them;
 items without a reason are counted in a last line, Not argued for: and their number
@@ -414,20 +414,27 @@ def relation_to(
     return f'{link.how} {link.via}' if link.via.endswith(' panel') else link.how
 
 # %% ../../nbs/05_synthesis/19_reasoning.ipynb #2bdddb30
+def under(
+    pairs:list # (relation, name)
+)->list: # lines: each relation once, its first name beside it and the others below
+    "Names by how they belong to an argument."
+    groups = {}
+    for relation, name in pairs:
+        groups.setdefault(relation, {})[name] = None
+    return [line for relation, (first, *others) in groups.items() for line in (f'- {relation}: {first}', *others)]
+
+# %% ../../nbs/05_synthesis/19_reasoning.ipynb #8d126465
 HEADS = dict(problem='Problem', routine='Routine', step='Step')
 
-def seen_lines(
+def standing_on(
     argument:Argument,
     facts:list # of `Shown`
-)->list: # one line a fact; the same thing seen twice is one
+)->list: # (relation, finding); of a problem the same thing seen twice is one
     "What an argument stands on."
-    if argument.role != 'problem':
-        things = {found.finding: found for found in facts}
-    else:
-        things = {found.thing: found for found in reversed(facts)}
-    once = [found for found in facts if found in things.values()]
-    by_name = [argument.role == 'problem' and not found.link.points for found in once]
-    return [f"- {'on record' if named else 'seen'}: {found.finding}" for found, named in zip(once, by_name)]
+    of_problem = argument.role == 'problem'
+    once = {found.thing if of_problem else found.finding: found for found in reversed(facts)}
+    kept = [found for found in facts if found in once.values()]
+    return [('on record' if of_problem and not found.link.points else 'seen', found.finding) for found in kept]
 
 # %% ../../nbs/05_synthesis/19_reasoning.ipynb #20493ef0
 def step_of(
@@ -437,11 +444,10 @@ def step_of(
     answers:tuple # gold labels, for their order
 )->str: # without its number
     "One argument: what it is, what it stands on, what follows; each name ends its line."
-    head = f'{HEADS[argument.role]}: {argument.name}'
     ordered = [answer for answer in dict.fromkeys(answers) if answer in items]
-    how = [argument.role != 'step' and relation_to(argument, item) or 'so' for item in ordered]
-    follows = [f'- {words}: {item}' for words, item in zip(how, ordered)]
-    return '\n'.join([head, *seen_lines(argument, facts), *follows])
+    follows = [('so' if argument.role == 'step' else relation_to(argument, item), item) for item in ordered]
+    head = f'{HEADS[argument.role]}: {argument.name}'
+    return '\n'.join([head, *under(standing_on(argument, facts) + follows)])
 
 # %% ../../nbs/05_synthesis/19_reasoning.ipynb #24eda4e1
 def place_of(
@@ -473,9 +479,18 @@ def without_knowledge(
 )->tuple: # lines of evidence, steps of reasoning
     "What somebody writes who knows no medicine: what was found last, and what comes next."
     lines = latest_evidence(events, brief.style)
-    findings = [f"- seen: {line.split('**: ', 1)[1]}" for line in lines]
-    found = ['\n'.join(['Found last', *findings])] if findings else []
-    return lines, [*found, '\n'.join(['What comes next', *(f'- so: {item}' for item in brief.answers)])]
+    findings = [('seen', line.split('**: ', 1)[1]) for line in lines]
+    found = ['\n'.join(['Found last', *under(findings)])] if findings else []
+    return lines, [*found, '\n'.join(['What comes next', *under([('so', item) for item in brief.answers])])]
+
+# %% ../../nbs/05_synthesis/19_reasoning.ipynb #2bd04790
+def by_event(
+    lines:list # of evidence, each with its event
+)->list: # the same; the event stands before the first of its lines alone
+    "Evidence of one event together."
+    headings = [line.partition('**: ')[0] for line in lines]
+    return [line.partition('**: ')[2] if heading == before else line
+            for line, heading, before in zip(lines, headings, ['', *headings])]
 
 # %% ../../nbs/05_synthesis/19_reasoning.ipynb #f6e55306
 def verbalise(
@@ -493,6 +508,7 @@ def verbalise(
     if rest and form.argues:
         steps.append(f'{NOT_ARGUED}: {rest}')
     numbered = [f'{number}. {step}' for number, step in enumerate(steps, 1)]
+    lines = by_event(lines)
     if not form.sections:
         return '\n'.join([*lines, *numbered, 'Final Results', *brief.answers])
     evidence = ['## Extraction', *lines, ''] if form.quotes else []

@@ -104,7 +104,7 @@ def loggers()->list: # of names; a ValueError for another, an ImportError where 
         if name not in LOGGERS:
             raise ValueError(f"LOG={name}: must be one of {', '.join(LOGGERS)}")
         if find_spec(LOGGERS[name]) is None:
-            raise ImportError(f"LOG={name}: its package is not here; pip install 'ehr_r1[log]'")
+            raise ImportError(f"LOG={name}: its package is not here; make env EXTRA=log")
     return list(names)
 
 # %% ../../nbs/06_training/08_settings.ipynb #885a787f
