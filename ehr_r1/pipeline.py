@@ -23,7 +23,7 @@ from .ehrmind.cross import build_cross
 from .ehrmind.known import build_known
 from .ehrmind.pilot import build_pilot
 from .ehrmind.pilot_model import build_pilot_base
-from .ehrmind.stages import build_course, build_start
+from .ehrmind.stages import build_beginning, build_course
 from .evaluation.answers import build_answers, systems
 from .evaluation.benchmark import build_scores
 from .evaluation.general import General, build_general, general_in, said_of_scores, score_general
@@ -236,7 +236,7 @@ def make_ehrmind(r:Reproduction)->bool|None:
         return None
     p = replace(r.profile, reason_steps=r.profile.warmup_steps, reinforce_steps=r.profile.ehrmind_steps,
                 model=r.profile.ehrmind_model or r.profile.model)
-    began = build_start(r.run, p)
+    began = build_beginning(r.run, p)
     courses = [(course_of(benchmark.name), folder) for benchmark, folder in other_benchmarks(r)
                if benchmark.name != 'mimic_cdm']
     trainings = [(build_pilot_base, r.run, r.profile)]

@@ -25,7 +25,7 @@ from ehr_r1.ehrmind.cross import balanced, build_cross, parts_of
 from ehr_r1.ehrmind.known import build_known
 from ehr_r1.ehrmind.passing import ATTEMPTS, entropy, pass_at, pass_table, r_squared, reliable, verdict
 from ehr_r1.ehrmind.recipe import Course, answer_in_form, in_form, train_questions, warmup_questions
-from ehr_r1.ehrmind.stages import begins_at, build_rewarded, build_start, build_warmed, recipe_of, trained
+from ehr_r1.ehrmind.stages import build_beginning, build_rewarded, build_warmed, recipe_of, start_of, trained
 from ehr_r1.inference.teachers import Reply, Teacher
 from ehr_r1.profiles import profile
 from ehr_r1.stages import build, read_manifest
@@ -688,15 +688,15 @@ def test_balanced_accuracy_weighs_each_answer_the_same():
 def test_the_recipe_begins_with_a_checkpoint_of_its_own(recipe, tmp_path):
     own = recipe.checkpoints/'base'/'model'
     run, p = Run('own', tmp_path), replace(SMALL, model=str(own), ehrmind_model=str(own))
-    assert build_start(run, p)
-    assert not build_start(run, p)
+    assert build_beginning(run, p)
+    assert not build_beginning(run, p)
     assert not run.checkpoints.exists()
-    assert begins_at(run, p) == trained(run, 'base')
+    assert start_of(run, p) == trained(run, 'base')
     assert build_known(run, p, [(COURSE, None)])
     known = pl.read_parquet(run.folder/'transfer'/'known'/'known.parquet')
     assert (known['k'] == 12).all()
-    assert not build_start(run, SMALL)
-    assert begins_at(run, SMALL) == run.checkpoints/'base'
+    assert not build_beginning(run, SMALL)
+    assert start_of(run, SMALL) == run.checkpoints/'base'
 
 
 def test_launcher_knows_its_benchmarks_only(tmp_path):

@@ -49,7 +49,7 @@ from ehr_r1.synthesis.open_knowledge import build_knowledge
 from ehr_r1.synthesis.support import (
     argued_for,
     counted_items,
-    evidence_in,
+    evidence_lines,
     final_results,
     read_chain,
     read_record,
@@ -116,9 +116,9 @@ Blood cultures"""
 
 
 def test_a_line_belongs_to_the_event_above_it():
-    assert evidence_in('**Triage [+0]**: Fever\n- Cough\n\n**Labs [+1 h]**: Lactate') == [
+    assert evidence_lines('**Triage [+0]**: Fever\n- Cough\n\n**Labs [+1 h]**: Lactate') == [
         ('triage', '+0', 'Fever'), ('triage', '+0', 'Cough'), ('labs', '+1 h', 'Lactate')]
-    assert evidence_in('Fever\n**Triage [+0]**: Cough') == [None, ('triage', '+0', 'Cough')]
+    assert evidence_lines('Fever\n**Triage [+0]**: Cough') == [None, ('triage', '+0', 'Cough')]
     assert fault_of(CHAIN, ['Blood cultures'], EVENTS, 'knowledge') == ''
     wrong = CHAIN.replace('Cough\n', 'Rash\n')
     assert fault_of(wrong, ['Blood cultures'], EVENTS, 'knowledge') == 'evidence that the record does not show'

@@ -13,7 +13,7 @@ import polars as pl
 from ..config import Run
 from .course_examples import course_examples
 from .recipe import Course
-from .stages import begins_at, named, recipe_of, trained, weights_at
+from .stages import named, recipe_of, start_of, trained, weights_at
 from ..evaluation.answers import FAMILIES, open_engine, what_it_may_answer
 from ..inference.asking import Ask, answer
 from ..inference.checkpoints import load_tokenizer
@@ -126,7 +126,7 @@ def models_of(
     names:list # of benchmarks
 )->dict: # name -> folder, of the trainings that have finished
     "The base, unless it has never seen an answer, and of each benchmark warm-up alone, GRPO alone, and both."
-    folders = dict(base=begins_at(run, p))
+    folders = dict(base=start_of(run, p))
     for name in names:
         variants = named(name, warmup=True), named(name, 0.), name
         folders |= {variant: trained(run, variant) for variant in variants}

@@ -14,7 +14,7 @@ from ..config import Run
 from .course_examples import course_examples
 from .passing import ATTEMPTS, pass_table
 from .recipe import Course, train_questions
-from .stages import begins_at, recipe_of, weights_at
+from .stages import recipe_of, start_of, weights_at
 from ..inference.checkpoints import load_model
 from ..inference.drawn_answers import sample_answers
 from ..profiles import Profile, is_ours
@@ -47,7 +47,7 @@ def attempts_of(
     tune_allocator()
     lengths, number = recipe_of(p, course).profile, pl.int_range(pl.len()).over('task')
     rows = train_questions(questions, p.seed).filter(number < (p.other_per_task or pl.len()))
-    model, tokenizer = load_model(weights_at(begins_at(run, p)))
+    model, tokenizer = load_model(weights_at(start_of(run, p)))
     examples, _ = course_examples(rows, course, Writer(tokenizer, lengths.context, lengths.answer_tokens))
     prompts = dict(examples.select('sample_id', 'prompt').iter_rows())
     said = sample_answers(model, tokenizer, prompts, TRIED, lengths.answer_tokens, p.seed)
@@ -70,7 +70,7 @@ def build_known(
     if is_ours(p.model):
         return False
     s = p.only('model', 'other_per_task', 'context', 'answer_tokens', 'seed')
-    inputs = dict(base=begins_at(run, p))
+    inputs = dict(base=start_of(run, p))
     for course, folder in courses:
         inputs |= {f'{course.benchmark.name}/{name}': file for name, file in course.benchmark.files(folder).items()}
 

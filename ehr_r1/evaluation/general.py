@@ -24,7 +24,7 @@ from .benchmark import read_answers, score_run
 from .predictions import read_predictions
 from ..inference.asking import Ask, answer
 from ..inference.chats import ChatEngine
-from ..inference.checkpoints import MODES, as_text, load_tokenizer, mode_for, with_template
+from ..inference.checkpoints import MODES, as_text, load_tokenizer, mode_for, with_chat_template
 from ..inference.endpoints import allowed_endpoints, guard
 from ..inference.estimates import Load, consent, price_of, said_of, seconds_here
 from ..profiles import converted, listed
@@ -190,7 +190,7 @@ def templated(
         return g
     folder = home/'model'
     shutil.rmtree(folder, ignore_errors=True)
-    with_template(g.model, g.template, folder)
+    with_chat_template(g.model, g.template, folder)
     return replace(g, model=str(folder), name=g.name or Path(g.model.rstrip('/')).name)
 
 # %% ../../nbs/07_evaluation/10_general.ipynb #0d659e9a

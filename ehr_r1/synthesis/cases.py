@@ -21,7 +21,7 @@ from .filters import fault_of
 from .graphs import scan_graphs
 from .rating import RATED
 from .reasoning import Brief
-from .support import evidence_in, read_chain, read_record, shown
+from .support import evidence_lines, is_shown, read_chain, read_record
 from .thinking_graph import draw_graph
 
 # %% ../../nbs/05_synthesis/24_cases.ipynb #73a4372d
@@ -44,8 +44,8 @@ def evidence_list(
 )->str: # HTML
     "Lines of evidence, each with whether the record supports it."
     items = []
-    for line, part in zip(lines, evidence_in('\n'.join(lines))):
-        good = shown(part, events)
+    for line, part in zip(lines, evidence_lines('\n'.join(lines))):
+        good = is_shown(part, events)
         kind, title, mark = ('good', 'stands in the record', '✓') if good else ('bad', 'not in the record', '✗')
         text = re.sub(r'\*\*(.+?)\*\*', r'<b>\1</b>', html_text(line))
         items.append(f'<li class="{kind}" title="{title}">{text} {mark}</li>')

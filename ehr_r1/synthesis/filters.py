@@ -13,10 +13,10 @@ from ehr_r1.synthesis.support import (
     SECTIONS,
     argued_for,
     counted_items,
-    evidence_in,
+    evidence_lines,
     final_results,
+    is_shown,
     read_chain,
-    shown,
 )
 
 # %% ../../nbs/05_synthesis/18_filters.ipynb #d83413eb
@@ -94,8 +94,8 @@ def fault_of(
     if fault := fault_of_results(chain, answers, form.argues):
         return fault
     if form.quotes:
-        lines = evidence_in(read_chain(chain).get('Extraction', ''))
-        if not lines or not all(shown(line, events) for line in lines):
+        lines = evidence_lines(read_chain(chain).get('Extraction', ''))
+        if not lines or not all(is_shown(line, events) for line in lines):
             return 'evidence that the record does not show'
         if len(set(lines)) < len(lines):
             return 'the same line of evidence twice'

@@ -19,7 +19,7 @@ import polars as pl
 from joblib import Parallel, delayed
 
 from ..config import Run
-from ..inference.checkpoints import ModelError, check_chat, load_model, load_tokenizer, with_template
+from ..inference.checkpoints import ModelError, check_chat, load_model, load_tokenizer, with_chat_template
 from ..profiles import KEPT, Profile, is_ours
 from ..stages import build, read_manifest, writing
 from ..synthesis.chains import kept_chains
@@ -76,7 +76,7 @@ def base_checkpoint(
         if not template:
             model, _ = load_model(where, device='cpu')
             return dict(checkpoint=where, parameters=model.num_parameters())
-        with_template(where, template, beside/'model')
+        with_chat_template(where, template, beside/'model')
         model, _ = load_model(beside/'model', device='cpu')
         return dict(template=Path(template).name, parameters=model.num_parameters())
 
