@@ -17,6 +17,7 @@ from ehr_r1.data.samples import build_samples, rendered_in, scan_samples
 from ehr_r1.data.tables import open_source
 from ehr_r1.data.trajectories import build_trajectories
 from ehr_r1.evaluation.general import (
+    ChatPrompter,
     General,
     build_general,
     check_general,
@@ -42,6 +43,7 @@ from ehr_r1.training.models import new_model, train_tokenizer
 from ehr_r1.training.stages import build_base, model_at
 from ehr_r1.transfer.benchmark_stage import build_general_benchmark
 from ehr_r1.transfer.medcalc.benchmark import MEDCALC
+from ehr_r1.transfer.question_sets import QUESTIONS, drawn_shots, questions_to_asks
 
 TASKS = 'labevents,diagnosis,ED_Hospitalization'
 
@@ -477,6 +479,31 @@ def test_another_benchmark_is_asked_in_its_own_words(run, p, tmp_path):
     results = pl.read_parquet(home_of(run, g)/'medcalc'/'results.parquet')
     own = results.filter(system='parrot', task='overall', metric='accuracy')
     assert own['value'].to_list() == [1.]
+
+
+def shot_questions():
+    "One that is asked, and answered ones of training patients: three yes, one no."
+    rows = [dict(sample_id='asked', split='held_out', gold=['yes'], context=['Sodium 120 now. '*9])]
+    for name, gold in (('a', 'yes'), ('b', 'yes'), ('c', 'yes'), ('d', 'no')):
+        rows.append(dict(sample_id=name, split='train', gold=[gold], context=[f'Sodium of {name}. '*90]))
+    about = dict(group='g', task='death', kind='risk', question='Will the patient die?')
+    return pl.DataFrame([row | about for row in rows], QUESTIONS)
+
+
+@pytest.mark.parametrize('k, context, shown', [(0, 4_000, 0), (1, 4_000, 2), (2, 4_000, 3), (2, 800, 2), (2, 400, 0)])
+def test_as_many_answered_questions_as_fit_come_first(k, context, shown):
+    questions = shot_questions()
+    shots = drawn_shots(questions, k, 42)
+    prompter = ChatPrompter(context, 8, 'compact')
+    ask, = questions_to_asks(questions.filter(split='held_out'), prompter, 'direct', shots)
+    roles = [message['role'] for message in ask.prompt]
+    assert roles == ['system', *['user', 'assistant']*shown, 'user']
+    assert prompter.size(ask.prompt) <= context
+    assert 'Sodium 120 now.' in ask.prompt[-1]['content']
+    assert {message['content'] for message in ask.prompt[2::2]} <= {'yes', 'no'}
+    assert all('120' not in message['content'] for message in ask.prompt[1:-1])
+    if shown > 1:
+        assert {message['content'] for message in ask.prompt[2:5:2]} == {'yes', 'no'}
 
 
 # --- for other tools

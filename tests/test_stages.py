@@ -318,6 +318,15 @@ def test_two_machines_of_a_slurm_job_train_as_one(start, tmp_path, monkeypatch):
     same_but_for_rounding(one, two, start)
 
 
+def test_on_a_gpu_a_training_has_a_process_of_its_own(start, tmp_path, monkeypatch):
+    here, alone = prepare(tmp_path/'here', start), prepare(tmp_path/'alone', start)
+    train(here)
+    monkeypatch.setattr(trainer, 'has_gpu', lambda: True)  # the process that is begun finds none, and trains as here
+    monkeypatch.setattr(trainer, 'train', lambda *_: pytest.fail('trained in this process'))
+    launch(alone)
+    assert (alone/'model'/'model.safetensors').read_bytes() == (here/'model'/'model.safetensors').read_bytes()
+
+
 def test_the_batch_file_is_a_script():
     file = OURS/'slurm.sbatch'
     assert not subprocess.run(['bash', '-n', file], check=False).returncode

@@ -14,13 +14,12 @@ from ..config import Run
 from .course_examples import course_examples
 from .recipe import Course
 from .stages import named, recipe_of, start_of, trained, weights_at
-from ..evaluation.answers import FAMILIES, open_engine, what_it_may_answer
-from ..inference.asking import Ask, answer
+from ..evaluation.answers import FAMILIES, lines_of, what_it_may_answer
+from ..inference.asking import Ask
 from ..inference.checkpoints import load_tokenizer
 from ..profiles import Profile, is_ours
 from ..stages import build, writing
 from ..training.examples import Writer
-from ..training.on_cpu import tune_allocator
 from ..training.rewards import ehrmind_answer
 from ..training.stages import side_by_side
 from ..transfer.question_sets import Benchmark, asked_questions, means_by_group
@@ -55,16 +54,14 @@ def answers_in_form(
     folder:Path             # of its training
 )->list: # of lines from `inference.answer`
     "What a model says to the questions, in EHRMind's form."
-    tune_allocator()
     benchmark, lengths, where = course.benchmark, recipe_of(p, course).profile, weights_at(folder)
     writer = Writer(load_tokenizer(where), lengths.context, lengths.answer_tokens)
     examples, _ = course_examples(questions, course, writer)
     asks = [Ask(sample_id, task, 0, 'decision', prompt, 'think')
             for sample_id, task, prompt in examples.select('sample_id', 'task', 'prompt').iter_rows()]
-    engine = open_engine(where, name, lengths.context + lengths.answer_tokens)
-    access = 'open' if benchmark.open else 'credentialed'
+    access, longest = 'open' if benchmark.open else 'credentialed', lengths.context + lengths.answer_tokens
     file = out/'answers'/benchmark.name/f'{name}.jsonl'
-    return answer(asks, engine, file, lengths.answer_tokens, benchmark.name, access)
+    return lines_of(where, name, longest, asks, file, lengths.answer_tokens, benchmark.name, access)
 
 # %% ../../nbs/09_ehrmind/05_cross.ipynb #a2dc6a63
 def parts_of(

@@ -45,6 +45,7 @@ class General:
     style: str = 'compact'   # of the records: compact or official
     context: int = 8192      # longest prompt in tokens (EHR-R1: 8,192)
     answer_tokens: int = 256 # longest answer; a model that thinks needs thousands (EHR-R1: 4,096)
+    shots: int = 0           # answered yes and as many no that EHRSHOT's questions show first, as far as they fit
     think: bool = False      # decisions in whatever way its template begins, which may be a think block
     template: str = ''       # file with the chat template that a checkpoint shall have; '': its own
     key: str = ''            # environment variable that holds the key of a server
@@ -60,7 +61,8 @@ class General:
     def label(self)->str: # letters, digits and marks that a folder may have
         "What results call it."
         known = self.name or Path(self.model.rstrip('/')).name.removesuffix('.gguf')
-        return re.sub(r'[^\w.-]+', '_', known) + ('.think' if self.think else '')
+        shots = f'.{self.shots}shot' if self.shots else ''
+        return re.sub(r'[^\w.-]+', '_', known) + ('.think' if self.think else '') + shots
 
 # %% ../../nbs/07_evaluation/10_general.ipynb #95cc4af4
 def check_general(
@@ -260,7 +262,7 @@ def questions_from(
     return dict(bench=Path(g.bench)) if g.bench else dict(samples=run.samples, trajectories=run.trajectories)
 
 # %% ../../nbs/07_evaluation/10_general.ipynb #8de3885f
-ASKING = ('model', 'name', 'style', 'context', 'answer_tokens', 'think')
+ASKING = ('model', 'name', 'style', 'context', 'answer_tokens', 'think', 'shots')
 
 def asking_params(
     g:General # who is asked

@@ -7,12 +7,14 @@ __all__ = ['build_headroom', 'build_reinforced']
 
 # %% ../../nbs/06_training/17_reinforcing.ipynb #46e300ae
 import shutil
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
 import polars as pl
 
 from ..config import Run
+from ..gpu import by_itself
 from ..inference.checkpoints import load_tokenizer
 from ..profiles import Profile, is_ours
 from ..stages import build, read_manifest, writing
@@ -43,7 +45,7 @@ def headroom_of(
     write_examples(run, chosen.head(spare*wanted), writer, out/split, 'knowledge', p.workers)
     parts = 2 if ours else 1  # whatever the workers: it decides when enough are found
     jobs = [(folder, out/split, split, wanted, s, (part, parts)) for part in range(parts)]
-    measured = side_by_side(measure_headroom, jobs, p)
+    measured = side_by_side(partial(by_itself, measure_headroom), jobs, p)
     shutil.rmtree(out/split)
     return measured
 

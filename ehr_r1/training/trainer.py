@@ -13,12 +13,14 @@ import shutil
 import subprocess
 import sys
 import warnings
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
 import polars as pl
 
+from ..gpu import gpu_lock, has_gpu
 from ..inference.checkpoints import load_model
 from ..profiles import is_ours
 from ..stages import writing
@@ -333,12 +335,16 @@ def launch(
     module:str='ehr_r1.training.trainer', # what accelerate runs
     rewards:list|None=None # see `train`
 )->None:
-    "Train here, or on the processes that an accelerate configuration names."
+    "Train here, on a GPU in a process of its own, or on the processes that an accelerate configuration names."
     config = accelerate_file()
-    if config is None:
+    if config is None and not has_gpu():
         return train(out, rewards)
-    launcher = [sys.executable, '-m', 'accelerate.commands.launch', '--config_file', config]
-    subprocess.run(on_every_machine(launcher, ['-m', module, str(out)]), check=True)
+    command = [sys.executable, '-m', module, str(out)]
+    if config is not None:
+        launcher = [sys.executable, '-m', 'accelerate.commands.launch', '--config_file', config]
+        command = on_every_machine(launcher, ['-m', module, str(out)])
+    with gpu_lock() if has_gpu() else nullcontext():
+        subprocess.run(command, check=True)
 
 # %% ../../nbs/06_training/14_trainer.ipynb #46ad12d3
 def curve_ends(

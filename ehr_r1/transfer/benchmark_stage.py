@@ -11,7 +11,7 @@ from pathlib import Path
 import polars as pl
 
 from ..config import Run
-from ..evaluation.answers import FAMILIES, open_engine, systems, yes_no_counts
+from ..evaluation.answers import FAMILIES, lines_of, systems, yes_no_counts
 from ehr_r1.evaluation.general import (
     General,
     asking_params,
@@ -28,9 +28,14 @@ from ..inference.endpoints import allowed_endpoints, guard
 from ..profiles import Profile
 from ..stages import build, writing
 from ..training.examples import Writer
-from ..training.on_cpu import tune_allocator
 from ..training.stages import model_at
-from .question_sets import ANSWERS, Benchmark, asked_questions, questions_to_asks
+from ehr_r1.transfer.question_sets import (
+    ANSWERS,
+    Benchmark,
+    asked_questions,
+    drawn_shots,
+    questions_to_asks,
+)
 
 # %% ../../nbs/08_transfer/03_question_stage.ipynb #02371c43
 def answers_of(
@@ -54,13 +59,11 @@ def model_answers(
     file:Path               # JSON Lines, where its answers are kept
 )->tuple: # `ANSWERS` rows, and how many prompts had to be cut
     "What one model of a run says to the questions."
-    tune_allocator()
     folder = model_at(run, system.model)
     writer = Writer(load_tokenizer(folder), s.context, s.answer_tokens, s.style)
     asks = questions_to_asks(questions, writer, system.mode)
-    engine = open_engine(folder, system.model, s.context + s.answer_tokens)
-    access = 'open' if benchmark.open else 'credentialed'
-    lines = answer(asks, engine, file, s.answer_tokens, benchmark.name, access)
+    access, longest = 'open' if benchmark.open else 'credentialed', s.context + s.answer_tokens
+    lines = lines_of(folder, system.model, longest, asks, file, s.answer_tokens, benchmark.name, access)
     return answers_of(lines), sum(ask.dropped > 0 for ask in asks)
 
 # %% ../../nbs/08_transfer/03_question_stage.ipynb #c937da8b
@@ -104,12 +107,13 @@ def general_said(
     questions:pl.DataFrame, # `QUESTIONS` rows
     benchmark:Benchmark,    # which
     g:General,              # who is asked
-    file:Path               # JSON Lines, where its answers are kept
+    file:Path,              # JSON Lines, where its answers are kept
+    shots:dict              # from `drawn_shots`
 )->tuple: # `ANSWERS` rows, and counts
     "What a general model says to the questions of a benchmark."
     asked = templated(g, file.parent)
     prompter = prompter_of(asked)
-    asks = questions_to_asks(questions, prompter, 'free' if g.think else 'direct')
+    asks = questions_to_asks(questions, prompter, 'free' if g.think else 'direct', shots)
     engine, access = engine_of(asked), 'open' if benchmark.open else 'credentialed'
     guard(engine, benchmark.name, access, allowed_endpoints())
     said_before(engine, asks, [prompter.size(ask.prompt) for ask in asks], g)
@@ -133,7 +137,8 @@ def build_general_benchmark(
         questions, counts = benchmark.questions(folder, p)
         said = benchmark.baselines(folder, p, questions)
         file = home/f'{benchmark.name}.jsonl'
-        said[g.label], more = general_said(asked_questions(questions, s), benchmark, g, file)
+        shots = drawn_shots(questions, g.shots, s.seed)
+        said[g.label], more = general_said(asked_questions(questions, s), benchmark, g, file, shots)
         with writing(out/'results.parquet') as f:
             benchmark.score(questions, said, p).write_parquet(f)
         return counts | more

@@ -30,7 +30,7 @@ from ehr_r1.transfer.ehrshot.files import (
     standing,
 )
 from .records import Records, count_before, fit_bins, record_pieces
-from ..question_sets import ANSWERS, QUESTIONS, RESULTS, Benchmark, asked_questions
+from ..question_sets import ANSWERS, QUESTIONS, RESULTS, Benchmark, asked_questions, means_by_group
 
 # %% ../../../nbs/08_transfer/07_ehrshot.ipynb #91cfe8f6
 DRAWN = 200 # training and tuning labels of a task that become questions, at most
@@ -249,6 +249,21 @@ def _asked_scores(held, answered, models, p):
             metric += '_asked'
         yield row | dict(metric=metric, note=note)
 
+# %% ../../../nbs/08_transfer/07_ehrshot.ipynb #0636558a
+def _balanced_scores(held, answered, models, p):
+    "Balanced accuracy of language models at P(yes) of a half, as EHRMind tells it: the mean of both answers' recalls."
+    for model in models:
+        both = held.join(answered[model].select('sample_id', 'risk'), on='sample_id').drop_nulls('risk')
+        for (task,), rows in both.partition_by('task', as_dict=True, maintain_order=True).items():
+            yes = (rows['label'].list.first() == 'yes').to_numpy()
+            if yes.all() or not yes.any():
+                continue
+            right = yes == (rows['risk'] >= .5).to_numpy()
+            weight = np.where(yes, .5/yes.mean(), .5/(1 - yes.mean()))
+            mean = means_by_group(right*weight, rows['subject_id'].to_list(), p.seed, p.replicates)
+            yield dict(system=model, task=task, metric='balanced_accuracy', note='', missing=0,
+                       patients=mean.pop('groups'), **mean)
+
 # %% ../../../nbs/08_transfer/07_ehrshot.ipynb #01f2a519
 def ehrshot_score(questions:pl.DataFrame, # `QUESTIONS` rows
                   said:dict,              # system -> `ANSWERS` rows
@@ -269,6 +284,7 @@ def ehrshot_score(questions:pl.DataFrame, # `QUESTIONS` rows
     models = [system for system in named if len(answered[system])]
     if models:
         scores += _asked_scores(held, answered, models, p)
+        scores += _balanced_scores(held, answered, models, p)
     own = [column for column in RESULTS if column not in ('benchmark', 'groups')]
     rows = []
     for score in scores:
