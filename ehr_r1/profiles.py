@@ -81,11 +81,12 @@ class ModelSettings:
     model: str = 'small'            # a size of `training.models`, a checkpoint (folder or name on the hub), or none
     template: str = ''              # file with the chat template that a checkpoint shall have; '': its own
     ehrmind_model: str = ''         # the checkpoint that EHRMind's recipe begins with; '': `model`
+    ehrmind_only: str = ''          # tasks on each of which alone EHRMind's GRPO is run besides, e.g. lab,risk
     lora: int = 0                   # rank of the adapters; 0: all weights are trained
     context: int = 640              # longest prompt in the model's tokens (EHR-R1: 8,192, reasoning 10,000 to 12,288)
     answer_tokens: int = 192        # longest answer, reasoning included (EHR-R1: 2,048 in training, 4,096 when asked)
     lm_per_task: int = 30           # samples a decision task that models answer, of risks four times that; 0: all
-    other_per_task: int = 30        # the same of EHRSHOT and the other benchmarks
+    other_per_task: int = 30        # the same of EHRSHOT and the other benchmarks; 0: all, of a risk 2,000 at most
     replicates: int = 1000          # bootstrap replicates of the intervals
 
 # %% ../nbs/01_run/02_profiles.ipynb #f0a19611

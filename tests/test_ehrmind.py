@@ -25,7 +25,18 @@ from ehr_r1.ehrmind.cross import balanced, build_cross, parts_of
 from ehr_r1.ehrmind.known import build_known
 from ehr_r1.ehrmind.passing import ATTEMPTS, entropy, pass_at, pass_table, r_squared, reliable, verdict
 from ehr_r1.ehrmind.recipe import Course, answer_in_form, in_form, train_questions, warmup_questions
-from ehr_r1.ehrmind.stages import build_beginning, build_rewarded, build_warmed, recipe_of, start_of, trained
+from ehr_r1.ehrmind.stages import (
+    build_beginning,
+    build_course,
+    build_on_one,
+    build_rewarded,
+    build_warmed,
+    on_one,
+    recipe_of,
+    start_of,
+    trained,
+)
+from ehr_r1.inference.checkpoints import ModelError
 from ehr_r1.inference.teachers import Reply, Teacher
 from ehr_r1.profiles import profile
 from ehr_r1.stages import build, read_manifest
@@ -667,6 +678,17 @@ def test_each_model_is_asked_each_benchmark(recipe):
     accuracy = table.filter(tested='others', metric='accuracy')['value']
     assert accuracy.to_list() == [0]*4
     assert (table.filter(metric='accuracy')['samples'] == SMALL.other_per_task).all()
+
+
+def test_grpo_on_one_task_sees_its_questions_alone(recipe):
+    p = replace(SMALL, ehrmind_only='shade')
+    tasks = COURSE.benchmark.questions(None, p)[0].filter(split='train')['task'].value_counts().rows()
+    (task, n), = tasks
+    assert build_on_one(recipe, SMALL, COURSE, None, task)
+    assert manifest_of(recipe, on_one('colours', task))['counts']['questions'] == n
+    assert build_course(recipe, p, COURSE, None) is False  # no such task, and all else stands
+    with pytest.raises(ModelError, match='no training question'):
+        build_on_one(recipe, SMALL, COURSE, None, 'shade')
 
 
 def test_parts_are_tasks_and_what_was_seen():

@@ -2,6 +2,7 @@
 import importlib.util
 import json
 import math
+from dataclasses import replace
 
 import polars as pl
 import pytest
@@ -43,7 +44,7 @@ from ehr_r1.training.models import new_model, train_tokenizer
 from ehr_r1.training.stages import build_base, model_at
 from ehr_r1.transfer.benchmark_stage import build_general_benchmark
 from ehr_r1.transfer.medcalc.benchmark import MEDCALC
-from ehr_r1.transfer.question_sets import QUESTIONS, drawn_shots, questions_to_asks
+from ehr_r1.transfer.question_sets import QUESTIONS, asked_questions, drawn_shots, questions_to_asks
 
 TASKS = 'labevents,diagnosis,ED_Hospitalization'
 
@@ -504,6 +505,17 @@ def test_as_many_answered_questions_as_fit_come_first(k, context, shown):
     assert all('120' not in message['content'] for message in ask.prompt[1:-1])
     if shown > 1:
         assert {message['content'] for message in ask.prompt[2:5:2]} == {'yes', 'no'}
+
+
+def test_of_a_long_task_a_draw_is_asked_and_its_rate_is_kept(p, monkeypatch):
+    monkeypatch.setattr('ehr_r1.transfer.question_sets.LONGEST', 200)
+    about = dict(group='g', split='held_out', context=['x'], question='Why?')
+    gold = [['yes'], ['yes'], ['yes'], ['no']]*250
+    rows = [dict(sample_id=f'{i}', task='long', kind='risk', gold=gold[i]) | about for i in range(1_000)]
+    rows += [dict(sample_id=f'd{i}', task='many', kind='decision', gold=['a']) | about for i in range(300)]
+    asked = asked_questions(pl.DataFrame(rows, QUESTIONS), replace(p, other_per_task=0))
+    assert dict(asked.group_by('task').len().rows()) == dict(long=200, many=300)
+    assert .6 < (asked.filter(task='long')['gold'].list.first() == 'yes').mean() < .9
 
 
 # --- for other tools

@@ -13,11 +13,11 @@ import polars as pl
 from ..config import Run
 from .course_examples import course_examples
 from .recipe import Course
-from .stages import named, recipe_of, start_of, trained, weights_at
+from .stages import named, on_one, recipe_of, start_of, trained, weights_at
 from ..evaluation.answers import FAMILIES, lines_of, what_it_may_answer
 from ..inference.asking import Ask
 from ..inference.checkpoints import load_tokenizer
-from ..profiles import Profile, is_ours
+from ..profiles import Profile, is_ours, listed
 from ..stages import build, writing
 from ..training.examples import Writer
 from ..training.rewards import ehrmind_answer
@@ -125,7 +125,8 @@ def models_of(
     "The base, unless it has never seen an answer, and of each benchmark warm-up alone, GRPO alone, and both."
     folders = dict(base=start_of(run, p))
     for name in names:
-        variants = named(name, warmup=True), named(name, 0.), name
+        variants = [named(name, warmup=True), named(name, 0.), name]
+        variants += [on_one(name, task) for task in listed(p.ehrmind_only)]
         folders |= {variant: trained(run, variant) for variant in variants}
     made = {name: folder for name, folder in folders.items() if (folder/'manifest.json').exists()}
     if 'base' in made and not p.ehrmind_model and what_it_may_answer(run, 'base') != FAMILIES:

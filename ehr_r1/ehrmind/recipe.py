@@ -54,6 +54,7 @@ class Course:
     batch: int = 32               # sequences a step of the warm-up
     samples: int = 12             # answers to a prompt in GRPO
     epochs: int = WARMUP_EPOCHS   # of the warm-up
+    only: str = ''                # the one task that is trained on; '': all
     module: str = 'ehr_r1.ehrmind.stages' # what accelerate runs on each process
 
 # %% ../../nbs/09_ehrmind/01_recipe.ipynb #6859c424

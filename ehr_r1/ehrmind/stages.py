@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Recipe', 'recipe_of', 'trained', 'weights_at', 'start_of', 'build_beginning', 'named', 'build_warmed',
-           'build_rewarded', 'build_course']
+           'build_rewarded', 'on_one', 'build_on_one', 'build_course']
 
 # %% ../../nbs/09_ehrmind/04_stages.ipynb #ea2e1e3b
 import json
@@ -12,12 +12,14 @@ import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import polars as pl
+
 from ..config import Run
 from .course_examples import course_examples, course_rewards
 from .courses import course_of
 from .recipe import Course, train_questions, warmup_questions
 from ..inference.checkpoints import ModelError, check_chat, load_tokenizer
-from ..profiles import Profile, is_ours
+from ..profiles import Profile, is_ours, listed
 from ..stages import build, read_manifest, writing
 from ..training.examples import Writer, count_examples
 from ..training.stages import base_checkpoint, once
@@ -133,6 +135,8 @@ def write_course_examples(
 )->dict: # counts
     "The examples of one step, on disk."
     rows = train_questions(course.benchmark.questions(folder, p)[0], p.seed)
+    if course.only:
+        rows = rows.filter(pl.col('task') == course.only)
     if step.stage == 'warmup':
         rows = warmup_questions(rows, step.share, course.most, course.balanced)
     n = len(rows)
@@ -183,7 +187,7 @@ def build_step(
 
     inputs = {start.name: start} | benchmark.files(folder)
     params = vars(lengths.only(*STEP_SETTINGS)) | dict(stage=step.stage, share=step.share, settings=step.settings,
-                                                epochs=course.epochs)
+                                                epochs=course.epochs, only=course.only)
     return build(trained(run, name), make, inputs, params, 'ehrmind.stages')
 
 # %% ../../nbs/09_ehrmind/04_stages.ipynb #0ccc6dba
@@ -219,20 +223,42 @@ def build_rewarded(
     name = named(course.benchmark.name, share)
     return build_step(run, p, course, folder, name, below, step_of(p, course, 'ehrmind', part))
 
+# %% ../../nbs/09_ehrmind/04_stages.ipynb #b16db63e
+def on_one(
+    benchmark:str, # its name
+    task:str       # of it
+)->str: # name of a model
+    "What a model is called that was trained on one task."
+    return f'{benchmark}-only-{task}'
+
+def build_on_one(
+    run:Run,       # what the recipe begins with must stand
+    p:Profile,     # see `build_step`
+    course:Course, # on what
+    folder:Path,   # of the benchmark's files
+    task:str       # of the benchmark
+)->bool: # False if it was up to date
+    "GRPO alone, on the questions of one task."
+    alone, name = replace(course, only=task), on_one(course.benchmark.name, task)
+    return build_step(run, p, alone, folder, name, start_of(run, p), step_of(p, course, 'ehrmind', 0.))
+
 # %% ../../nbs/09_ehrmind/04_stages.ipynb #7b50de79
 def build_course(
     run:Run,       # what the recipe begins with must stand
-    p:Profile,     # see `build_step`
+    p:Profile,     # ehrmind_only; see `build_step`
     course:Course, # on what
     folder:Path    # of the benchmark's files
 )->bool: # False if all was up to date, or if there is nothing to train on
     "Both steps of the recipe on one benchmark, and GRPO alone for a checkpoint: one from nothing knows no form yet."
-    if train_questions(course.benchmark.questions(folder, p)[0], p.seed).is_empty():
+    rows = train_questions(course.benchmark.questions(folder, p)[0], p.seed)
+    if rows.is_empty():
         return False
     warms = bool(recipe_of(p, course).share)
     made = [warms and build_warmed(run, p, course, folder), build_rewarded(run, p, course, folder)]
     if warms and not is_ours(p.model):
         made.append(build_rewarded(run, p, course, folder, share=0.))
+    for task in set(listed(p.ehrmind_only)) & set(rows['task']):
+        made.append(build_on_one(run, p, course, folder, task))
     return any(made)
 
 # %% ../../nbs/09_ehrmind/04_stages.ipynb #6ce4af0d
