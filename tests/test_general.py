@@ -566,4 +566,6 @@ def test_the_harness_scores_as_we_do(shared, functions):
     assert functions.auroc(pairs) == 1.
     assert functions.risk(doc, sure)['yes_no_mass'] == pytest.approx(.5)
     for task in TASKS.split(','):
-        assert f'task: ehr_bench_{task}\n' in (shared/'lm_eval'/f'ehr_bench_{task}.yaml').read_text()
+        told = (shared/'lm_eval'/f'ehr_bench_{task}.yaml').read_text()
+        assert f'task: ehr_bench_{task}\n' in told
+        assert 'description: "{{system}}"\n' in told  # else the model's own system message is taken

@@ -122,6 +122,7 @@ ALIKE = '''task: ehr_bench_{task}
 custom_dataset: !function functions.load
 dataset_kwargs: {{task: {task}}}
 test_split: test
+description: "{{{{system}}}}"
 doc_to_text: "{{{{prompt}}}}"
 num_fewshot: 0
 '''
