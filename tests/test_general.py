@@ -9,6 +9,7 @@ import pytest
 import torch
 import yaml
 from faulty_proxy import JSON, Proxy, some_faults
+from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from ehr_r1.config import Run
@@ -445,6 +446,11 @@ def test_a_gguf_file_holds_the_same_model(tmp_path):
     assert words.chat_template == tokenizer.chat_template
     half, _ = load_model(tmp_path/'tiny.gguf', device='cpu')
     assert half.dtype == torch.bfloat16
+    trained = get_peft_model(again, LoraConfig(r=2, target_modules=['q_proj'], init_lora_weights=False))
+    trained.save_pretrained(tmp_path/'adapter')
+    words.save_pretrained(tmp_path/'adapter')
+    adapted, _ = load_model(tmp_path/'adapter', dtype='float32', device='cpu')  # the file is found again
+    assert torch.equal(adapted.merge_and_unload()(ids).logits, trained.merge_and_unload()(ids).logits)
 
 
 def test_a_file_that_is_no_gguf_is_one_line(tmp_path):

@@ -272,7 +272,8 @@ def load_model(
     is_path = name.startswith(('.', '/')) or name.count('/') > 1  # a name on the hub is owner/model
     if is_path and not folder.exists():
         raise ModelError(f'{where}: no such folder or file')
-    base, (place, more) = adapter_base(folder), stored_at(where)
+    base = adapter_base(folder)
+    place, more = stored_at(base or where)
     if more:
         more['quantization_config'] = GgufConfig(dequantize=True)  # once, not at every step
         dtype = 'bfloat16' if dtype == 'auto' else dtype
@@ -281,8 +282,9 @@ def load_model(
     tokenizer = load_tokenizer(where)
     with explained(where):
         model = AutoModelForCausalLM.from_pretrained(
-            base or place, dtype=dtype, use_safetensors=True, trust_remote_code=False, **more)
-
+            place, dtype=dtype, use_safetensors=True, trust_remote_code=False, **more)
+    if more:
+        model.name_or_path = str(base or where)  # which adapters write down as what they belong to
     if base:
         from peft import PeftModel
         model = PeftModel.from_pretrained(model, where)
