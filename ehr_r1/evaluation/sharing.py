@@ -15,6 +15,7 @@ from ..data.samples import SYSTEM
 from ..data.serialize import RecordText
 from ..data.tasks import TASKS
 from .general import ChatPrompter, General, samples_for, told
+from ..inference.checkpoints import load_tokenizer
 from ..inference.engines import WAYS
 from ..stages import build, read_manifest, writing
 
@@ -116,7 +117,25 @@ def ways(doc):
 def auroc(pairs):
     gold, said = zip(*pairs)
     return float(chance_above(gold, said))
-'''.replace('YES_WAYS', repr(list(WAYS['yes']))).replace('NO_WAYS', repr(list(WAYS['no'])))
+'''
+
+# %% ../../nbs/07_evaluation/12_sharing.ipynb #8eae6f53
+def ways_of(
+    g:General # model
+)->dict: # yes and no -> ways to say them
+    "The ways to say yes and no that are counted: those that are one token, where the model is named."
+    if not g.model or g.is_server:
+        return WAYS
+    tokenizer = load_tokenizer(g.model)
+    whole = {word: [way for way in ways if len(tokenizer.encode(way, add_special_tokens=False)) == 1]
+             for word, ways in WAYS.items()}
+    return {word: ways or WAYS[word] for word, ways in whole.items()}
+
+def functions_for(
+    ways:dict # from `ways_of`
+)->str: # of a Python file
+    "The functions that the harness calls."
+    return FUNCTIONS.replace('YES_WAYS', repr(list(ways['yes']))).replace('NO_WAYS', repr(list(ways['no'])))
 
 # %% ../../nbs/07_evaluation/12_sharing.ipynb #ccb24cf9
 ALIKE = '''task: ehr_bench_{task}
@@ -148,24 +167,25 @@ metric_list:
 # %% ../../nbs/07_evaluation/12_sharing.ipynb #9e7e3bb4
 def harness_files(
     rows:pl.DataFrame, # columns of `SHARED`
-    answer_tokens:int  # longest answer
+    answer_tokens:int, # longest answer
+    ways:dict          # from `ways_of`
 )->dict: # file name -> text
     "The tasks as lm-evaluation-harness reads them."
     families = dict(rows.select('task', 'family').unique(maintain_order=True).rows())
     said = dict(decision=DECISION.replace('LONGEST', str(answer_tokens)), risk=RISK)
     files = {f'ehr_bench_{task}.yaml': ALIKE.format(task=task) + said[family] for task, family in families.items()}
     names = ', '.join(f'ehr_bench_{task}' for task in families)
-    return files | {'ehr_bench.yaml': f'group: ehr_bench\ntask: [{names}]\n', 'functions.py': FUNCTIONS}
+    return files | {'ehr_bench.yaml': f'group: ehr_bench\ntask: [{names}]\n', 'functions.py': functions_for(ways)}
 
 # %% ../../nbs/07_evaluation/12_sharing.ipynb #e2415182
 def build_shared(
     run:Run,     # samples and trajectories must stand
     p,           # settings lm_per_task, seed
-    g:General,   # tasks, per_task, style, context, answer_tokens
+    g:General    # tasks, per_task, style, context, answer_tokens, and model for the ways to say yes
 )->bool: # False if it was up to date
     "EHR-Bench for other tools: shared/dataset/ and shared/lm_eval/."
     params = {name: getattr(g, name) for name in ('tasks', 'style', 'context', 'answer_tokens')}
-    params |= dict(per_task=g.per_task or p.lm_per_task, seed=p.seed)
+    params |= dict(per_task=g.per_task or p.lm_per_task, seed=p.seed, ways=ways_of(g))
     access = read_manifest(run.samples)['counts']['access']
 
     def make(out):
@@ -176,7 +196,7 @@ def build_shared(
         for (task,), part in rows.partition_by('task', as_dict=True, maintain_order=True).items():
             with writing(data/f'{task}.parquet') as file:
                 part.write_parquet(file)
-        texts = {harness/name: text for name, text in harness_files(rows, g.answer_tokens).items()}
+        texts = {harness/name: text for name, text in harness_files(rows, g.answer_tokens, ways_of(g)).items()}
         for file, text in (texts | {data.parent/'README.md': card(run, rows, access)}).items():
             file.write_text(text, encoding='utf-8')
         return dict(samples=len(rows), tasks=rows['task'].n_unique(), access=access)
