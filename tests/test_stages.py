@@ -822,7 +822,7 @@ def test_a_logger_that_is_not_known_or_not_here_is_told(monkeypatch):
         loggers()
     monkeypatch.setenv('LOG', 'wandb')
     monkeypatch.setitem(LOGGERS, 'wandb', 'no_such_package')
-    with pytest.raises(ImportError, match=r'ehr_r1\[log\]'):
+    with pytest.raises(ImportError, match='EXTRA=log'):
         loggers()
 
 

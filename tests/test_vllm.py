@@ -184,7 +184,7 @@ IN_PROCESS = textwrap.dedent('''
     else:
         raise AssertionError('a prompt that is too long was answered')
     # more tokens than a step reads, drawn with seeds
-    drawn = [Request(f'd{i}', (dict(role='user', content='word '*300),), temperature=.5, seed=i, max_tokens=8)
+    drawn = [Request(f'd{i}', (dict(role='user', content='word '*200),), temperature=.5, seed=i, max_tokens=8)
              for i in range(24)]
     one, two = ({r.key: reply.text for r, reply in Vllm(folder, 'here', batch=24, **settings).ask(drawn)} for _ in '12')
     assert one == two and len(set(one.values())) > 1
