@@ -46,7 +46,7 @@ from ehr_r1.training.models import new_model, train_tokenizer
 from ehr_r1.training.stages import build_base, model_at
 from ehr_r1.transfer.benchmark_stage import build_general_benchmark
 from ehr_r1.transfer.medcalc.benchmark import MEDCALC
-from ehr_r1.transfer.question_sets import QUESTIONS, asked_questions, drawn_shots, questions_to_asks
+from ehr_r1.transfer.question_sets import QUESTIONS, answered_examples, asked_questions, questions_to_asks
 
 TASKS = 'labevents,diagnosis,ED_Hospitalization'
 
@@ -501,7 +501,7 @@ def shot_questions():
 @pytest.mark.parametrize('k, context, shown', [(0, 4_000, 0), (1, 4_000, 2), (2, 4_000, 3), (2, 800, 2), (2, 400, 0)])
 def test_as_many_answered_questions_as_fit_come_first(k, context, shown):
     questions = shot_questions()
-    shots = drawn_shots(questions, k, 42)
+    shots = answered_examples(questions, k, 42)
     prompter = ChatPrompter(context, 8, 'compact')
     ask, = questions_to_asks(questions.filter(split='held_out'), prompter, 'direct', shots)
     roles = [message['role'] for message in ask.prompt]
@@ -515,7 +515,7 @@ def test_as_many_answered_questions_as_fit_come_first(k, context, shown):
 
 
 def test_of_a_long_task_a_draw_is_asked_and_its_rate_is_kept(p, monkeypatch):
-    monkeypatch.setattr('ehr_r1.transfer.question_sets.LONGEST', 200)
+    monkeypatch.setattr('ehr_r1.transfer.question_sets._LONG_TASK', 200)
     about = dict(group='g', split='held_out', context=['x'], question='Why?')
     gold = [['yes'], ['yes'], ['yes'], ['no']]*250
     rows = [dict(sample_id=f'{i}', task='long', kind='risk', gold=gold[i]) | about for i in range(1_000)]

@@ -14,7 +14,7 @@ from ..config import Run
 from .course_examples import course_examples
 from .recipe import Course
 from .stages import named, on_one, recipe_of, start_of, trained, weights_at
-from ..evaluation.answers import FAMILIES, lines_of, what_it_may_answer
+from ..evaluation.answers import FAMILIES, lines_answered, what_it_may_answer
 from ..inference.asking import Ask
 from ..inference.checkpoints import load_tokenizer
 from ..profiles import Profile, is_ours, listed
@@ -61,7 +61,7 @@ def answers_in_form(
             for sample_id, task, prompt in examples.select('sample_id', 'task', 'prompt').iter_rows()]
     access, longest = 'open' if benchmark.open else 'credentialed', lengths.context + lengths.answer_tokens
     file = out/'answers'/benchmark.name/f'{name}.jsonl'
-    return lines_of(where, name, longest, asks, file, lengths.answer_tokens, benchmark.name, access)
+    return lines_answered(where, name, longest, asks, file, lengths.answer_tokens, benchmark.name, access)
 
 # %% ../../nbs/09_ehrmind/05_cross.ipynb #a2dc6a63
 def parts_of(

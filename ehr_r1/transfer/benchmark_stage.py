@@ -11,7 +11,7 @@ from pathlib import Path
 import polars as pl
 
 from ..config import Run
-from ..evaluation.answers import FAMILIES, lines_of, systems, yes_no_counts
+from ..evaluation.answers import FAMILIES, lines_answered, systems, yes_no_counts
 from ehr_r1.evaluation.general import (
     General,
     asking_params,
@@ -32,8 +32,8 @@ from ..training.stages import model_at
 from ehr_r1.transfer.question_sets import (
     ANSWERS,
     Benchmark,
+    answered_examples,
     asked_questions,
-    drawn_shots,
     questions_to_asks,
 )
 
@@ -63,7 +63,7 @@ def model_answers(
     writer = Writer(load_tokenizer(folder), s.context, s.answer_tokens, s.style)
     asks = questions_to_asks(questions, writer, system.mode)
     access, longest = 'open' if benchmark.open else 'credentialed', s.context + s.answer_tokens
-    lines = lines_of(folder, system.model, longest, asks, file, s.answer_tokens, benchmark.name, access)
+    lines = lines_answered(folder, system.model, longest, asks, file, s.answer_tokens, benchmark.name, access)
     return answers_of(lines), sum(ask.dropped > 0 for ask in asks)
 
 # %% ../../nbs/08_transfer/03_question_stage.ipynb #c937da8b
@@ -108,7 +108,7 @@ def general_said(
     benchmark:Benchmark,    # which
     g:General,              # who is asked
     file:Path,              # JSON Lines, where its answers are kept
-    shots:dict              # from `drawn_shots`
+    shots:dict              # from `answered_examples`
 )->tuple: # `ANSWERS` rows, and counts
     "What a general model says to the questions of a benchmark."
     asked = templated(g, file.parent)
@@ -137,7 +137,7 @@ def build_general_benchmark(
         questions, counts = benchmark.questions(folder, p)
         said = benchmark.baselines(folder, p, questions)
         file = home/f'{benchmark.name}.jsonl'
-        shots = drawn_shots(questions, g.shots, s.seed)
+        shots = answered_examples(questions, g.shots, s.seed)
         said[g.label], more = general_said(asked_questions(questions, s), benchmark, g, file, shots)
         with writing(out/'results.parquet') as f:
             benchmark.score(questions, said, p).write_parquet(f)
