@@ -71,7 +71,7 @@ class ChainSettings:
     "Who writes reasoning chains, and how many."
     teacher: str = 'verbaliser'     # who writes the chains: verbaliser, server, batch, vllm or replay
     concurrency: int = 16           # requests that a server is sent at once
-    variants: str = ','.join(VARIANTS) # ways of asking the teacher, the first is the one to train on
+    variants: str = ','.join(VARIANTS) # ways of asking the teacher; the model's own chains are those of `knowledge`
     chains_per_task: int = 0        # samples a task that get a chain at most; 0: all that have a graph
 
 # %% ../nbs/01_run/02_profiles.ipynb #137f02eb
@@ -167,8 +167,10 @@ class Profile(SavingSettings, RateSettings, StepSettings, ModelSettings, ChainSe
         check_choices(self)
         check_names('variants', self.variants, (*VARIANTS, *DESIGNS))
         check_names('ablations', self.ablations, (*VARIANTS[1:], *DESIGNS, 'plain'))
-        if not listed(self.variants):
-            raise ValueError('variants: name at least one of ' + ', '.join(VARIANTS))
+        if 'knowledge' not in listed(self.variants):
+            raise ValueError(f'variants={self.variants!r}: knowledge must be among them')
+        if lacking := set(listed(self.ablations)) - {*listed(self.variants), 'plain'}:
+            raise ValueError(f'ablations: {", ".join(sorted(lacking))} must be among variants={self.variants!r}')
         if not all(0 < share < 1 for share in self.shares):
             raise ValueError(f'scaling={self.scaling!r}: shares lie between 0 and 1')
 
@@ -208,7 +210,7 @@ PROFILES = {p.name: p for p in [
             warmup_steps=0, ehrmind_steps=0, least_headroom=0., record_loss=0.,
             adapt_rate=2e-5, reason_rate=2e-5, reinforce_rate=2e-6,
             batch=8, plain_share=.2, reason_batch=64, completions=16, micro_batch=1,
-            ablations='no_knowledge,no_sections,plain', lm_per_task=0, other_per_task=0),
+            variants='knowledge', ablations='plain', lm_per_task=0, other_per_task=0),
 ]}
 
 # %% ../nbs/01_run/02_profiles.ipynb #7c61cbee

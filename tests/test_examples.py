@@ -464,6 +464,8 @@ def test_an_empty_file_is_an_error_and_not_an_endless_wait(tmp_path):
 
 @pytest.mark.parametrize('bad', [
     dict(ablations='graph'),
+    dict(ablations='no_sections', variants='knowledge'),
+    dict(variants='no_knowledge'),
     dict(scaling='2'),
     dict(scaling='x'),
     dict(curriculum='maybe'),

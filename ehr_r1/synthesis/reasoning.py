@@ -129,10 +129,11 @@ def sentence_around(
 # %% ../../nbs/05_synthesis/19_reasoning.ipynb #7cc22067
 def evidence_heading(
     title:str, # of an event
-    time:str   # to the minute; '' where there is none
+    time:str,  # to the minute; '' where there is none
+    style:str  # of the record; a binned one tells the time since the event before, which says nothing out of its place
 )->str:
     "How a line of evidence begins."
-    return f'**{title} [{time}]**' if time else f'**{title}**'
+    return f'**{title} [{time}]**' if time and style != 'binned' else f'**{title}**'
 
 def part_of(
     brief:Brief,
@@ -205,7 +206,7 @@ def quoted_evidence(
         text = sentence_around(row, max(place, 0), len(link.surface))
     else:
         text = short_finding(row, link.surface)
-    evidence = f'{evidence_heading(title, time)}: {text}'
+    evidence = f'{evidence_heading(title, time, brief.style)}: {text}'
     return evidence if supported(evidence, events) else None
 
 # %% ../../nbs/05_synthesis/19_reasoning.ipynb #60d20c40
@@ -221,7 +222,7 @@ def latest_evidence(
         rows = [] if title in NOTES else [row for row in bodies[-1].splitlines() if row.strip(' |-')]
         rows.sort(key=lambda row: not re.search(r'\b(?:abnormal|high|low|warning)\b', row))
         for row in rows[:2]:
-            line = f'{evidence_heading(titles[title], time)}: {short_finding(row, "")}'
+            line = f'{evidence_heading(titles[title], time, style)}: {short_finding(row, "")}'
             if supported(line, events) and line not in lines:
                 lines.append(line)
     return lines[:LATEST][::-1]

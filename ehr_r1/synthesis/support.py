@@ -192,7 +192,7 @@ def _says(
 def evidence_parts(
     line:str # one line of Extraction
 )->tuple|None: # title in lower case, time to the minute ('' where there is none), finding; None if it is no evidence
-    "What a line of the form **Event [time]**: finding says."
+    "What a line of the form **Event [time]**: finding says; the time may be left out."
     begins, *rest = _BULLET.sub('', line, count=1).split('**', 2)
     if begins or len(rest) < 2:
         return None
@@ -211,7 +211,8 @@ def is_shown(
     if not part:
         return False
     title, time, finding = part
-    return any(_says(finding, body, title) for body in events.get((title, time), ()))
+    meant = [bodies for (named, then), bodies in events.items() if named == title and time in ('', then)]
+    return any(_says(finding, body, title) for bodies in meant for body in bodies)
 
 def supported(
     line:str,   # one line of Extraction
