@@ -337,6 +337,14 @@ def finished_parts(
     whole = [folder for folder in folders if folder.suffix not in ('.partial', '.old')]
     return stages | {f'{folder.parent.name}/{folder.name}': folder for folder in whole}
 
+def written_meanwhile(
+    run:Run
+)->dict: # name -> file
+    "What reports read that no stage leaves: curves of trainings, and sheets that raters sent back."
+    curves = {f'{name}/metrics.jsonl': folder/'metrics.jsonl' for name, folder in finished_parts(run).items()}
+    returned = {f'rating/{file.name}': file for file in sorted((run.folder/'rating'/'returned').glob('*.csv'))}
+    return returned | {name: file for name, file in curves.items() if file.exists()}
+
 # %% ../../nbs/07_evaluation/09_reporting.ipynb #fa66a3a4
 def access_of(
     run:Run # its trajectories must stand
@@ -355,6 +363,14 @@ def source_digest(
     text = ''.join(cell.source for cell in nbformat.read(template, 4).cells)
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
+# %% ../../nbs/07_evaluation/09_reporting.ipynb #eef9faa2
+def in_turn(
+    files:list # of report notebooks
+)->tuple: # those that can be made side by side, those that come after them
+    "Reports by when they can be made."
+    last = [file for file in files if file.name.startswith('00')]
+    return [file for file in files if file not in last], last
+
 # %% ../../nbs/07_evaluation/09_reporting.ipynb #63be5913
 def run_reports(
     run:Run,         # its scores must stand
@@ -368,18 +384,17 @@ def run_reports(
     if not files:
         raise FileNotFoundError(f'no report notebooks in {templates}; run from the root of the repository')
     access = access_of(run)
-    parts = finished_parts(run)
-    curves = {f'{name}/metrics.jsonl': folder/'metrics.jsonl' for name, folder in parts.items()
-              if (folder/'metrics.jsonl').exists()}
 
     def make(out):
         lacking = [file for file in files if not (out/file.name).exists()]
-        jobs = (delayed(run_report)(file, out, parameters, home) for file in lacking)
-        ran = Parallel(workers, return_as='generator_unordered')(jobs)
-        for _ in tqdm(ran, desc='reports', unit='report', initial=len(files) - len(lacking), total=len(files)):
-            pass
+        bar = tqdm(desc='reports', unit='report', initial=len(files) - len(lacking), total=len(files))
+        for some in in_turn(lacking):
+            jobs = (delayed(run_report)(file, out, parameters, home) for file in some)
+            for _ in Parallel(workers, return_as='generator_unordered')(jobs):
+                bar.update()
+        bar.close()
         return dict(reports=[file.stem for file in files], access=access)
 
     folder = run.reports if access == 'open' else run.private_reports
-    inputs = parts | curves | {file.name: source_digest(file) for file in files}
+    inputs = finished_parts(run) | written_meanwhile(run) | {file.name: source_digest(file) for file in files}
     return build(folder, make, inputs, parameters, 'evaluation.reporting')
