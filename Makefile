@@ -76,8 +76,8 @@ evaluate: env ## and: any other model asked what a run's models are asked (MODEL
 test: env ## notebooks, tests, library and notebooks in step, smoke profile end to end
 	$(BIN)/python .ci/test.py
 
-lab: env ## JupyterLab on nbs/
-	$(BIN)/jupyter lab --notebook-dir=nbs
+lab: env ## JupyterLab on the whole repository, open at its first page
+	$(BIN)/jupyter lab --notebook-dir=. nbs/index.ipynb
 
 docs: env ## site of notebooks, API and executed reports, into _docs/
 	$(BIN)/python docs/pages.py

@@ -6,14 +6,15 @@
 __all__ = ['STAGES', 'APART', 'ASKS', 'ORDER', 'Reproduction', 'lacking', 'main']
 
 # %% ../nbs/10_pipeline/01_pipeline.ipynb #09cb5386
+import json
 import re
 import sys
 import time
-from dataclasses import fields, replace
+from dataclasses import asdict, fields, replace
 from operator import call
 from pathlib import Path
 
-from .config import Run
+from .config import Run, project_root
 from .data.index import build_index
 from .data.samples import build_samples
 from .data.tables import open_source
@@ -34,7 +35,7 @@ from .hospital.hospital import build_hospital
 from .inference.endpoints import InferenceError, Refused
 from .machine import BYTES, check_room, say_why, stopped_by_signals
 from .profiles import PROFILES, Profile, converted, listed, profile
-from .stages import build, read_manifest
+from .stages import build, read_manifest, writing
 from .synthesis.chains import build_chains
 from .synthesis.graphs import build_graphs
 from .synthesis.open_knowledge import build_knowledge, find_knowledge
@@ -148,8 +149,11 @@ def make_index(r:Reproduction)->bool:
     return build_index(r.run, r.profile)
 
 def make_samples(r:Reproduction)->bool:
-    "Index to EHR-Ins and EHR-Bench."
-    return build_samples(r.run, r.profile)
+    "Index to EHR-Ins and EHR-Bench; what they were made with is kept by name, for reports."
+    ran = build_samples(r.run, r.profile)
+    with writing(r.run.folder/'profile.json') as file:
+        file.write_text(json.dumps(asdict(r.profile), indent=1))
+    return ran
 
 # %% ../nbs/10_pipeline/01_pipeline.ipynb #aec79674
 def make_meds(r:Reproduction)->bool:
@@ -250,7 +254,7 @@ def make_reports(r:Reproduction)->bool:
     "Run the report notebooks."
     parameters = dict(profile=r.profile.name, run=r.run.name, seed=r.profile.seed)
     home = r.run.folder.parent.parent  # holds runs/ and reports/
-    return run_reports(r.run, Path('nbs/11_reports'), parameters, home, r.profile.workers)
+    return run_reports(r.run, project_root()/'nbs'/'11_reports', parameters, home, r.profile.workers)
 
 # %% ../nbs/10_pipeline/01_pipeline.ipynb #ad799cf0
 def make_share(r:Reproduction)->bool:

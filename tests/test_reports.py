@@ -3,12 +3,14 @@ import json
 import re
 import shutil
 import sys
+from functools import partial
 from pathlib import Path
 
 import matplotlib
 import matplotlib.pyplot as plt
 import nbformat
 import pandas as pd
+import papermill
 import polars as pl
 import pytest
 from papermill.exceptions import PapermillExecutionError
@@ -22,8 +24,8 @@ ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT/'nbs'/'11_reports'
 TEMPLATES = sorted(FOLDER.glob('[0-9]*.ipynb'))
 NAMES = [
-    '01_cohort', '02_tasks', '03_benchmark', '04_thinking_graphs', '05_training', '06_stages', '07_reasoning',
-    '08_ehrshot', '09_mimic_cdm', '10_medcalc', '11_trials', '12_ehrmind', '13_models']
+    '00_ledger', '01_cohort', '02_tasks', '03_benchmark', '04_thinking_graphs', '05_training', '06_stages',
+    '07_reasoning', '08_ehrshot', '09_mimic_cdm', '10_medcalc', '11_trials', '12_ehrmind', '13_models']
 FIGURES = (
     'cohort_tables', 'cohort_events', 'tasks_counts', 'benchmark', 'benchmark_risks', 'graphs_counts', 'graphs_lift')
 SETTINGS = dict(profile='smoke', run='r', seed=42)
@@ -499,3 +501,38 @@ def test_tables_are_written(home, tmp_path):
     Report(Run('r', home), tmp_path).table(pl.DataFrame(MIXED), 't')
     written = (tmp_path/'t.csv').read_text()
     assert written == 'task,rows,first_year,rate,in_42\na<b,12345,2110,0.1235,true\n,,,,false\n'
+
+
+# -- by hand
+
+@pytest.fixture
+def by_hand(home, tmp_path, monkeypatch):
+    "A function that has papermill make a small report without our help; its working folder is nbs/."
+    monkeypatch.setenv('EHR_R1_HOME', str(home))
+    monkeypatch.delenv('EHR_R1_REPORT', raising=False)
+    cells = [
+        "profile = 'smoke'\nrun = 'r'\nseed = 42",
+        'from ehr_r1.config import Run\nfrom ehr_r1.evaluation.reporting import Report\nimport polars as pl',
+        'report = Report(Run(run))\nreport.about(profile, seed)',
+        'report.table(pl.DataFrame(dict(a=[1])), "by_hand")',
+    ]
+    path, out = str(template(tmp_path/'01_x.ipynb', *cells)), str(tmp_path/'out.ipynb')
+    return partial(papermill.execute_notebook, path, out, cwd='nbs', kernel_name='python3', progress_bar=False)
+
+
+def test_a_report_made_by_hand_writes_where_all_reports_are(home, by_hand):
+    by_hand(parameters=dict(run='r'))
+    assert (Run('r', home).reports/'by_hand.csv').exists()
+    assert not Path('nbs/by_hand.csv').exists()
+    (Run('r', home).reports/'by_hand.csv').unlink()
+
+
+@pytest.mark.parametrize('parameters, said', [
+    (dict(run='q'), "has no run 'q'; there are: r. make reproduce PROFILE=smoke RUN=q makes it"),
+    (dict(run='r', sede=7), 'no parameter sede; this report has profile, run, seed'),
+    (dict(run='r', seed=7), 'made with seed 42, not 7'),
+    (dict(run='r', profile='demo'), 'made with profile smoke, not demo'),
+])
+def test_a_wrong_parameter_by_hand_stops_and_says_why(by_hand, parameters, said):
+    with pytest.raises(PapermillExecutionError, match=re.escape(said)):
+        by_hand(parameters=parameters)

@@ -6,7 +6,9 @@
 __all__ = ['STYLE', 'RELEASES', 'SMALLEST', 'suppress', 'Report', 'readable', 'run_report', 'run_reports']
 
 # %% ../../nbs/07_evaluation/09_reporting.ipynb #2a579a41
+import ast
 import hashlib
+import json
 import os
 import tempfile
 from contextlib import contextmanager
@@ -171,18 +173,78 @@ def save_figure(
             with writing(folder/f'{name}.{kind}') as file:
                 figure.savefig(file, format=kind, dpi=150, bbox_inches='tight', metadata=metadata)
 
+# %% ../../nbs/07_evaluation/09_reporting.ipynb #fa66a3a4
+def access_of(
+    run:Run # its trajectories must stand
+)->str: # open or credentialed
+    "Whether what a run was made from is open: its tables, and the files of every other benchmark."
+    manifests = (run.folder/'transfer').glob('*/manifest.json')
+    read = [read_manifest(file.parent)['counts'].get('access') for file in manifests]
+    return 'credentialed' if 'credentialed' in read else read_manifest(run.trajectories)['counts']['access']
+
+# %% ../../nbs/07_evaluation/09_reporting.ipynb #22f671aa
+def check_run(
+    run:Run
+)->None:
+    "A FileNotFoundError where there is no such run, or it has no samples yet."
+    if (run.samples/'manifest.json').exists():
+        return
+    runs = run.folder.parent
+    there = sorted(folder.parent.parent.name for folder in runs.glob('*/samples/manifest.json'))
+    wanted = notebook_names().get('profile', 'demo')
+    lacks = f'no run {run.name!r} with samples' if run.folder.exists() else f'no run {run.name!r}'
+    raise FileNotFoundError(f"{runs} has {lacks}; there are: {', '.join(there) or 'none'}. "
+                            f'make reproduce PROFILE={wanted} RUN={run.name} makes it')
+
+# %% ../../nbs/07_evaluation/09_reporting.ipynb #c7bc381a
+def assigned_in(
+    cell:str # code
+)->set:
+    "The names that a cell sets."
+    targets = [target for node in ast.parse(cell).body if isinstance(node, ast.Assign) for target in node.targets]
+    return {target.id for target in targets if isinstance(target, ast.Name)}
+
+def notebook_cells()->list: # code
+    "What the notebook that this runs in has executed so far; empty outside of one."
+    from IPython import get_ipython
+    shell = get_ipython()
+    return [cell for cell in shell.user_ns.get('In', []) if cell.strip()] if shell else []
+
+def notebook_names()->dict: # name -> value
+    "The parameters of the notebook that this runs in."
+    from IPython import get_ipython
+    cells = notebook_cells()
+    values = get_ipython().user_ns if cells else {}
+    return {name: values[name] for name in ('profile', 'run', 'seed') if name in values}
+
+# %% ../../nbs/07_evaluation/09_reporting.ipynb #f82b9f3a
+def check_injected(
+    cells:list # code that a notebook has executed
+)->None:
+    "A ValueError where papermill was given a parameter that the notebook does not have; it only warns."
+    injected = [cell for cell in cells if cell.startswith('# Parameters\n')]
+    if not injected:
+        return
+    known = assigned_in(cells[cells.index(injected[0]) - 1])
+    if unknown := assigned_in(injected[0]) - known:
+        raise ValueError(f"no parameter {', '.join(sorted(unknown))}; this report has {', '.join(sorted(known))}")
+
 # %% ../../nbs/07_evaluation/09_reporting.ipynb #753a967b
 class ReportFolder:
-    "Where a report notebook writes: the folder it runs in."
+    "Where a report notebook writes."
     def __init__(
         self,
-        run:Run,            # the run reported on
-        folder:str|Path='.' # where tables and figures go
+        run:Run,                  # the run reported on
+        folder:str|Path|None=None # where tables and figures go; default: reports/<run>, private if the data are
     ):
-        self.run, self.folder = run, Path(folder)
+        check_run(run)
+        self.run = run
         self.store = read_manifest(run.trajectories)['counts']
         self.params = read_manifest(run.samples)['params']
         self.access, self.source = self.store['access'], self.store['source']
+        named = folder or os.environ.get('EHR_R1_REPORT')
+        self.folder = Path(named or (run.reports if access_of(run) == 'open' else run.private_reports))
+        self.folder.mkdir(parents=True, exist_ok=True)
 
     def table(
         self,
@@ -207,12 +269,17 @@ class Report(ReportFolder):
     "What every report has: where it writes, what its run was made from, counts as they may be told."
     def about(
         self,
-        profile:str, # as the report was told
-        seed:int     # the same; a ValueError where it is not the run's
+        profile:str, # as the report was told; a ValueError where it is not the run's
+        seed:int     # the same
     )->None:
         "Print what the run was made from; every report starts with it."
+        check_injected(notebook_cells())
         if seed != self.params['seed']:
             raise ValueError(f"run {self.run.name} was made with seed {self.params['seed']}, not {seed}")
+        made = self.run.folder/'profile.json'
+        of_run = json.loads(made.read_text())['name'] if made.exists() else profile
+        if profile != of_run:
+            raise ValueError(f'run {self.run.name} was made with profile {of_run}, not {profile}')
         print(f'run: {self.run.name} (profile {profile}, seed {seed})')
         print(about_data(self.store, self.params))
 
@@ -268,18 +335,21 @@ def check_parameters(
 
 # %% ../../nbs/07_evaluation/09_reporting.ipynb #c46508da
 @contextmanager
-def home_is(
-    home:Path # holds runs/ and reports/
+def places_are(
+    home:Path, # holds runs/ and reports/
+    folder:Path # where the report writes
 ):
-    "Have notebooks find the run where this process has it."
-    before = os.environ.get('EHR_R1_HOME')
-    os.environ['EHR_R1_HOME'] = str(Path(home).resolve())
+    "Have a notebook find the run where this process has it, and write where it is told."
+    places = dict(EHR_R1_HOME=str(Path(home).resolve()), EHR_R1_REPORT=str(Path(folder).resolve()))
+    before = {name: os.environ.get(name) for name in places}
+    os.environ.update(places)
     try:
         yield
     finally:
-        os.environ.pop('EHR_R1_HOME')
-        if before is not None:
-            os.environ['EHR_R1_HOME'] = before
+        for name, value in before.items():
+            os.environ.pop(name)
+            if value is not None:
+                os.environ[name] = value
 
 # %% ../../nbs/07_evaluation/09_reporting.ipynb #82bb179b
 def without_traces(
@@ -311,7 +381,7 @@ def run_report(
     from traitlets.config import Config
     check_parameters(template, parameters)
     quiet = ['--IPKernelApp.log_level=CRITICAL']  # not that it was closed; errors of cells are outputs
-    with home_is(home), tempfile.TemporaryDirectory() as sockets:
+    with places_are(home, folder), tempfile.TemporaryDirectory() as sockets:
         # sockets that are files: reports run side by side, and two could draw the same port
         by_file = Config(KernelManager=dict(transport='ipc', ip=f'{sockets}/kernel'))
         notebook = papermill.execute_notebook(
@@ -344,15 +414,6 @@ def written_meanwhile(
     curves = {f'{name}/metrics.jsonl': folder/'metrics.jsonl' for name, folder in finished_parts(run).items()}
     returned = {f'rating/{file.name}': file for file in sorted((run.folder/'rating'/'returned').glob('*.csv'))}
     return returned | {name: file for name, file in curves.items() if file.exists()}
-
-# %% ../../nbs/07_evaluation/09_reporting.ipynb #fa66a3a4
-def access_of(
-    run:Run # its trajectories must stand
-)->str: # open or credentialed
-    "Whether what a run was made from is open: its tables, and the files of every other benchmark."
-    manifests = (run.folder/'transfer').glob('*/manifest.json')
-    read = [read_manifest(file.parent)['counts'].get('access') for file in manifests]
-    return 'credentialed' if 'credentialed' in read else read_manifest(run.trajectories)['counts']['access']
 
 # %% ../../nbs/07_evaluation/09_reporting.ipynb #af53c58a
 def source_digest(

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import polars as pl
 
+from ..config import project_root
 from ..data.table_files import TableError, fault
 
 # %% ../../nbs/08_transfer/01_benchmark_files.ipynb #5c55f0fb
@@ -27,12 +28,8 @@ def find_benchmark(
         if not Path(given).is_dir():
             raise TableError(f'{variable}={given}: there is no such folder')
         return Path(given)
-    here = Path.cwd().resolve()
-    for folder in (here, *here.parents) if beside else ():
-        found = folder.parent/'shared'/'data'/beside
-        if (folder/'settings.ini').exists() and found.is_dir():
-            return found
-    return None
+    found = project_root().resolve().parent/'shared'/'data'/beside
+    return found if beside and found.is_dir() else None
 
 # %% ../../nbs/08_transfer/01_benchmark_files.ipynb #cfcf3a75
 def decoded(
