@@ -1,6 +1,10 @@
-"""Execute notebooks in place: those named, else every one under nbs/ except folders with a .notest file."""
+"""Execute notebooks in place: those named, else every one under nbs/ except reports and benchmarks.
+
+Tutorials run from nothing, so that what they show is what a newcomer sees.
+"""
 import os
 import sys
+import tempfile
 from pathlib import Path
 
 import nbformat
@@ -8,11 +12,14 @@ from nbclient import NotebookClient
 from tqdm import tqdm
 
 
+TUTORIALS = '00_tutorials'
+
+
 def notebooks():
     "Notebooks under nbs/ whose outputs are kept."
     for path in sorted(Path('nbs').rglob('*.ipynb')):
         hidden = any(part[0] in '._' for part in path.parts)
-        if not hidden and not (path.parent/'.notest').exists():
+        if not hidden and (path.parent.name == TUTORIALS or not (path.parent/'.notest').exists()):
             yield path
 
 
@@ -20,7 +27,11 @@ def execute(path):
     "Run one notebook in its own folder and store its outputs."
     nb = nbformat.read(path, as_version=4)
     place = {'metadata': {'path': str(path.parent)}}
-    NotebookClient(nb, timeout=3600, kernel_name='python3', resources=place).execute()
+    with tempfile.TemporaryDirectory() as home:
+        if path.parent.name == TUTORIALS:
+            os.environ['EHR_R1_HOME'] = home
+        NotebookClient(nb, timeout=3600, kernel_name='python3', resources=place).execute()
+        os.environ.pop('EHR_R1_HOME', None)
     nbformat.write(nb, path)
 
 

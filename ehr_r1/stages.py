@@ -17,6 +17,7 @@ import shutil
 import subprocess
 import threading
 import time
+import warnings
 from collections import Counter
 from contextlib import ExitStack, contextmanager, nullcontext
 from functools import cache
@@ -26,6 +27,12 @@ from pathlib import Path
 import psutil
 
 import ehr_r1
+
+# %% ../nbs/01_run/03_stages.ipynb #4f518c4e
+# joblib replaces a worker whose memory has grown, and warns; nothing is lost by it
+warnings.filterwarnings('ignore', message='A worker stopped while some jobs')
+# bars of libraries are text in a notebook, too
+warnings.filterwarnings('ignore', message='IProgress not found')
 
 # %% ../nbs/01_run/03_stages.ipynb #5851a8a9
 @contextmanager

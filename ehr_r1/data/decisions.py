@@ -22,8 +22,12 @@ def answer_cell(
     table:str,
     column:str # one that the table shows
 )->pl.Expr: # text
-    "One cell of a table's rows."
-    place = DISPLAY[table].columns.index(column)
+    "One cell of a table's rows; a ValueError where records do not show the column."
+    shown = DISPLAY[table].columns if table in DISPLAY else ()
+    if column not in shown:
+        there = ', '.join(shown) or 'none'
+        raise ValueError(f'{table} shows no column {column!r} that a task could ask for; it shows {there}')
+    place = shown.index(column)
     return pl.col('cells').str.splitn(FIELD, place + 2).struct.field(f'field_{place}')
 
 # %% ../../nbs/02_data/17_decisions.ipynb #6ada3f10

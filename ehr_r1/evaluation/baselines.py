@@ -385,7 +385,8 @@ def run_baselines(
     tasks = [part for _, part in sorted(samples.partition_by('task', as_dict=True).items())]
     jobs = (delayed(fit_task)(part, facts if callable(facts) else facts_of(facts, part), seed, lines) for part in tasks)
     pool = Parallel(n_jobs=min(workers, len(tasks)) or 1, return_as='generator', pre_dispatch='n_jobs')
-    made = list(tqdm(pool(jobs), total=len(tasks), desc='baselines', disable=not progress))
+    ran = pool(jobs)
+    made = list(tqdm(ran, total=len(tasks), desc='baselines', unit='task') if progress else ran)
     there = [system for system in SYSTEMS if lines is not None or system != 'logistic_seen']
     found = {system: [of_task[system] for of_task in made if system in of_task] for system in there}
     empty = pl.DataFrame(schema=PREDICTIONS)

@@ -242,7 +242,7 @@ def write_hospital(
     sizes = [min(BLOCK_SIZE, patients - i*BLOCK_SIZE) for i in range(blocks)]
     jobs = (delayed(block_files)(seed, i, size, fmt) for i, size in enumerate(sizes))
     done = Parallel(n_jobs=min(workers, blocks), return_as='generator')(jobs)
-    for rows, parts, risk in tqdm(done, total=blocks, unit='block', desc='hospital', disable=not progress):
+    for rows, parts, risk in tqdm(done, total=blocks, unit='block', desc='hospital') if progress else done:
         for name, part in parts.items():
             writer.more(name, part)
             counts[name] = counts.get(name, 0) + rows[name]
