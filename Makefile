@@ -13,7 +13,11 @@ EXTRA := $(shell head -n 1 $(STAMP) 2>/dev/null | grep -x -e gpu -e log)
 export PATH := $(BIN):$(PATH)
 # name=value words for the command line, from the variables that are set; SET adds any other profile field as it stands
 lower = $(shell echo $1 | tr A-Z a-z)
-words = $(foreach v,$(OPTIONS),$(if $($v),$(call lower,$v)='$($v)')) $(SET)
+given = $(findstring command line,$(origin $1))
+words = $(foreach v,$(OPTIONS),$(if $(call given,$v),$(call lower,$v)='$($v)')) $(SET)
+# a setting comes from the command line alone, and one that there is not stops
+UNKNOWN := $(filter-out $(OPTIONS) SET EXTRA PYTHON VENV NB,$(foreach v,$(.VARIABLES),$(if $(call given,$v),$v)))
+$(if $(UNKNOWN),$(error no setting $(UNKNOWN); there are $(OPTIONS), and SET="name=value ..." for the fields of a profile))
 stage = $(BIN)/ehr_r1 $@ $(words)
 
 help: ## this list

@@ -11,7 +11,6 @@ import nbformat
 from nbclient import NotebookClient
 from tqdm import tqdm
 
-
 TUTORIALS = '00_tutorials'
 
 

@@ -7,6 +7,7 @@ __all__ = ['VARIANTS', 'DESIGNS', 'CHOICES', 'SIZED', 'KEPT', 'PROFILES', 'is_ou
 
 # %% ../nbs/01_run/02_profiles.ipynb #31f7c7af
 from dataclasses import dataclass, fields, replace
+from difflib import get_close_matches
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -241,7 +242,9 @@ def profile(
     base = PROFILES[name]
     kinds = {f.name: type(getattr(base, f.name)) for f in fields(Profile) if f.name != 'name'}
     if unknown := overrides.keys() - kinds.keys():
-        raise ValueError(f"no setting {min(unknown)!r}; there are {', '.join(kinds)}")
+        alike = get_close_matches(min(unknown), kinds, n=1)
+        meant = f'did you mean {alike[0]}? ' if alike else ''
+        raise ValueError(f"no setting {min(unknown)!r}; {meant}There are {', '.join(kinds)}")
     try:
         settings = {key: converted(kinds[key], value) for key, value in overrides.items()}
         if not is_ours(settings.get('model', base.model)) and base.style == 'binned':

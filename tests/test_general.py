@@ -12,6 +12,7 @@ from faulty_proxy import JSON, Proxy, some_faults
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from ehr_r1.command import main
 from ehr_r1.config import Run
 from ehr_r1.data.index import build_index
 from ehr_r1.data.official_writing import write_samples
@@ -38,7 +39,6 @@ from ehr_r1.inference.chats import ChatEngine
 from ehr_r1.inference.checkpoints import ModelError, chat_text, load_model
 from ehr_r1.inference.endpoints import InferenceError, Refused
 from ehr_r1.inference.engines import WAYS
-from ehr_r1.pipeline import main
 from ehr_r1.profiles import profile
 from ehr_r1.scoring import set_f1
 from ehr_r1.stages import read_manifest

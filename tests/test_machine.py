@@ -13,10 +13,11 @@ from pathlib import Path
 import pytest
 
 from ehr_r1 import machine, pipeline
+from ehr_r1.command import main
 from ehr_r1.config import LONGEST_NAME, Run
 from ehr_r1.inference.endpoints import InferenceError, Refused
 from ehr_r1.machine import NoRoom, Stopped, check_room, machine_fault, stopped_by_signals
-from ehr_r1.pipeline import ORDER, Reproduction, main
+from ehr_r1.pipeline import ORDER, Reproduction
 from ehr_r1.profiles import profile
 from ehr_r1.stages import build, fingerprint, locked
 
@@ -46,9 +47,9 @@ def told(home, capsys):
 # what a child process runs: the stages of WORDS after a line that spoils something
 CHILD = '''
 import os, resource, signal, sys
-from ehr_r1 import pipeline
+from ehr_r1 import command, pipeline
 {spoil}
-sys.exit(pipeline.main(sys.argv[1:]))
+sys.exit(command.main(sys.argv[1:]))
 '''
 
 def start(*words, spoil='', **more):

@@ -11,6 +11,7 @@ from pathlib import Path
 import polars as pl
 import pytest
 
+from ehr_r1.command import main
 from ehr_r1.config import Run
 from ehr_r1.data.index import build_index
 from ehr_r1.data.samples import build_samples, scan_samples
@@ -19,7 +20,7 @@ from ehr_r1.data.table_files import TableError
 from ehr_r1.data.tables import open_source
 from ehr_r1.data.trajectories import build_trajectories, count_rows, read_trajectory, scan_trajectories
 from ehr_r1.hospital.hospital import build_hospital
-from ehr_r1.pipeline import Reproduction, main
+from ehr_r1.pipeline import Reproduction
 from ehr_r1.profiles import profile
 from ehr_r1.stages import read_manifest
 
@@ -230,7 +231,7 @@ def test_workers_are_not_in_the_name_of_a_run():
 
 # -- interrupted -------------------------------------------------------------------------------------------------------
 
-RUN_MAIN = 'import sys; from ehr_r1.pipeline import main; sys.exit(main())'
+RUN_MAIN = 'import sys; from ehr_r1.command import main; sys.exit(main())'
 STAGES = ('hospital', 'trajectories', 'index', 'samples', 'knowledge', 'graphs', 'chains')
 SMALL = ('profile=smoke', 'patients=45', 'shard_patients=15', 'chains_per_task=10', 'run=k')
 MOMENTS = (

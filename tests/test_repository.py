@@ -15,8 +15,9 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 
+from ehr_r1.command import FOLDERS_AND_NAMES, parsed
 from ehr_r1.evaluation.general import general_in
-from ehr_r1.pipeline import FOLDERS_AND_NAMES, ORDER, Reproduction, parsed
+from ehr_r1.pipeline import ORDER, Reproduction
 from ehr_r1.stages import imported
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -62,6 +62,15 @@ def open_teacher(
         return Recorded(Batch(*where, file.parent/'jobs'), file, price)
     return Recorded(Server(*where, concurrency=concurrency), file, price)
 
+# %% ../../nbs/05_synthesis/20_asking.ipynb #56d643aa
+def check_teacher(
+    kind:str # verbaliser, server, batch, vllm or replay
+)->None:
+    "An InferenceError where the environment does not say what a teacher needs."
+    needs = dict(verbaliser=(), replay=('EHR_R1_TEACHER_RECORD',), vllm=('EHR_R1_TEACHER_MODEL',))
+    for name in needs.get(kind, ('EHR_R1_TEACHER_MODEL', 'EHR_R1_TEACHER_URL')):
+        required_setting(name)
+
 # %% ../../nbs/05_synthesis/20_asking.ipynb #1ef0958d
 def chosen_graphs(
     run:Run, # graphs must stand
