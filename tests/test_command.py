@@ -36,7 +36,7 @@ def test_every_field_of_a_profile_is_told_by_some_stage(capsys):
         main(['help', stage])
     said = capsys.readouterr().out
     lacking = [field.name for field in fields(Profile) if f'  {field.name}=' not in said]
-    assert lacking == ['name']
+    assert not lacking
 
 
 def test_help_shows_the_values_of_the_profile_that_is_named(capsys):
