@@ -14,7 +14,7 @@ import polars as pl
 from ehr_r1.data.events import DISPLAY, FIELD, ITEM
 from ehr_r1.data.patient_events import PatientEvents, clock, events_of, summary_of
 from ehr_r1.data.timeline_drawing import LANE_COLORS, lane_of, svg_of
-from ehr_r1.foreign_text import NO_FORMULAS, html_text, visible
+from ehr_r1.foreign_text import NO_FORMULAS, html_text, svg_image, visible
 
 NAMED = ('patients', 'triage', 'vitalsign') # tables whose values mean nothing without the column's name
 UNSAID = ('ref_range_lower', 'ref_range_upper', 'warning', 'note_type') # columns that a short view leaves out
@@ -120,7 +120,9 @@ def html_of(
     style = 'text-align:left;padding:2px 10px 2px 4px;vertical-align:top'
     head = ''.join(f'<th style="{style}">{name}</th>' for name in ('event', 'time', 'table', 'rows', 'content'))
     lines = ''.join(html_row(t, event) for event in listing_of(t))
-    return (f'<div {NO_FORMULAS}><p>{html_text(summary_of(t))}</p>{svg_of(t)}'
+    drawn = svg_of(t)
+    line = svg_image(drawn, f'time line of patient {t.subject_id}') if drawn.startswith('<svg') else drawn
+    return (f'<div {NO_FORMULAS}><p>{html_text(summary_of(t))}</p>{line}'
             f'<table style="font-size:12px;border-collapse:collapse"><thead><tr>{head}</tr></thead>'
             f'<tbody>{lines}</tbody></table></div>')
 

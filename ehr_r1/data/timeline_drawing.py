@@ -320,7 +320,7 @@ def svg_of(
     if drawing.prediction is not None:
         draw_prediction(canvas, drawing.prediction, t.prediction_time)
     width = SIDE + WIDTH + 8
-    head = (f'<svg viewBox="0 0 {width} {canvas.bottom + 22}" width="100%" '
-            f'style="max-width:{width}px;font:11px sans-serif" role="img" '
-            f'aria-label="time line of patient {t.subject_id}" fill="currentColor">')
+    head = (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {canvas.bottom + 22}" width="{width}" '
+            f'style="font:11px sans-serif;background:#fff" role="img" '
+            f'aria-label="time line of patient {t.subject_id}" color="#222" fill="currentColor">')
     return head + ''.join(canvas.elements) + '</svg>'

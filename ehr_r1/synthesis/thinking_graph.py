@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from datetime import datetime
 
 from ..data.serialize import TITLES
-from ..foreign_text import html_text, visible
+from ..foreign_text import html_text, svg_image, visible
 
 # %% ../../nbs/05_synthesis/14_thinking_graph.ipynb #4bc6c726
 ROLES = ('problem', 'routine', 'step', 'path')  # forms of an argument, the best first; a path alone is none
@@ -87,7 +87,7 @@ class ThinkingGraph:
         return visible('\n'.join(lines))
 
     def _repr_html_(self):
-        return draw_graph(self)
+        return svg_image(draw_graph(self), f'thinking graph of {self.task} {self.sample_id}')
 
 # %% ../../nbs/05_synthesis/14_thinking_graph.ipynb #ec458be3
 COLUMN, LINE, GAP = 215, 26, 45  # pixels: a column's width, a line's height, between two columns
