@@ -88,10 +88,6 @@ log = {log_requirements}
 [project.scripts]
 {command} = "{target}"
 
-[project.urls]
-Repository = "{git_url}"
-Documentation = "{doc_host}{doc_baseurl}"
-
 [project.entry-points.nbdev]
 {lib_name} = "{lib_path}._modidx:d"
 

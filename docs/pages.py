@@ -18,7 +18,7 @@ from cells import directives, label_of, page, quiet
 from nbformat.v4 import new_markdown_cell
 
 ROOT = Path(__file__).resolve().parent.parent
-RUNS = ('demo',)  # whose reports are kept
+RUNS = ('study', 'demo')  # whose reports are kept
 
 
 def name_of(path):
@@ -61,6 +61,17 @@ def with_figures(text, folder, source):
         shutil.copy(file, source/place)
         return f'![{match[1]}](/{place.as_posix()})'
     return re.sub(r'!\[([^\]]*)\]\((?!https?:|attachment:|data:)([^)]+)\)', figure, text)
+
+
+def between_pages(text, folder, pages):
+    "A page's text whose links to notebooks lead to their pages."
+    def link(match):
+        place = (folder/match[1]).resolve().relative_to(ROOT).with_suffix('')
+        name = place.as_posix() if place.parts[0] == 'reports' else name_of(place.relative_to('nbs'))
+        if name not in pages:
+            raise ValueError(f'{folder.relative_to(ROOT)}: no page for the link to {match[1]}')
+        return f'](/{name}.ipynb)'
+    return re.sub(r'\]\((?!https?:|[#/])([^)#\s]+\.ipynb)\)', link, text)
 
 
 def documented(tree, source):
@@ -123,6 +134,12 @@ def notebook_modules():
     return {name: module for name, module in found.items() if module}
 
 
+def entitle(nb, run):
+    "Tell in a report's title of which run it is."
+    first = nb.cells[0]
+    first.source = re.sub(r'^# (.+)$', rf'# \1 ({run})', first.source, count=1, flags=re.M)
+
+
 def collect(folder, modules):
     "All pages by name, their names by part of the site in reading order, and the labels they define."
     pages, parts, labels = {}, {}, set()
@@ -136,6 +153,7 @@ def collect(folder, modules):
         for path in sorted((ROOT/'reports'/run).glob('*.ipynb')):
             name = f'reports/{run}/{path.stem}'
             pages[name], _ = page(path, report=True)
+            entitle(pages[name], run)
             parts.setdefault(f'Reports: {run}', []).append(name)
     return pages, parts, labels
 
@@ -167,7 +185,8 @@ def write_sources(work, source):
         folder = ((ROOT if name.startswith('reports/') else ROOT/'nbs')/name).parent
         for cell in nb.cells:
             if cell.cell_type == 'markdown':
-                cell.source = with_figures(linked(cell.source, site, pages, labels, modules), folder, source)
+                text = between_pages(linked(cell.source, site, pages, labels, modules), folder, pages)
+                cell.source = with_figures(text, folder, source)
         (source/f'{name}.ipynb').parent.mkdir(parents=True, exist_ok=True)
         nbformat.write(nb, source/f'{name}.ipynb')
     (source/'api.md').write_text(api(pages, labels, modules), encoding='utf-8')

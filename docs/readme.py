@@ -16,6 +16,7 @@ def readme(root=ROOT):
     nb.cells = [c for c in nb.cells if tag(c)]
     config = Config({'TagRemovePreprocessor': {'enabled': True, 'remove_input_tags': {'remove-input'}}})
     text, _ = MarkdownExporter(config=config).from_notebook_node(nb)
+    text = re.sub(r'\]\((?=\d\d_)', '](nbs/', text)
     text = text.replace('](../', '](')  # nbs/ is one folder down, README.md is not
     return HEAD + re.sub(r'\n{3,}', '\n\n', text).strip() + '\n'
 

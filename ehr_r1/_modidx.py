@@ -2,8 +2,8 @@
 
 d = { 'settings': { 'branch': 'main',
                 'doc_baseurl': '/ehr_r1',
-                'doc_host': 'https://ehr-r1.github.io',
-                'git_url': 'https://github.com/ehr-r1/ehr_r1',
+                'doc_host': 'https://ehr-r1.invalid',
+                'git_url': 'https://ehr-r1.invalid/ehr_r1',
                 'lib_path': 'ehr_r1'},
   'syms': { 'ehr_r1.command': { 'ehr_r1.command.asked_about': ('10_pipeline/command.html#asked_about', 'ehr_r1/command.py'),
                                 'ehr_r1.command.command': ('10_pipeline/command.html#command', 'ehr_r1/command.py'),

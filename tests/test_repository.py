@@ -1,6 +1,7 @@
 """What holds for the whole repository: import order, module length, what code may not do, files made from others."""
 import ast
 import configparser
+import json
 import os
 import re
 import shlex
@@ -355,11 +356,42 @@ def test_citation_has_the_version(script):
     assert f'version: {version}\n' in (ROOT/'CITATION.cff').read_text()
 
 
+# --- links
+
+def links_of(path):
+    "What a page links to in the repository."
+    text = path.read_text()
+    if path.suffix == '.ipynb':
+        cells = json.loads(text)['cells']
+        text = '\n'.join(''.join(cell['source']) for cell in cells if cell['cell_type'] == 'markdown')
+    return re.findall(r'\]\((?!https?:|#|mailto:|attachment:|data:)([^)\s]+)\)', text)
+
+
+PAGES = [ROOT/'README.md', *sorted((ROOT/'nbs').rglob('*.ipynb'))]
+
+@pytest.mark.parametrize('path', [page for page in PAGES if links_of(page)], ids=lambda path: path.stem)
+def test_no_link_is_broken(path):
+    for link in links_of(path):
+        assert (path.parent/link.split('#')[0]).exists(), f'{path.name}: {link}'
+
+
+def test_readme_is_short_enough_to_be_read():
+    assert len((ROOT/'README.md').read_text().splitlines()) < 130
+
+
 # --- the commands that README shows
 
+def pages_with_commands():
+    "README, the tutorials and the pages on the command, as text."
+    books = [*(ROOT/'nbs'/'00_tutorials').glob('*.ipynb'), *(ROOT/'nbs'/'10_pipeline').glob('*.ipynb')]
+    cells = [cell for book in sorted(books) for cell in json.loads(book.read_text())['cells']]
+    texts = (''.join(cell['source']) for cell in cells if cell['cell_type'] == 'markdown')
+    return [(ROOT/'README.md').read_text(), *texts]
+
+
 def commands_of_readme():
-    "Every line of README's shell blocks that makes or asks something."
-    blocks = re.findall(r'```sh\n(.*?)```', (ROOT/'README.md').read_text(), re.S)
+    "Every line of their shell blocks that makes or asks something."
+    blocks = [block for text in pages_with_commands() for block in re.findall(r'```sh\n(.*?)```', text, re.S)]
     lines = [line.partition('  #')[0].strip() for block in blocks for line in block.splitlines()]
     return [line for line in lines if re.search(r'\bmake reproduce\b|\behr_r1 [a-z]+ ', line) and '...' not in line]
 
