@@ -25,7 +25,7 @@ FOLDER = ROOT/'nbs'/'11_reports'
 TEMPLATES = sorted(FOLDER.glob('[0-9]*.ipynb'))
 NAMES = [
     '00_ledger', '01_cohort', '02_tasks', '03_benchmark', '04_thinking_graphs', '05_training', '06_stages',
-    '07_reasoning', '08_ehrshot', '09_mimic_cdm', '10_medcalc', '11_trials', '12_ehrmind', '13_models']
+    '07_reasoning', '08_ehrshot', '09_mimic_cdm', '10_medcalc', '11_trials', '12_ehrmind', '13_models', '14_groups']
 FIGURES = (
     'cohort_tables', 'cohort_events', 'tasks_counts', 'benchmark', 'benchmark_risks', 'graphs_counts', 'graphs_lift')
 SETTINGS = dict(profile='smoke', run='r', seed=42)
