@@ -1,7 +1,7 @@
 # Make orders set-up, stages and reports. Whether a stage is up to date is its manifest's business, so stages are phony here.
 PYTHON ?= python3
 VENV ?= .venv
-OPTIONS := PROFILE DATA RUN PROTOCOL STYLE CAPS SEED CODES KNOWLEDGE TEACHER MODEL TEMPLATE WORKERS YES
+OPTIONS := PROFILE DATA RUN PROTOCOL STYLE CAPS SEED CODES KNOWLEDGE TEACHER MODEL TEMPLATE WORKERS CLUSTER YES
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .PHONY: help env reproduce hospital trajectories index samples knowledge graphs chains baselines base adapt reason reinforce answers scores benchmarks ehrmind meds keep evaluate reports test lab docs notebooks export readme lock hooks clean

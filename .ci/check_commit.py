@@ -26,7 +26,8 @@ LARGEST_WEIGHTS = 9_000  # KiB, of the base that is kept
 KEPT_REPORTS = ('demo', 'study')
 ALLOWED = '.ci/allowed.txt'
 PLACES = [re.compile(place) for place in (
-    r'(README\.md|CONTRIBUTING\.md|CHANGELOG\.md|LICENSE|CITATION\.cff|Makefile|settings\.ini|pyproject\.toml|requirements[\w-]*\.lock)',
+    r'(README|CONTRIBUTING|CHANGELOG)\.md',
+    r'(LICENSE|CITATION\.cff|Makefile|settings\.ini|pyproject\.toml|requirements[\w-]*\.lock)',
     r'(environment\.yml|\.gitignore|\.pre-commit-config\.yaml)',
     r'\.ci/(\w+\.py|run|allowed\.txt)',
     r'\.github/ISSUE_TEMPLATE/\w+\.md',

@@ -10,6 +10,7 @@ import csv
 import inspect
 import re
 import sys
+from contextlib import nullcontext
 from importlib.metadata import version
 from pathlib import Path
 
@@ -167,6 +168,7 @@ def command(
     settings:dict # of the command line
 )->int: # exit code
     "Run stages; whatever ends them is told in a line or two."
+    from ehr_r1.cluster import cluster_of
     from ehr_r1.inference.endpoints import InferenceError, Refused
     from ehr_r1.pipeline import check_before, room_needed, run_stages
     r = None
@@ -177,7 +179,8 @@ def command(
             print(said_before(r, stages), flush=True)
             if needs := room_needed(r, stages):
                 print(check_room(needs, r.run.folder), flush=True)
-            run_stages(r, stages)
+            with cluster_of(r.profile.cluster) if r.profile.cluster else nullcontext() as client:
+                run_stages(r, stages, client)
             if 'reports' in stages:
                 print(said_after(r.run.reports), flush=True)
     except BaseException as e:

@@ -7,12 +7,14 @@ __all__ = ['STAGES', 'APART', 'ASKS', 'ORDER', 'Reproduction', 'lacking']
 
 # %% ../nbs/10_pipeline/01_pipeline.ipynb #09cb5386
 import json
+import os
 import re
 import time
 from dataclasses import asdict, replace
 from operator import call
 from pathlib import Path
 
+from .cluster import check_cluster, shards_on
 from .config import Run, project_root
 from .data.index import build_index
 from .data.samples import build_samples
@@ -52,7 +54,8 @@ def run_name(
 )->str: # a folder's name
     "What a run is called."
     base = PROFILES[profile_name]
-    changed = {key: value for key, value in settings.items() if value != getattr(base, key) and key != 'workers'}
+    changed = {key: value for key, value in settings.items()
+               if value != getattr(base, key) and key not in ('workers', 'cluster')}
     folder = [Path(data).resolve().name] if data else []
     words = [profile_name, *folder, *sorted(f'{key}-{value}' for key, value in changed.items())]
     return '_'.join(re.split(r'[\s/\\]+', '.'.join(words)))  # a model may be a path or owner/name
@@ -97,6 +100,9 @@ class Reproduction:
         self.data, self.codes, self.knowledge, self.asked = data, codes, knowledge, asked
         self.at, self.yes = '', yes  # at: the stage at work
         self.dataset = Path(data).resolve().name if data else 'hospital'
+        if self.profile.cluster:  # workers elsewhere know no working folder of ours
+            home = Path(home or os.environ.get('EHR_R1_HOME') or project_root()).resolve()
+            self.data = str(Path(data).resolve()) if data else None
         self.run = Run(run or run_name(profile_name, data, vars(self.profile.only(*overrides))), home)
 
     @property
@@ -308,16 +314,20 @@ def lacking(
     return 'no medical knowledge beside the tables (KNOWLEDGE=folder)'
 
 # %% ../nbs/10_pipeline/01_pipeline.ipynb #7d7c19ee
+BY_SHARD = ('hospital', 'trajectories', 'index', 'samples', 'graphs', 'chains', 'baselines', 'meds')
+
 def run_stages(
     r:Reproduction,
-    stages:list # of names
+    stages:list, # of names
+    client=None  # of a Dask cluster
 )->None:
     "Make stages one after the other, with a line on each."
     stages = [stage for stage in stages if stage != 'hospital' or not r.data]
     for number, stage in enumerate(stages, 1):
         start = time.time()
         r.at = stage
-        ran, = r.make(stage)
+        with shards_on(client if stage in BY_SHARD else None):
+            ran, = r.make(stage)
         said = {True: f'done in {time.time() - start:.1f} s', False: 'up to date'}
         ended = said[ran] if ran is not None else 'left out; ' + lacking(r, stage)
         print(f'{number} of {len(stages)}, {stage}: {ended}', flush=True)
@@ -341,6 +351,7 @@ def check_before(
     stages:list # that will run
 )->None:
     "A ValueError where something is known to be wrong before the first stage."
+    check_cluster(r.profile.cluster)
     trains = {'base', 'adapt', 'reason', 'reinforce', 'ehrmind'} & set(stages)
     for model in (r.profile.model, r.profile.ehrmind_model or 'none') if trains else ():
         check_model(model)

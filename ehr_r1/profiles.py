@@ -52,6 +52,7 @@ class TableSettings:
     time_policy: str = ''           # available or charttime; '' takes the protocol's own
     shard_patients: int = 1000      # patients a file of the trajectory store, about; at most 512 files
     workers: int = 2                # processes where a stage runs shards side by side
+    cluster: str = ''               # where they run: '' here, local:4, or the address of a Dask scheduler
 
 # %% ../nbs/01_run/02_profiles.ipynb #d30d50f0
 @dataclass(frozen=True)

@@ -356,6 +356,21 @@ def test_citation_has_the_version(script):
     assert f'version: {version}\n' in (ROOT/'CITATION.cff').read_text()
 
 
+# --- notebooks as they are opened
+
+NOTEBOOKS = sorted([*(ROOT/'nbs').rglob('*.ipynb'), *(ROOT/'reports').glob('*/*.ipynb')])
+
+@pytest.mark.parametrize('path', NOTEBOOKS, ids=lambda path: f'{path.parent.name}-{path.stem}')
+def test_a_notebook_has_a_kernel_and_shows_what_is_stored(path):
+    "Without trust a notebook's SVG is not shown, neither inline nor as an output of its own."
+    notebook = json.loads(path.read_text())
+    assert notebook['metadata']['kernelspec']['name'] == 'python3'
+    for cell in notebook['cells']:
+        for output in cell.get('outputs', []):
+            assert 'image/svg+xml' not in output.get('data', {})
+            assert '<svg' not in ''.join(output.get('data', {}).get('text/html', ''))
+
+
 # --- links
 
 def links_of(path):
