@@ -4,7 +4,7 @@ VENV ?= .venv
 OPTIONS := PROFILE DATA RUN PROTOCOL STYLE CAPS SEED CODES KNOWLEDGE TEACHER MODEL TEMPLATE WORKERS CLUSTER YES
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help env reproduce hospital trajectories index samples knowledge graphs chains baselines base adapt reason reinforce answers scores benchmarks ehrmind meds keep evaluate reports test lab docs notebooks export readme lock hooks clean
+.PHONY: help env reproduce hospital trajectories index samples knowledge graphs chains baselines base adapt reason reinforce answers scores benchmarks ehrmind meds keep evaluate html reports test lab docs notebooks export readme lock hooks clean
 
 BIN := $(abspath $(VENV))/bin
 STAMP := $(VENV)/installed
@@ -75,6 +75,9 @@ meds: samples ## apart from these: trajectories and labels as a MEDS data set
 keep: base ## and: the base of a run on the synthetic hospital into the repository (PROFILE=pretraining), for MODEL=kept
 	$(stage)
 evaluate: env ## and: any other model asked what a run's models are asked (MODEL=folder, .gguf, name or server; SET='name=... bench=...')
+	$(stage)
+
+html: env ## each report of a run as one HTML file that can be mailed
 	$(stage)
 
 test: env ## notebooks, tests, library and notebooks in step, smoke profile end to end

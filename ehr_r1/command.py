@@ -40,8 +40,9 @@ STAGE_LINES = dict(
     meds='a MEDS data set of the run, for other tools',
     keep="the run's base into the repository, as model=kept",
     evaluate='a model that was not trained here, asked and scored',
-    share='EHR-Bench as a data set with a card, and as tasks of lm-evaluation-harness')
-ALONE = ('meds', 'keep', 'evaluate', 'share')  # what reproduce does not make
+    share='EHR-Bench as a data set with a card, and as tasks of lm-evaluation-harness',
+    html='each report as one HTML file that can be mailed')
+ALONE = ('meds', 'keep', 'evaluate', 'share', 'html')  # what reproduce does not make
 FOLDERS_AND_NAMES = ('data', 'run', 'codes', 'knowledge')
 
 # %% ../nbs/10_pipeline/02_command.ipynb #7fbd592e
@@ -115,7 +116,8 @@ def said_before(
     source = f'tables in {r.data}' if r.data else f'a synthetic hospital of {p.patients:,} patients'
     whole = 'reports' in stages and 'hospital' in stages and not r.data and p == PROFILES[p.name]
     long = f'; took {MINUTES[p.name]} minutes on two cores' if whole and p.name in MINUTES else ''
-    return f'{p.name}: {len(stages)} stages from {source}, seed {p.seed}, into {r.run.folder}{long}'
+    few = f'{len(stages)} stages' if len(stages) > 1 else stages[0]
+    return f'{p.name}: {few} from {source}, seed {p.seed}, into {r.run.folder}{long}'
 
 # %% ../nbs/10_pipeline/02_command.ipynb #ecc5de8a
 SHOWN = 6  # rows of the table at the end

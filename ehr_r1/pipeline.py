@@ -30,7 +30,7 @@ from .evaluation.answers import build_answers, systems
 from .evaluation.benchmark import build_scores
 from .evaluation.general import General, build_general, said_of_scores, score_general
 from .evaluation.predictions import build_predictions
-from .evaluation.reporting import run_reports
+from .evaluation.reporting import mailed, run_reports
 from .evaluation.sharing import build_shared
 from .hospital.hospital import build_hospital
 from .machine import BYTES
@@ -261,6 +261,13 @@ def make_reports(r:Reproduction)->bool:
     home = r.run.folder.parent.parent  # holds runs/ and reports/
     return run_reports(r.run, project_root()/'nbs'/'11_reports', parameters, home, r.profile.workers)
 
+# %% ../nbs/10_pipeline/01_pipeline.ipynb #83c0c8f0
+def make_html(r:Reproduction)->bool:
+    "Reports as HTML files that can be mailed; of credentialed data as the reports are, aggregates only."
+    there = [folder for folder in (r.run.reports, r.run.private_reports) if folder.is_dir()]
+    mailed(there[0] if there else r.run.reports)
+    return True
+
 # %% ../nbs/10_pipeline/01_pipeline.ipynb #ad799cf0
 def make_share(r:Reproduction)->bool:
     "EHR-Bench as a data set with a card, and as tasks of lm-evaluation-harness."
@@ -295,8 +302,8 @@ STAGES = dict(
     knowledge=make_knowledge, graphs=make_graphs, chains=make_chains, baselines=make_baselines, base=make_base,
     adapt=make_adapt, reason=make_reason, reinforce=make_reinforce, answers=make_answers, scores=make_scores,
     benchmarks=make_benchmarks, ehrmind=make_ehrmind, reports=make_reports, meds=make_meds, keep=make_keep,
-    evaluate=make_evaluate, share=make_share)
-APART = ('meds', 'keep', 'evaluate', 'share')
+    evaluate=make_evaluate, share=make_share, html=make_html)
+APART = ('meds', 'keep', 'evaluate', 'share', 'html')
 ASKS = {'evaluate', 'share'}  # what reads the words of `General`
 ORDER = tuple(name for name in STAGES if name not in APART)
 

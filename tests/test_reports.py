@@ -16,7 +16,7 @@ import pytest
 from papermill.exceptions import PapermillExecutionError
 
 from ehr_r1.config import Run
-from ehr_r1.evaluation.reporting import SMALLEST, STYLE, Report, readable, run_report, run_reports, suppress
+from ehr_r1.evaluation.reporting import SMALLEST, STYLE, Report, mailed, readable, run_report, run_reports, suppress
 from ehr_r1.pipeline import Reproduction
 from ehr_r1.stages import read_manifest
 
@@ -536,3 +536,14 @@ def test_a_report_made_by_hand_writes_where_all_reports_are(home, by_hand):
 def test_a_wrong_parameter_by_hand_stops_and_says_why(by_hand, parameters, said):
     with pytest.raises(PapermillExecutionError, match=re.escape(said)):
         by_hand(parameters=parameters)
+
+
+def test_a_report_can_be_mailed_as_one_file_that_needs_no_network(reported, tmp_path):
+    folder = tmp_path/'mail'
+    folder.mkdir()
+    shutil.copy(reported.reports/'01_cohort.ipynb', folder)
+    page, = mailed(folder)
+    text = page.read_text()
+    assert 'data:image/png;base64,' in text
+    assert 'read_manifest' not in text  # code is folded away
+    assert not re.search(r'<(?:script|link|img)[^>]*(?:src|href)="https?:', text)
