@@ -673,10 +673,10 @@ def test_each_model_is_asked_each_benchmark(recipe):
     assert not build_cross(recipe, SMALL, courses)
     table = pl.read_parquet(recipe.folder/'transfer'/'cross'/'cross.parquet').filter(part='overall')
     variants = ['base', 'colours', 'colours-0', 'colours-warmup']
-    assert sorted(table.filter(tested='others', metric='accuracy')['trained']) == variants
+    assert sorted(table.filter(tested='others', metric='accuracy')['trained']) == ['base', 'colours']
     assert sorted(table.filter(tested='colours', metric='malformed')['trained']) == variants
     accuracy = table.filter(tested='others', metric='accuracy')['value']
-    assert accuracy.to_list() == [0]*4
+    assert accuracy.to_list() == [0]*2
     assert (table.filter(metric='accuracy')['samples'] == SMALL.other_per_task).all()
 
 

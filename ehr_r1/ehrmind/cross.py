@@ -133,6 +133,15 @@ def models_of(
         del made['base']
     return made
 
+# %% ../../nbs/09_ehrmind/05_cross.ipynb #13177064
+def is_asked(
+    model:str,     # from `models_of`
+    benchmark:str, # its name
+    names:list     # of all benchmarks
+)->bool:
+    "Whether a model is asked a benchmark."
+    return model in ('base', *names) or model.startswith(f'{benchmark}-')
+
 # %% ../../nbs/09_ehrmind/05_cross.ipynb #a4d97ee1
 def build_cross(
     run:Run,     # models are asked where they stand
@@ -154,7 +163,8 @@ def build_cross(
             # in EHRMind's form an answer about a risk is written out too, so no more of them are asked
             questions = course.benchmark.questions(folder, p)[0]
             asked = asked_questions(questions, s, risks=1)
-            jobs += [(out, p, course, asked, questions, name, model) for name, model in models.items()]
+            jobs += [(out, p, course, asked, questions, name, model) for name, model in models.items()
+                     if is_asked(name, course.benchmark.name, names)]
         rows = [row for part in side_by_side(cross_rows, jobs, p) for row in part]
         with writing(out/'cross.parquet') as f:
             pl.DataFrame(rows, CROSS).write_parquet(f)
