@@ -245,7 +245,8 @@ def lift_pairs(
     "The history terms most tied to each target term of a task."
     counts = TermCounts(targets, history, samples, least, above)
     parts = [pl.DataFrame(schema=LIFT)]
-    for first, last in tqdm(target_runs(counts, block), desc='lift', unit='block'):
+    runs = list(target_runs(counts, block))
+    for first, last in tqdm(runs, desc='lift', unit='block', disable=len(runs) < 10):
         parts.append(best_pairs(counts, first, last, samples, above, keep))
     return pl.concat(parts)
 

@@ -19,7 +19,14 @@ import polars as pl
 from joblib import Parallel, delayed
 
 from ..config import Run
-from ..inference.checkpoints import ModelError, check_chat, load_model, load_tokenizer, with_chat_template
+from ehr_r1.inference.checkpoints import (
+    ModelError,
+    check_chat,
+    load_model,
+    load_tokenizer,
+    quiet_bars,
+    with_chat_template,
+)
 from ..profiles import KEPT, Profile, is_ours
 from ..stages import build, read_manifest, writing
 from ..synthesis.chains import kept_chains
@@ -121,6 +128,7 @@ def random_start(
     "A tokenizer learnt from the run, and random weights; kept, so that an interrupted stage has them again."
     if not (start/'config.json').exists():
         tokenizer = own_tokenizer(run, s)
+        quiet_bars()
         tokenizer.save_pretrained(start)
         new_model(s.model, tokenizer, s.seed, s.context + s.answer_tokens).save_pretrained(start)
     return load_model(start, device='cpu')

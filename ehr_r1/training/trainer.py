@@ -21,7 +21,7 @@ from types import SimpleNamespace
 import polars as pl
 
 from ..gpu import gpu_lock, has_gpu
-from ..inference.checkpoints import load_model
+from ..inference.checkpoints import load_model, quiet_bars
 from ..profiles import is_ours
 from ..stages import writing
 from .copying import copied_share
@@ -90,6 +90,7 @@ def quiet_libraries(
             warnings.filterwarnings('ignore', 'TRL currently supports vLLM')
             from trl import GRPOTrainer  # noqa: F401
     datasets.disable_progress_bars()
+    quiet_bars()
     transformers.utils.logging.set_verbosity_error()
 
 # %% ../../nbs/06_training/14_trainer.ipynb #150ee8da
