@@ -492,7 +492,7 @@ MIXED = dict(
 
 def test_tables_read_well(home, tmp_path):
     table = Report(Run('r', home), tmp_path).table(pl.DataFrame(MIXED), 't')
-    cells = re.findall(r'<td>(.*?)</td>', readable(table).data)
+    cells = re.findall(r'<td[^>]*>(.*?)</td>', readable(table).data)
     assert cells[:5] == ['a&lt;b', '12,345', '2110', '0.123', 'yes']
     assert cells[5:] == ['', '', '', '', '']
 

@@ -10,8 +10,10 @@ import ast
 import hashlib
 import json
 import os
+import re
 import tempfile
 from contextlib import contextmanager
+from itertools import cycle
 from pathlib import Path
 
 import matplotlib
@@ -305,6 +307,18 @@ def readable_cell(
         return f'{value:,.{decimals}f}'
     return visible(value) if isinstance(value, str) else f'{value:,}'
 
+# %% ../../nbs/07_evaluation/09_reporting.ipynb #aff1e37f
+def aligned(
+    page:str,    # a table from pandas
+    numbers:list # for each column, whether it holds numbers
+)->str:
+    "Numbers to the right, words to the left."
+    sides = ['right' if is_number else 'left' for is_number in numbers]
+    for tag in ('th', 'td'):
+        side = cycle(sides)
+        page = re.sub(f'<{tag}>', lambda _: f'<{tag} style="text-align:{next(side)}">', page)
+    return page
+
 # %% ../../nbs/07_evaluation/09_reporting.ipynb #5d3e2108
 def readable(
     table:pd.DataFrame # from `Report.table`
@@ -313,8 +327,9 @@ def readable(
     years = {column: table[column].astype('string').fillna('') for column in table.columns if column.endswith('year')}
     words = table.astype(object).map(readable_cell).assign(**years)
     named = words.rename(columns=lambda name: name.replace('_', ' '))
+    numbers = [pd.api.types.is_numeric_dtype(kind) and kind != bool for kind in table.dtypes]
     with pd.option_context('display.html.use_mathjax', False):  # a dollar sign in a name begins no formula
-        return HTML(named.to_html(index=False, border=0))
+        return HTML(aligned(named.to_html(index=False, border=0), numbers))
 
 # %% ../../nbs/07_evaluation/09_reporting.ipynb #9ec909f5
 def check_parameters(
