@@ -24,6 +24,7 @@ from IPython.display import HTML
 from joblib import Parallel, delayed
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogFormatter, NullFormatter
+from pandas.api.types import is_bool_dtype, is_numeric_dtype
 from tqdm import tqdm
 
 from ..config import Run
@@ -313,11 +314,8 @@ def aligned(
     numbers:list # for each column, whether it holds numbers
 )->str:
     "Numbers to the right, words to the left."
-    sides = ['right' if is_number else 'left' for is_number in numbers]
-    for tag in ('th', 'td'):
-        side = cycle(sides)
-        page = re.sub(f'<{tag}>', lambda _: f'<{tag} style="text-align:{next(side)}">', page)
-    return page
+    side = cycle('right' if is_number else 'left' for is_number in numbers)  # head and rows have as many cells
+    return re.sub('<(th|td)>', lambda tag: f'<{tag[1]} style="text-align:{next(side)}">', page)
 
 # %% ../../nbs/07_evaluation/09_reporting.ipynb #5d3e2108
 def readable(
@@ -327,7 +325,7 @@ def readable(
     years = {column: table[column].astype('string').fillna('') for column in table.columns if column.endswith('year')}
     words = table.astype(object).map(readable_cell).assign(**years)
     named = words.rename(columns=lambda name: name.replace('_', ' '))
-    numbers = [pd.api.types.is_numeric_dtype(kind) and kind != bool for kind in table.dtypes]
+    numbers = [is_numeric_dtype(kind) and not is_bool_dtype(kind) for kind in table.dtypes]
     with pd.option_context('display.html.use_mathjax', False):  # a dollar sign in a name begins no formula
         return HTML(aligned(named.to_html(index=False, border=0), numbers))
 
