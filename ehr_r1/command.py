@@ -105,7 +105,7 @@ def parsed(
     return [name for name in STAGE_LINES if name in wanted], settings
 
 # %% ../nbs/10_pipeline/02_command.ipynb #4f906598
-MINUTES = dict(smoke=5, demo=22, study=113)  # of a whole run, on two cores of an AMD EPYC; reports/ say when and how
+MINUTES = dict(smoke=5, demo=22, study=108)  # of a whole run, on two cores of an AMD EPYC; reports/ say when and how
 
 def said_before(
     r,          # a `Reproduction`
