@@ -226,14 +226,14 @@ def test_program_that_was_killed():
 WAITS = '''
 import time
 def wait(r):
-    open(sys.argv[-1].removeprefix('knowledge='), 'w').close()
+    open(os.environ['BEGUN'], 'w').close()
     time.sleep(60)
 pipeline.STAGES['index'] = wait
 '''
 
 @pytest.mark.parametrize('number, code', [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 def test_signal_in_the_middle_of_a_stage(home, number, code):
-    process = start(*FIRST, f'knowledge={home}/begun', spoil=WAITS)
+    process = start(*FIRST, spoil=WAITS, env=os.environ | dict(BEGUN=str(home/'begun')))
     for _ in range(1200):
         if (home/'begun').exists() or process.poll() is not None:
             break

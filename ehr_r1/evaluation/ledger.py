@@ -68,7 +68,7 @@ def matches(
     where:str # column=value;column~beginning
 )->pl.Expr:
     "Rows that an item means."
-    said = [re.match('([^=~]+)([=~])(.*)', part).groups() for part in where.split(';') if part]
+    said = [re.match('([^=~]{1,60})([=~])(.*)', part).groups() for part in where.split(';') if part]
     tests = [pl.col(column) == value if sign == '=' else pl.col(column).str.starts_with(value)
              for column, sign, value in said]
     return pl.all_horizontal(tests) if tests else pl.lit(True)
@@ -104,7 +104,7 @@ def our_value(
     if not path.exists():
         return None
     table = pl.read_csv(path, infer_schema=False)
-    if not set(re.findall('(?:^|;)([^=~;]+)[=~]', item['where'])) <= set(table.columns):
+    if not set(re.findall('(?:^|;)([^=~;]{1,60})[=~]', item['where'])) <= set(table.columns):
         return None
     rows = table.filter(matches(item['where']))
     if item['column'] in ('', 'rows'):
