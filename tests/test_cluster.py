@@ -39,18 +39,15 @@ def kill_one(client, folder, killed):
     killed.append(list(folder.glob('*.partial')))
 
 
-@pytest.mark.parametrize('dies', [False, True])
-def test_a_cluster_makes_the_same_bytes_and_outlives_a_worker(here, tmp_path, dies):
+def test_a_cluster_makes_the_same_bytes_and_outlives_a_worker(here, tmp_path):
     r = Reproduction('smoke', home=tmp_path, run='r', cluster='local:2', **SMALL)
     killed = []
     with cluster_of('local:2') as client:
         killer = threading.Thread(target=kill_one, args=(client, r.run.folder, killed))
-        if dies:
-            killer.start()
+        killer.start()
         run_stages(r, STAGES, client)
-        if dies:
-            killer.join()
-    assert [bool(at_work) for at_work in killed] == [True]*dies
+        killer.join()
+    assert killed and killed[0], 'a stage was at work when a worker died'
     assert bytes_of(r.run) == here
 
 

@@ -12,7 +12,6 @@ import json
 import os
 import re
 import tempfile
-from contextlib import contextmanager
 from itertools import cycle
 from pathlib import Path
 
@@ -346,23 +345,14 @@ def check_parameters(
         raise ValueError(f"{template.name}: no parameter {', '.join(sorted(unknown))}; "
                          f"its parameters cell has {', '.join(sorted(known))}")
 
-# %% ../../nbs/07_evaluation/09_reporting.ipynb #c46508da
-@contextmanager
-def places_are(
-    home:Path, # holds runs/ and reports/
+# %% ../../nbs/07_evaluation/09_reporting.ipynb #97f3cc8e
+def places(
+    home:Path,  # holds runs/ and reports/
     folder:Path # where the report writes
-):
-    "Have a notebook find the run where this process has it, and write where it is told."
-    places = dict(EHR_R1_HOME=str(Path(home).resolve()), EHR_R1_REPORT=str(Path(folder).resolve()))
-    before = {name: os.environ.get(name) for name in places}
-    os.environ.update(places)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            os.environ.pop(name)
-            if value is not None:
-                os.environ[name] = value
+)->str: # a line of Python
+    "What a kernel is told before the first cell; reports run side by side, so it is not this process's environment."
+    told = dict(EHR_R1_HOME=str(Path(home).resolve()), EHR_R1_REPORT=str(Path(folder).resolve()))
+    return f'import os; os.environ.update({told!r})'
 
 # %% ../../nbs/07_evaluation/09_reporting.ipynb #82bb179b
 def without_traces(
@@ -394,12 +384,13 @@ def run_report(
     from traitlets.config import Config
     check_parameters(template, parameters)
     quiet = ['--IPKernelApp.log_level=CRITICAL']  # not that it was closed; errors of cells are outputs
-    with places_are(home, folder), tempfile.TemporaryDirectory() as sockets:
+    told = [f'--IPKernelApp.exec_lines={places(home, folder)}']
+    with tempfile.TemporaryDirectory() as sockets:
         # sockets that are files: reports run side by side, and two could draw the same port
         by_file = Config(KernelManager=dict(transport='ipc', ip=f'{sockets}/kernel'))
         notebook = papermill.execute_notebook(
             str(template), None, parameters=parameters, cwd=str(folder), kernel_name='python3',
-            progress_bar=False, log_output=False, extra_arguments=quiet, config=by_file)
+            progress_bar=False, log_output=False, extra_arguments=quiet + told, config=by_file)
     if not any('injected-parameters' in cell.metadata.get('tags', []) for cell in notebook.cells):
         raise RuntimeError(f'{template.name}: the parameters did not arrive')
     with writing(folder/template.name) as f:
