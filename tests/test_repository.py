@@ -358,7 +358,13 @@ def test_citation_has_the_version(script):
 
 # --- notebooks as they are opened
 
-NOTEBOOKS = sorted([*(ROOT/'nbs').rglob('*.ipynb'), *(ROOT/'reports').glob('*/*.ipynb')])
+def opened_by_nobody(path):
+    "Whether a notebook is one of ours, not what JupyterLab leaves beside it."
+    return '.ipynb_checkpoints' not in path.parts
+
+
+BOOKS = sorted(filter(opened_by_nobody, (ROOT/'nbs').rglob('*.ipynb')))
+NOTEBOOKS = [*BOOKS, *sorted((ROOT/'reports').glob('*/*.ipynb'))]
 
 @pytest.mark.parametrize('path', NOTEBOOKS, ids=lambda path: f'{path.parent.name}-{path.stem}')
 def test_a_notebook_has_a_kernel_and_shows_what_is_stored(path):
@@ -382,7 +388,7 @@ def links_of(path):
     return re.findall(r'\]\((?!https?:|#|mailto:|attachment:|data:)([^)\s]+)\)', text)
 
 
-PAGES = [ROOT/'README.md', *sorted((ROOT/'nbs').rglob('*.ipynb'))]
+PAGES = [ROOT/'README.md', *BOOKS]
 
 @pytest.mark.parametrize('path', [page for page in PAGES if links_of(page)], ids=lambda path: path.stem)
 def test_no_link_is_broken(path):
