@@ -363,8 +363,8 @@ def opened_by_nobody(path):
     return '.ipynb_checkpoints' not in path.parts
 
 
-BOOKS = sorted(filter(opened_by_nobody, (ROOT/'nbs').rglob('*.ipynb')))
-NOTEBOOKS = [*BOOKS, *sorted((ROOT/'reports').glob('*/*.ipynb'))]
+OURS = sorted(filter(opened_by_nobody, (ROOT/'nbs').rglob('*.ipynb')))
+NOTEBOOKS = [*OURS, *sorted((ROOT/'reports').glob('*/*.ipynb'))]
 
 @pytest.mark.parametrize('path', NOTEBOOKS, ids=lambda path: f'{path.parent.name}-{path.stem}')
 def test_a_notebook_has_a_kernel_and_shows_what_is_stored(path):
@@ -388,7 +388,7 @@ def links_of(path):
     return re.findall(r'\]\((?!https?:|#|mailto:|attachment:|data:)([^)\s]+)\)', text)
 
 
-PAGES = [ROOT/'README.md', *BOOKS]
+PAGES = [ROOT/'README.md', *OURS]
 
 @pytest.mark.parametrize('path', [page for page in PAGES if links_of(page)], ids=lambda path: path.stem)
 def test_no_link_is_broken(path):
