@@ -105,7 +105,7 @@ def parsed(
     return [name for name in STAGE_LINES if name in wanted], settings
 
 # %% ../nbs/10_pipeline/02_command.ipynb #4f906598
-MINUTES = dict(smoke=5, demo=22, study=108)  # of a whole run, on two cores of an AMD EPYC; reports/ say when and how
+MINUTES = dict(smoke=3, demo=22, study=108)  # of a whole run, on two cores of an AMD EPYC; reports/ say when and how
 
 def said_before(
     r,          # a `Reproduction`
@@ -183,8 +183,8 @@ def command(
                 print(check_room(needs, r.run.folder), flush=True)
             with cluster_of(r.profile.cluster) if r.profile.cluster else nullcontext() as client:
                 run_stages(r, stages, client)
-            if 'reports' in stages:
-                print(said_after(r.run.reports), flush=True)
+            if 'reports' in stages and (said := said_after(r.run.reports)):
+                print(said, flush=True)
     except BaseException as e:
         return say_why(e, kept_of(r, e), (*CLEAR, Refused, InferenceError))
     return 0

@@ -85,3 +85,9 @@ def test_what_is_no_number_is_not_run(tmp_path, text):
 
 def test_an_effect_without_an_interval_does_not_show():
     assert status_of((.3, None, None), NOT_PUBLISHED, 'effect') == 'does not show'
+
+
+@pytest.mark.parametrize('text', ['', '\n', 'system,F1\n', 'other\n1\n'])
+def test_a_table_that_is_empty_or_another_is_not_run(tmp_path, text):
+    (tmp_path/'stages_overall.csv').write_text(text)
+    assert set(ledger(tmp_path)['status']) == {'not run'}

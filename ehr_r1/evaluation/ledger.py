@@ -103,7 +103,7 @@ def our_value(
     path = Path(folder)/f"{item['table']}.csv"
     if not path.exists():
         return None
-    table = pl.read_csv(path, infer_schema=False)
+    table = pl.read_csv(path, infer_schema=False, raise_if_empty=False)
     if not set(re.findall('(?:^|;)([^=~;]{1,60})[=~]', item['where'])) <= set(table.columns):
         return None
     rows = table.filter(matches(item['where']))
